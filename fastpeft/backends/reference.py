@@ -1,0 +1,85 @@
+"""The reference backend: reference.py with masks made by dropout.py. It takes every call on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..dropout import dropout_keep, dropout_scale
+from ..reference import lora_linear_backward_reference, lora_linear_reference
+
+NAME = "reference"
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine at all; None when it can."""
+    return None
+
+
+def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:
+    """Why this backend cannot take this call; None when it can."""
+    return None
+
+
+def worth_a_warning(x: Tensor) -> bool:
+    """Whether a user should hear once that calls like this one are refused."""
+    return False
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See ops.py."""
+    x2 = x.reshape(-1, x.shape[-1])
+    keep, scaling = _masks(x2.shape[0], x2.shape[1], scaling, dropout_p, seed)
+    y, u = lora_linear_reference(x2, weight, bias, A, B, scaling, keep, _selects(len(A), adapter_index))
+    return y.view(*x.shape[:-1], weight.shape[0]), u
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    u: Tensor | None,
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See ops.py."""
+    N, K = weight.shape
+    dy2 = dy.reshape(-1, N)
+    x2 = None if x is None else x.reshape(-1, K)
+    keep, scaling = _masks(dy2.shape[0], K, scaling, dropout_p, seed)
+    selects = _selects(len(A), adapter_index)
+    grads = lora_linear_backward_reference(dy2, x2, weight, A, B, u, scaling, keep, selects, needs)
+    if needs[0]:
+        grads[0] = grads[0].view(*dy.shape[:-1], K)
+    return grads
+
+
+def _masks(
+    rows: int, columns: int, scaling: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None
+) -> tuple[list[Tensor | None], list[float]]:
+    if seed is None:
+        return [None] * len(scaling), list(scaling)
+    keep = [dropout_keep(seed[i], rows, columns, p) if p > 0 else None for i, p in enumerate(dropout_p)]
+    return keep, [s * dropout_scale(p) for s, p in zip(scaling, dropout_p, strict=True)]
+
+
+def _selects(count: int, adapter_index: Tensor | None) -> list[Tensor | None]:
+    if adapter_index is None:
+        return [None] * count
+    return [adapter_index.reshape(-1) == i for i in range(count)]

@@ -1,0 +1,153 @@
+"""Functions on tensors: they check every argument, settle dtypes and seeds, and call the op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .dispatch import check_backend_name
+from .dropout import dropout_seeds
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | Sequence[Tensor],
+    B: Tensor | Sequence[Tensor],
+    scaling: float | Tensor | Sequence[float | Tensor],
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    adapter_index: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer and its LoRA adapters in one step: ``y = x Wᵀ + b + Σ s (D(x) Aᵀ) Bᵀ`` (Hu et al., 2021).
+
+    Runs in the dtype of ``weight`` (or of autocast where that is on) with float32 accumulation; gradients of ``A``
+    and ``B`` are summed in float32. Keeps ``x`` and ``u = D(x) Aᵀ [M, Σ r]`` for the backward pass, nothing else:
+    the dropout mask is regenerated from a seed that torch's generator draws. Differentiable once, in every tensor.
+
+    Args:
+        x: ``[..., K]``, the dtype of ``weight`` unless autocast is on.
+        weight: ``[N, K]``, float64, float32, float16 or bfloat16, any strides (GPT-2's ``Conv1D`` passes ``weight.t()``).
+        bias: ``[N]`` or None.
+        A: ``[r, K]``, or a list with one for each adapter. Any floating dtype.
+        B: ``[N, r]``, or a list alike.
+        scaling: ``s``; a float, a one-element tensor (no gradient flows into it), or a list alike.
+        dropout_p: probability with which the adapter's input elements are dropped, in [0, 1), realised in steps of
+            2**-16; a float for all adapters or a list. Each adapter has a mask of its own.
+        training: False switches dropout off.
+        adapter_index: integers ``[...]`` (the leading shape of ``x``), for mixed batches: token ``m`` is served by
+            adapter ``adapter_index[m]`` alone, by none where it is -1. None: every adapter serves every token.
+        backend: ``"native"`` or ``"reference"``; None takes the fastest that accepts the call.
+
+    Returns:
+        ``[..., N]``, in the dtype the product ran in.
+
+    Raises:
+        TypeError: an argument's type or dtype does not fit; ValueError: a shape, device or number does not.
+        fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot take the call.
+    """
+    As = [A] if isinstance(A, Tensor) else list(A)
+    Bs = [B] if isinstance(B, Tensor) else list(B)
+    count = len(As)
+    scalings = list(scaling) if isinstance(scaling, (list, tuple)) else [scaling] * count
+    ps = list(dropout_p) if isinstance(dropout_p, (list, tuple)) else [dropout_p] * count
+    check_backend_name(backend)
+    _check_base(x, weight, bias)
+    _check_adapters(x, weight, As, Bs, scalings, ps)
+    _check_adapter_index(x, adapter_index)
+
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    elif x.dtype != weight.dtype:
+        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast is off)")
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    for i, s in enumerate(scalings):
+        if isinstance(s, Tensor):  # stays on its device, so that it may change without a recompile or a synchronisation
+            Bs[i] = Bs[i] * s.detach().to(device=x.device, dtype=torch.promote_types(Bs[i].dtype, torch.float32))
+            scalings[i] = 1.0
+    seed = dropout_seeds(count, x.device) if training and any(ps) else None
+    return ops.lora_linear(x, weight, bias, As, Bs, scalings, ps, seed, adapter_index, backend)[0]
+
+
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    if x.device.type == "meta":
+        raise ValueError("x is a meta tensor and holds no data; move the model and its input to a real device first")
+    if not x.is_floating_point():
+        raise TypeError(f"x must have a floating dtype, got {x.dtype}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must have a floating dtype, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape [N, K], got {list(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must have shape [..., K={weight.shape[1]}], got {list(x.shape)}")
+    _check_device("weight", weight, x)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape [N={weight.shape[0]}], got {list(bias.shape)}")
+        _check_device("bias", bias, x)
+
+
+def _check_adapters(
+    x: Tensor, weight: Tensor, As: list[Tensor], Bs: list[Tensor], scalings: list[float | Tensor], ps: list[float]
+) -> None:
+    count = len(As)
+    if count == 0:
+        raise ValueError("A holds no adapter; at least one is expected")
+    for name, values in (("B", Bs), ("scaling", scalings), ("dropout_p", ps)):
+        if len(values) != count:
+            raise ValueError(f"{name} must have one entry for each of the {count} adapters in A, got {len(values)}")
+    N, K = weight.shape
+    for i, (A, B, s, p) in enumerate(zip(As, Bs, scalings, ps, strict=True)):
+        at = f"[{i}]" if count > 1 else ""
+        if not A.is_floating_point() or not B.is_floating_point():
+            raise TypeError(f"A{at} and B{at} must have floating dtypes, got {A.dtype} and {B.dtype}")
+        if A.dim() != 2 or A.shape[1] != K or A.shape[0] == 0:
+            raise ValueError(f"A{at} must have shape [r, K={K}] with a rank r of at least 1, got {list(A.shape)}")
+        if B.shape != (N, A.shape[0]):
+            raise ValueError(f"B{at} must have shape [N={N}, r={A.shape[0]}], got {list(B.shape)}")
+        _check_device(f"A{at}", A, x)
+        _check_device(f"B{at}", B, x)
+        _check_scaling(f"scaling{at}", s)
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"dropout_p{at} must be in [0, 1), got {p}")
+
+
+def _check_scaling(name: str, s: float | Tensor) -> None:
+    if isinstance(s, Tensor):
+        if s.numel() != 1:
+            raise ValueError(f"{name} must hold one number, got a tensor of shape {list(s.shape)}")
+        if s.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # its value is not read: that would synchronise, or break the graph
+        s = s.item()
+    if not math.isfinite(s):
+        raise ValueError(f"{name} must be finite, got {s}")
+
+
+def _check_adapter_index(x: Tensor, adapter_index: Tensor | None) -> None:
+    if adapter_index is None:
+        return
+    if adapter_index.is_floating_point() or adapter_index.is_complex() or adapter_index.dtype == torch.bool:
+        raise TypeError(f"adapter_index must have an integer dtype, got {adapter_index.dtype}")
+    if adapter_index.shape != x.shape[:-1]:
+        raise ValueError(
+            f"adapter_index must have the leading shape of x, {list(x.shape[:-1])}, got {list(adapter_index.shape)}"
+        )
+    _check_device("adapter_index", adapter_index, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
