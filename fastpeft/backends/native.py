@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-_C: ModuleType | None
+_C: ModuleType | None = None
+_load_error = ""
 try:
-    from .. import _C  # type: ignore[attr-defined, no-redef]
-
-    _load_error = None
+    _C = import_module("fastpeft._C")
 except ImportError as error:
-    _C = None
     _load_error = str(error)
 
 NAME = "native"
