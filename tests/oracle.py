@@ -1,0 +1,236 @@
+"""What the tests compare with: the float64 oracle, PEFT's eager computation, and the rule that judges a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpeft import ops
+from fastpeft.dropout import dropout_keep, dropout_scale, dropout_seeds
+from fastpeft.reference import lora_linear_backward_reference, lora_linear_reference
+
+Results = dict[str, Tensor]
+POOL = 64  # elements of the smallest output that a comparison of two errors is based on
+
+
+@dataclass(frozen=True)
+class LoraInputs:
+    """One call of ``fastpeft::lora_linear`` (shapes and dtypes as there) and ``dy [..., N]``, what flows back."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: list[Tensor]
+    B: list[Tensor]
+    scaling: list[float]
+    dropout_p: list[float]
+    seed: Tensor | None
+    adapter_index: Tensor | None
+    dy: Tensor
+
+    def differentiable(self) -> dict[str, Tensor]:
+        """The tensors that have a gradient, by the names that :func:`oracle` gives their gradients."""
+        named = {"x": self.x, "weight": self.weight}
+        if self.bias is not None:
+            named["bias"] = self.bias
+        named |= {f"A[{i}]": a for i, a in enumerate(self.A)}
+        return named | {f"B[{i}]": b for i, b in enumerate(self.B)}
+
+    def keep(self) -> list[Tensor | None]:
+        """Each adapter's boolean dropout mask ``[M, K]``, None where nothing is dropped."""
+        if self.seed is None:
+            return [None] * len(self.A)
+        rows, columns = self.dy.shape[:-1].numel(), self.weight.shape[1]
+        return [
+            dropout_keep(s, rows, columns, p) if p else None for s, p in zip(self.seed, self.dropout_p, strict=True)
+        ]
+
+    def select(self) -> list[Tensor | None]:
+        """For each adapter, ``[M]``: true for the tokens it serves; None when it serves all."""
+        if self.adapter_index is None:
+            return [None] * len(self.A)
+        return [self.adapter_index.reshape(-1) == i for i in range(len(self.A))]
+
+
+def make_inputs(
+    shape: Sequence[int],
+    N: int,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype | None = None,
+    *,
+    bias: bool = True,
+    dropout_p: float | Sequence[float] = 0.0,
+    mixed: bool = False,
+) -> LoraInputs:
+    """Random inputs from torch's default generator, scaled so that base and adapters weigh alike in ``y``.
+
+    Magnitudes are uniform in a factor of two and signs random: a product of normal variables has such long tails that
+    the rounding of one element would decide the comparison of two errors over tiny outputs.
+
+    Args:
+        shape: ``[..., K]``, of ``x``.
+        ranks: one for each adapter; every adapter gets another scaling.
+        dtype: of ``x``, ``weight``, ``bias``, ``dy``; also of the adapters unless ``adapter_dtype`` is given.
+        dropout_p: for each adapter, or one for all.
+        mixed: whether each token is served by one adapter or by none, at random.
+    """
+    K, count = shape[-1], len(ranks)
+    adapter_dtype = adapter_dtype or dtype
+    ps = [dropout_p] * count if isinstance(dropout_p, float) else list(dropout_p)
+    return LoraInputs(
+        x=_random(shape).to(dtype),
+        weight=(_random((N, K)) / math.sqrt(K)).to(dtype),
+        bias=_random((N,)).to(dtype) if bias else None,
+        A=[(_random((r, K)) / math.sqrt(K)).to(adapter_dtype) for r in ranks],
+        B=[(_random((N, r)) / math.sqrt(r)).to(adapter_dtype) for r in ranks],
+        scaling=[(1.5, -0.625, 2.0, 0.3)[i % 4] for i in range(count)],
+        dropout_p=ps,
+        seed=dropout_seeds(count, torch.device("cpu")) if any(ps) else None,
+        adapter_index=torch.randint(-1, count, tuple(shape[:-1])) if mixed else None,
+        dy=_random((*shape[:-1], N)).to(dtype),
+    )
+
+
+def oracle(inputs: LoraInputs) -> Results:
+    """``y`` and every gradient in float64, by the equations of reference.py and the formulas written there."""
+    N, K = inputs.weight.shape
+    x, dy = inputs.x.double().reshape(-1, K), inputs.dy.double().reshape(-1, N)
+    weight = inputs.weight.double()
+    bias = None if inputs.bias is None else inputs.bias.double()
+    A, B = [a.double() for a in inputs.A], [b.double() for b in inputs.B]
+    keep, select = inputs.keep(), inputs.select()
+    scaling = [
+        s if mask is None else s * dropout_scale(p)
+        for s, p, mask in zip(inputs.scaling, inputs.dropout_p, keep, strict=True)
+    ]
+    y, u = lora_linear_reference(x, weight, bias, A, B, scaling, keep, select)
+    needs = [True, True, bias is not None] + [True] * (2 * len(A))
+    grads = lora_linear_backward_reference(dy, x, weight, A, B, u, scaling, keep, select, needs)
+    grads[0] = grads[0].reshape(inputs.x.shape)
+    return {"y": y.reshape(inputs.dy.shape)} | dict(zip(inputs.differentiable(), grads, strict=True))
+
+
+def eager(inputs: LoraInputs) -> Results:
+    """``y`` and every gradient as PEFT computes them (peft/tuners/lora/layer.py), everything in the dtype of ``x``.
+
+    Adapters in a wider dtype are cast as autocast casts them. The mask is the oracle's, applied as by torch's dropout.
+    """
+    return run(peft_linear, inputs)
+
+
+def fused(inputs: LoraInputs, backend: str | None) -> Results:
+    """``y`` and every gradient through fastpeft's op."""
+
+    def lora_linear(i: LoraInputs) -> Tensor:
+        return ops.lora_linear(
+            i.x, i.weight, i.bias, i.A, i.B, i.scaling, i.dropout_p, i.seed, i.adapter_index, backend
+        )[0]
+
+    return run(lora_linear, inputs)
+
+
+def run(function: Callable[[LoraInputs], Tensor], inputs: LoraInputs) -> Results:
+    """``y = function(inputs)`` and, through autograd, the gradient of every tensor, named as by :func:`oracle`.
+
+    Strides are kept: what ``function`` sees has the storage layout of ``inputs``.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.differentiable().items()}
+    count = len(inputs.A)
+    y = function(
+        LoraInputs(
+            x=leaves["x"],
+            weight=leaves["weight"],
+            bias=leaves.get("bias"),
+            A=[leaves[f"A[{i}]"] for i in range(count)],
+            B=[leaves[f"B[{i}]"] for i in range(count)],
+            scaling=inputs.scaling,
+            dropout_p=inputs.dropout_p,
+            seed=inputs.seed,
+            adapter_index=inputs.adapter_index,
+            dy=inputs.dy,
+        )
+    )
+    grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+    return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+def peft_linear(inputs: LoraInputs) -> Tensor:
+    """``result + lora_B(lora_A(dropout(x))) * scaling`` for each adapter; in a mixed batch for the tokens it serves."""
+    x, linear = inputs.x, torch.nn.functional.linear
+    result = linear(x, inputs.weight, inputs.bias)
+    settings = zip(inputs.A, inputs.B, inputs.scaling, inputs.dropout_p, inputs.keep(), inputs.select(), strict=True)
+    for A, B, scaling, p, keep, select in settings:
+        dropped = x if keep is None else x * keep.view(x.shape) * dropout_scale(p)
+        delta = linear(linear(dropped, A.to(x.dtype)), B.to(x.dtype)) * scaling
+        if select is not None:
+            delta = delta.where(select.view(*x.shape[:-1], 1), 0)
+        result = result + delta
+    return result
+
+
+def assert_close_as_eager(
+    actual: Tensor | Sequence[Tensor],
+    oracle: Tensor | Sequence[Tensor],
+    eager: Tensor | Sequence[Tensor],
+    name: str = "",
+) -> None:
+    """``‖actual − oracle‖ ≤ 2 ‖eager − oracle‖ + eps/2 · ‖oracle‖``, in the maximum norm and in the root mean square.
+
+    The last term is the rounding of the output itself: correctly rounded, each element is off by at most
+    ``eps/2 · |oracle|``, so the norm of these errors is at most that multiple of the oracle's norm (``eps`` of the
+    dtype of ``actual``). The maximum norm finds a single wrong element, the root mean square an error spread over all.
+
+    Both errors are samples of a random variable: with few elements eager may be exact by luck, and twice nothing is
+    nothing. Sequences of tensors (the same computation on independent inputs) are therefore pooled into one sample
+    before the norms are taken; :func:`draws_needed` says how many to take for tiny outputs.
+    """
+    actuals, oracles, eagers = (list(t) if not isinstance(t, Tensor) else [t] for t in (actual, oracle, eager))
+    for a, o, e in zip(actuals, oracles, eagers, strict=True):
+        assert a.shape == o.shape == e.shape, f"{name}: shapes {a.shape}, oracle {o.shape}, eager {e.shape}"
+        assert a.isfinite().all(), f"{name}: {int((~a.isfinite()).sum())} of {a.numel()} elements are not finite"
+    flat_actual, flat_oracle, flat_eager = (
+        torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (actuals, oracles, eagers)
+    )
+    if flat_oracle.numel() == 0:
+        return
+    rounding = torch.finfo(actuals[0].dtype).eps / 2
+    for label, norm in (("maximum", _max_norm), ("root mean square", _rms)):
+        error, eager_error = norm(flat_actual - flat_oracle), norm(flat_eager - flat_oracle)
+        allowed = 2 * eager_error + rounding * norm(flat_oracle)
+        assert error <= allowed, f"{name}: {label} error {error:.3e}, allowed {allowed:.3e} (eager's {eager_error:.3e})"
+
+
+def draws_needed(inputs: LoraInputs) -> int:
+    """How many draws of ``inputs`` to pool so that every non-empty output has at least ``POOL`` elements."""
+    sizes = [t.numel() for t in (inputs.dy, *inputs.differentiable().values()) if t.numel()]
+    return math.ceil(POOL / min(sizes))
+
+
+def assert_results_close_as_eager(make: Callable[[], LoraInputs], function: Callable[[LoraInputs], Results]) -> None:
+    """Every entry of ``function(inputs)`` is as close to the oracle as eager's, over as many ``make()`` as needed.
+
+    Dtypes and shapes must be eager's.
+    """
+    inputs = [make()]
+    inputs += [make() for _ in range(draws_needed(inputs[0]) - 1)]
+    actuals, oracles, eagers = ([f(i) for i in inputs] for f in (function, oracle, eager))
+    for name, expected in eagers[0].items():
+        assert actuals[0][name].dtype == expected.dtype, f"{name}: {actuals[0][name].dtype}, not {expected.dtype}"
+        assert_close_as_eager(*([result[name] for result in results] for results in (actuals, oracles, eagers)), name)
+
+
+def _random(shape: Sequence[int]) -> Tensor:
+    return (torch.rand(*shape) / 2 + 0.5) * torch.randint(2, tuple(shape)).mul(2).sub(1)
+
+
+def _max_norm(error: Tensor) -> float:
+    return error.abs().max().item()
+
+
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
