@@ -1,0 +1,155 @@
+"""Builds the C++ extension ``fastpeft._C`` from csrc/.
+
+setup.py loads this file by its path, before fastpeft or torch are there; ``python -m fastpeft build`` builds in place,
+from csrc/ of a checkout or from the copy inside an installed package. Nothing but a compiler, Python's headers and
+torch is needed. Every file is compiled for the oldest processor of its architecture, save those named after an
+instruction set, which run only where the processor has it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mf16c", "-mfma"]
+X86_FLAGS = {
+    "*_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "*_avx512.cpp": _AVX512,
+    "*_amx.cpp": [*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+}
+COMPILE_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall"]
+COMPILERS = ("g++", "c++", "clang++")
+LIBRARY = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+class BuildError(RuntimeError):
+    """The extension cannot be built; the message says what is missing and how to add it."""
+
+
+def build_in_place() -> Path:
+    """Builds the extension beside this file, where ``import fastpeft._C`` finds it, and returns its path.
+
+    Raises:
+        BuildError: sources, compiler, Python's headers or torch are missing, or a file does not compile.
+    """
+    package = Path(__file__).resolve().parent
+    library = package / LIBRARY
+    checkout = package.parent / "csrc"
+    if checkout.is_dir():
+        build(checkout, library, package.parent / "build" / "native")
+    else:
+        with tempfile.TemporaryDirectory() as objects:
+            build(package / "csrc", library, Path(objects))
+    return library
+
+
+def build(csrc: Path, library: Path, objects: Path) -> None:
+    """Compiles ``csrc/*.cpp`` and ``csrc/cpu/*.cpp`` in parallel and links them.
+
+    Args:
+        csrc: the folder with the sources.
+        library: the file to write; replaced only when all went well.
+        objects: folder for object files; those that are newer than their sources and headers are used again.
+
+    Raises:
+        BuildError: as for :func:`build_in_place`.
+    """
+    sources = [*sorted(csrc.glob("*.cpp")), *sorted(csrc.glob("cpu/*.cpp"))]
+    if not sources:
+        raise BuildError(f"no C++ sources in {csrc}: install fastpeft from a checkout or a source archive")
+    compiler = find_compiler()
+    compile_flags, link_flags = _torch_flags()
+    objects.mkdir(parents=True, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        target = objects / f"{source.stem}.o"
+        dependencies = ["-MMD", "-MF", str(target.with_suffix(".d"))]
+        command = [*compiler, *COMPILE_FLAGS, *machine_flags(source), *compile_flags, *dependencies]
+        command += ["-c", str(source), "-o", str(target)]
+        if not _is_fresh(target, command):
+            print(f"compiling {source.relative_to(csrc.parent)}", flush=True)
+            _run(command, f"{source} does not compile")
+            target.with_suffix(".cmd").write_text(shlex.join(command))
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        compiled = [str(path) for path in pool.map(compile_one, sources)]
+    linked = library.with_name(library.name + ".new")
+    _run([*compiler, "-shared", *compiled, *link_flags, "-o", str(linked)], f"{library.name} does not link")
+    linked.replace(library)
+
+
+def machine_flags(source: Path) -> list[str]:
+    """The ``-m`` flags of a source file named after an instruction set; none on processors other than x86-64."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    return [flag for pattern, flags in X86_FLAGS.items() if fnmatch.fnmatch(source.name, pattern) for flag in flags]
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: the variable ``CXX``, or the first of ``COMPILERS`` that is there."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    for command in [wanted] if wanted else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]) is not None:
+            return command
+    missing = f"CXX={shlex.join(wanted)} is not there" if wanted else f"none of {', '.join(COMPILERS)} is there"
+    raise BuildError(
+        f"no C++ compiler: {missing}; install one (Debian, Ubuntu: apt install g++), then run `python -m fastpeft build`"
+    )
+
+
+def _torch_flags() -> tuple[list[str], list[str]]:
+    """Flags to compile against Python and torch, and to link against torch."""
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").is_file():
+        raise BuildError(
+            f"no Python.h in {headers}: install Python's headers (Debian, Ubuntu: apt install python3-dev), "
+            "then run `python -m fastpeft build`"
+        )
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise BuildError(f"torch does not import ({error}): install it, then run `python -m fastpeft build`") from error
+    compile_flags = [flag for path in (*cpp_extension.include_paths(), headers) for flag in ("-isystem", path)]
+    compile_flags += [
+        "-DTORCH_EXTENSION_NAME=_C",
+        "-DTORCH_API_INCLUDE_EXTENSION_H",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    ]
+    link_flags = [f"-L{path}" for path in cpp_extension.library_paths()]
+    link_flags += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    if sys.platform == "darwin":
+        link_flags += ["-undefined", "dynamic_lookup"]
+    else:
+        # Not for the link: one thread pool, so the OpenMP runtime has to be the one that torch brings.
+        compile_flags.append("-fopenmp")
+    return compile_flags, link_flags
+
+
+def _is_fresh(target: Path, command: list[str]) -> bool:
+    """Whether ``target`` was made by this very command and after the last change of its source and headers."""
+    made_by, dependencies = target.with_suffix(".cmd"), target.with_suffix(".d")
+    if not target.exists() or not made_by.exists() or made_by.read_text() != shlex.join(command):
+        return False
+    made_at = target.stat().st_mtime
+    files = dependencies.read_text().replace("\\\n", " ").partition(":")[2].split()
+    return all(os.path.exists(file) and os.path.getmtime(file) < made_at for file in files)
+
+
+def _run(command: list[str], failure: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise BuildError(f"{failure}:\n{shlex.join(command)}\n{result.stderr}")
+    if result.stderr:
+        print(result.stderr, file=sys.stderr)
