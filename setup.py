@@ -1,4 +1,4 @@
-"""Adds the C++ extension to what pyproject.toml declares. Without torch or a compiler the install goes on without it."""
+"""Adds the C++ extension to what pyproject.toml declares; without torch or a compiler the install goes on."""
 
 from __future__ import annotations
 

