@@ -1,2 +1,111 @@
-"""Placeholder replaced below."""
-def explain(x): ...
+"""Which backend a layer would run on and why the others would not: the words that a user reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch
+from .nn import LoRALinear
+
+_PASSES = {"forward": "lora_linear", "backward": "lora_linear_backward"}
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found; ``print`` it. ``verdicts`` holds the text for each layer's name."""
+
+    verdicts: dict[str, str]
+
+    def __str__(self) -> str:
+        return grouped(self.verdicts)
+
+
+def explain(layer_or_model: nn.Module) -> Explanation:
+    """For every LoRA layer: the backend that would run it and why each other one would not, or why PEFT runs it.
+
+    The answer is for an input on the device of the layer's weight and in its dtype (in autocast's where that is on).
+
+    Args:
+        layer_or_model: a :class:`fastpeft.nn.LoRALinear`, a PEFT layer, or any module that holds some.
+
+    Raises:
+        TypeError: it is no module. ValueError: it holds no LoRA layer.
+    """
+    if not isinstance(layer_or_model, nn.Module):
+        raise TypeError(f"layer_or_model must be a torch.nn.Module, got {type(layer_or_model).__name__}")
+    verdicts = {}
+    for name, module in layer_or_model.named_modules():
+        verdict = _verdict_on(module)
+        if verdict is not None:
+            verdicts[name or type(module).__name__] = verdict
+    if not verdicts:
+        raise ValueError(
+            "layer_or_model must be or hold a fastpeft.nn.LoRALinear or a PEFT layer, "
+            f"got a {type(layer_or_model).__name__} without any"
+        )
+    return Explanation(verdicts)
+
+
+def backend_refusals(op: str, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> dict[str, str | None]:
+    """:func:`fastpeft.dispatch.refusals` for one token in the dtype that a layer with this ``weight`` computes in."""
+    device = weight.device.type
+    autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    return dispatch.refusals(op, weight.new_empty((1, weight.shape[1]), dtype=dtype), weight, A, B)
+
+
+def grouped(texts: Mapping[str, str]) -> str:
+    """The texts, each once, under the number and the names of the layers that it is about."""
+    names: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        names.setdefault(text, []).append(name)
+    return "\n".join(f"{len(group)} × {text}\n    {_listed(group)}" for text, group in names.items())
+
+
+def _listed(names: Sequence[str]) -> str:
+    hidden = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
+
+
+def _verdict_on(module: nn.Module) -> str | None:
+    if isinstance(module, LoRALinear):
+        weight = module.weight.t() if module.fan_in_fan_out else module.weight
+        return _backend_verdict(weight, [module.lora_A], [module.lora_B], module.backend)
+    if "peft" not in sys.modules:  # then no module can be PEFT's
+        return None
+    from . import peft
+
+    if not peft.is_peft_layer(module):
+        return None
+    operands = peft.operands_or_reason(module, module.active_adapters)
+    if isinstance(operands, str):
+        return f"PEFT: {operands}"
+    if not isinstance(module, peft.FusedLinear):
+        return "PEFT: the layer is not patched; fastpeft.patch(model) would fuse it"
+    return _backend_verdict(operands.weight, operands.A, operands.B, module.fastpeft_backend)
+
+
+def _backend_verdict(weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], requested: str | None) -> str:
+    lines = {name: _choice(backend_refusals(op, weight, A, B), requested) for name, op in _PASSES.items()}
+    if len(set(lines.values())) == 1:
+        return lines["forward"]
+    return "; ".join(f"{name} {line}" for name, line in lines.items())
+
+
+def _choice(refusals: Mapping[str, str | None], requested: str | None) -> str:
+    if requested is not None:
+        reason = refusals[requested]
+        return f"{requested}: asked for by name" + ("" if reason is None else f", and raises: {reason}")
+    chosen = next(name for name, reason in refusals.items() if reason is None)
+    others = [
+        f"{name} {'comes later in the order' if reason is None else f'refuses: {reason}'}"
+        for name, reason in refusals.items()
+        if name != chosen
+    ]
+    return f"{chosen}: {'; '.join(others)}"

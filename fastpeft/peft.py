@@ -1,0 +1,337 @@
+"""Hugging Face PEFT's LoRA layers through fastpeft, in place: parameters, names and state_dict keys stay PEFT's.
+
+A layer is fused by giving it the class :class:`FusedLinear`, which overrides ``forward``. Each call reads the layer's
+state anew, since PEFT's users change it at any time. What cannot be fused goes to PEFT's own ``forward``; the reason
+is what :func:`patch` reports and ``fastpeft.explain`` shows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeGuard
+
+import peft
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from .dispatch import BackendRefusal, check_backend_name
+from .explain import backend_refusals, grouped
+from .functional import lora_linear
+
+
+class Operands(NamedTuple):
+    """What a fused layer hands to :func:`fastpeft.functional.lora_linear`, in its order."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: list[Tensor]
+    B: list[Tensor]
+    scaling: list[float | Tensor]
+    dropout_p: list[float]
+
+
+class FusedLinear(PeftLinear):
+    """``peft.tuners.lora.layer.Linear`` whose forward is one call of :func:`fastpeft.functional.lora_linear`."""
+
+    fastpeft_backend: str | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's result, ``[..., K]`` to ``[..., N]``; from PEFT's own ``forward`` where the call cannot be fused."""
+        adapter_names = kwargs.get("adapter_names")
+        if args or len(kwargs) > (adapter_names is not None):
+            return super().forward(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._forward_mixed_batch(x, adapter_names)
+        operands = operands_or_reason(self, self.active_adapters)
+        if isinstance(operands, str) or not _is_plain_input(x, operands.weight):
+            return super().forward(x)
+        return lora_linear(x, *operands, backend=self.fastpeft_backend)
+
+    def _forward_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """``adapter_names`` has a name for each sample of ``x [samples, ..., K]``; ``"__base__"`` is no adapter."""
+        self._check_forward_args(x, adapter_names=adapter_names)
+        served = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A and name != "__base__"]
+        operands = operands_or_reason(self, served)
+        if (
+            isinstance(operands, str)
+            or x.dim() < 2
+            or any(self.lora_bias[name] for name in served)  # then the bias differs from token to token
+            or not _is_plain_input(x, operands.weight)
+        ):
+            return super().forward(x, adapter_names=adapter_names)
+        position = {name: i for i, name in enumerate(served)}
+        index = torch.tensor([position.get(name, -1) for name in adapter_names], device=x.device)
+        adapter_index = index.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
+        return lora_linear(x, *operands, adapter_index=adapter_index, backend=self.fastpeft_backend)
+
+    def extra_repr(self) -> str:
+        """Whether the layer is fused as it stands, or why not."""
+        operands = operands_or_reason(self, self.active_adapters)
+        return f"left to PEFT: {operands}" if isinstance(operands, str) else "fused"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`patch` found: the names of the fused layers, and those left to PEFT, each with its reason."""
+
+    fused: list[str]
+    left_to_peft: dict[str, str]
+
+    def __str__(self) -> str:
+        counts = f"fused: {len(self.fused)}, left to PEFT: {len(self.left_to_peft)}"
+        return f"{counts}\n{grouped(self.left_to_peft)}" if self.left_to_peft else counts
+
+
+def patch(model: nn.Module, *, backend: str | None = None) -> Report:
+    """Fuses the LoRA layers of ``model`` in place; parameters, names and state_dict keys stay as they are.
+
+    Patching twice is harmless; the last ``backend`` counts. A layer whose present state stands in the way (merged,
+    disabled, hooked, another variant of LoRA) is reported as left to PEFT and is fused once the state allows it.
+
+    Args:
+        model: a PEFT model, or any module that holds PEFT layers.
+        backend: ``"native"`` or ``"reference"`` for all its layers; None takes the fastest that accepts a call.
+
+    Raises:
+        TypeError: ``model`` is no module. ValueError: it holds no PEFT layer, or ``backend`` is unknown.
+        fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot run one of the layers.
+    """
+    check_backend_name(backend)
+    layers = _peft_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model must hold at least one PEFT layer, got a {type(model).__name__} without any; "
+            "peft.get_peft_model(model, config) adds them"
+        )
+    report = Report([], {})
+    for name, layer in layers.items():
+        operands = operands_or_reason(layer, layer.active_adapters)
+        if isinstance(operands, str):
+            report.left_to_peft[name] = operands
+        else:
+            _check_backend(name, operands, backend)
+            report.fused.append(name)
+    for layer in layers.values():
+        _fuse(layer, backend)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives every fused layer of ``model`` PEFT's class back.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    for layer in _peft_layers(model).values():
+        if type(layer) is FusedLinear:
+            layer.__class__ = PeftLinear
+            layer.__dict__.pop("fastpeft_backend", None)
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: peft.LoraConfig, *, backend: str | None = None, **kwargs: Any
+) -> nn.Module:
+    """``peft.get_peft_model(model, peft_config, **kwargs)``, then :func:`patch`.
+
+    Raises:
+        TypeError: ``peft_config`` is no ``peft.LoraConfig``. Else what the two functions raise.
+    """
+    if not isinstance(peft_config, peft.LoraConfig):
+        raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}")
+    check_backend_name(backend)
+    peft_model = peft.get_peft_model(model, peft_config, **kwargs)
+    patch(peft_model, backend=backend)
+    return peft_model
+
+
+_switch_lock = threading.Lock()
+_wanted_by: set[object] = set()
+_PROCESS = object()
+_create_peft_module = LoraModel._create_new_module
+
+
+def _create_fused_module(
+    lora_config: peft.LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+) -> nn.Module:
+    """Stands for ``LoraModel._create_new_module``, through which all LoRA layers come into being."""
+    layer = _create_peft_module(lora_config, adapter_name, target, **kwargs)
+    _fuse(layer, None)
+    return layer
+
+
+def _switch(change: Callable[[object], None], who: object) -> None:
+    with _switch_lock:
+        change(who)
+        create = _create_fused_module if _wanted_by else _create_peft_module
+        LoraModel._create_new_module = staticmethod(create)
+
+
+def enable() -> None:
+    """From now on every LoRA layer that PEFT makes in this process is fused (Trainer, TRL, ``from_pretrained`` ...)."""
+    _switch(_wanted_by.add, _PROCESS)
+
+
+def disable() -> None:
+    """Undoes :func:`enable`. Layers made before stay fused."""
+    _switch(_wanted_by.discard, _PROCESS)
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """:func:`enable` for the length of a ``with`` block; blocks may be nested."""
+    block = object()
+    _switch(_wanted_by.add, block)
+    try:
+        yield
+    finally:
+        _switch(_wanted_by.discard, block)
+
+
+def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operands | str:
+    """The operands of one call with these adapters, or why PEFT has to run it.
+
+    Modules are read through ``_modules`` and ``_parameters``: this runs in every forward, and ``nn.Module``'s attribute
+    look-up would take longer than all that is done here.
+    """
+    if type(layer) is not FusedLinear and type(layer) is not PeftLinear:
+        return f"{_class_name(layer)} is no class that fastpeft fuses"
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged into the base weight"
+    if _has_any_global_hook():
+        return "a hook on all modules is registered"
+    modules: dict[str, Any] = layer._modules
+    base = modules["base_layer"]
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    reason = _base_reason(base, weight, bias)
+    if reason is not None:
+        return reason
+    lora_A, lora_B, lora_dropout = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
+    if not type(lora_A) is type(lora_B) is type(lora_dropout) is nn.ModuleDict:
+        return "the containers of its adapters are wrapped"
+    operands = Operands(weight.t() if type(base) is Conv1D else weight, bias, [], [], [], [])
+    for name in adapters:
+        if name not in lora_A._modules:  # an adapter of other layers
+            continue
+        adapter: tuple[Any, ...] = tuple(container._modules.get(name) for container in (lora_A, lora_B, lora_dropout))
+        A, B, dropout = adapter
+        scaling = layer.scaling.get(name)
+        reason = _adapter_reason(layer, name, A, B, dropout, scaling, weight)
+        if reason is not None:
+            return f"its adapter {name!r} {reason}"
+        operands.A.append(A._parameters["weight"])
+        operands.B.append(B._parameters["weight"])
+        operands.scaling.append(scaling)
+        operands.dropout_p.append(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
+        lora_bias = B._parameters["bias"]
+        if lora_bias is not None:
+            total = lora_bias * scaling if operands.bias is None else operands.bias + lora_bias * scaling
+            operands = operands._replace(bias=total)
+    return operands if operands.A else "none of the active adapters is in this layer"
+
+
+def is_peft_layer(module: nn.Module) -> TypeGuard[BaseTunerLayer]:
+    """Whether ``module`` is a layer that PEFT made, of any method."""
+    return isinstance(module, BaseTunerLayer)
+
+
+def _peft_layers(model: nn.Module) -> dict[str, Any]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return {name or type(layer).__name__: layer for name, layer in model.named_modules() if is_peft_layer(layer)}
+
+
+def _fuse(layer: nn.Module, backend: str | None) -> None:
+    if type(layer) is PeftLinear:
+        layer.__class__ = FusedLinear
+    if type(layer) is FusedLinear:
+        layer.fastpeft_backend = backend
+
+
+def _check_backend(name: str, operands: Operands, backend: str | None) -> None:
+    if backend is None:
+        return
+    reason = backend_refusals("lora_linear", operands.weight, operands.A, operands.B)[backend]
+    if reason is not None:
+        raise BackendRefusal(f"backend={backend!r} cannot run {name}: {reason}")
+
+
+def _base_reason(base: nn.Module, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"its base layer is a {_class_name(base)}"
+    if _is_hooked(base):
+        return "its base layer has a hook or a forward of its own"
+    if weight is None or not _is_plain(weight) or (bias is not None and not _is_plain(bias)):
+        return f"its base layer's weight is a {type(weight).__qualname__} and its bias a {type(bias).__qualname__}"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"its base layer's weight is {weight.dtype} and its bias {bias.dtype}"
+    return None
+
+
+def _adapter_reason(
+    layer: Any, name: str, A: Any, B: Any, dropout: Any, scaling: float | Tensor | None, weight: Tensor
+) -> str | None:
+    if name in layer.lora_variant:
+        return f"is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+    if not type(A) is type(B) is nn.Linear:
+        return f"consists of {_class_name(A)} and {_class_name(B)}"
+    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return f"has {_class_name(dropout)} for dropout"
+    if _is_hooked(A) or _is_hooked(B) or _is_hooked(dropout):
+        return "has a module with a hook or a forward of its own"
+    if type(dropout) is nn.Dropout and dropout.training and dropout.p >= 1:
+        return f"drops everything (p = {dropout.p})"
+    A_weight: Any = A._parameters["weight"]
+    B_weight: Any = B._parameters["weight"]
+    if not _is_plain(A_weight) or not _is_plain(B_weight) or A._parameters["bias"] is not None:
+        return f"has weights of {type(A_weight).__qualname__} and {type(B_weight).__qualname__}, or a bias in lora_A"
+    if A_weight.dtype != B_weight.dtype:
+        return f"is {A_weight.dtype} in lora_A and {B_weight.dtype} in lora_B"
+    if A_weight.dtype != weight.dtype and not layer.cast_input_dtype_enabled:
+        return f"is {A_weight.dtype} where the base weight is {weight.dtype}, and casting the input is switched off"
+    if type(scaling) is not float and not _is_constant(scaling):
+        return "has a scaling that is not one constant number"
+    return None
+
+
+def _is_constant(scaling: float | Tensor | None) -> bool:
+    if isinstance(scaling, Tensor):
+        return scaling.numel() == 1 and scaling.dim() <= 1 and not scaling.requires_grad
+    return isinstance(scaling, (int, float))
+
+
+def _is_plain_input(x: Tensor, weight: Tensor) -> bool:
+    """False where PEFT computes something else than the op, or raises an error that is PEFT's to raise."""
+    if not isinstance(x, Tensor) or x.is_nested or x.is_meta or peek_interpreter_stack() is not None:
+        return False
+    if x.dtype == weight.dtype:
+        return True
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # put there by accelerate, among others
+    )
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
