@@ -1,0 +1,114 @@
+"""One case from parity check to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from fastpeft import dispatch
+from fastpeft.experiments.memory import kept_bytes
+
+from . import parity, rows
+from .cases import Case
+from .contestants import BASE, FASTPEFT, PEFT, Contestant, Runner
+from .rows import Row
+from .timing import Samples, interleave, ratios, summary
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rows of one ``fastpeft bench`` share."""
+
+    start: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    dirty: bool | None
+
+    @classmethod
+    def begin(cls) -> Run:
+        return cls(_now(), rows.machine(), rows.versions(), *rows.commit())
+
+
+def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run) -> Iterator[Row]:
+    """Checks parity, then times every phase of ``case``; yields a row for each contestant in each phase.
+
+    Args:
+        contestants: the base and PEFT, which the others are compared with, among them.
+    """
+    verdict = parity.check(case)
+    torch.compiler.reset()
+    runners: dict[str, Runner] = {}
+    refused: dict[str, str] = {}
+    kept: dict[str, int] = {}
+    for contestant in contestants:
+        name = contestant.name
+        reason = contestant.refuses(case)
+        if reason is None:
+            runner = contestant.setup(case)
+            reason = _compile_failure(runner, case) if contestant.compiled else None
+        if reason is None:
+            runners[name] = runner
+            runner.phase("forward")
+            kept[name] = kept_bytes(runner.model, runner.forward)
+        else:
+            refused[name] = reason
+    backend = _backend(runners[FASTPEFT.name]) if FASTPEFT.name in runners else None
+
+    for phase in case.phases:
+        samples = interleave({name: runner.phase(phase) for name, runner in runners.items()}, rounds)
+        for contestant in contestants:
+            name = contestant.name
+            timed = samples.get(name)
+            to_be_trusted = contestant is not FASTPEFT or verdict["passed"]
+            yield Row(
+                run=run.start,
+                date=_now(),
+                machine=run.machine,
+                versions=run.versions,
+                commit=run.commit,
+                dirty=run.dirty,
+                threads=torch.get_num_threads(),
+                case={"kind": case.kind, "shape": case.shape, **asdict(case)},  # type: ignore[call-overload]
+                phase=phase,
+                contestant=name,
+                backend=backend if contestant is FASTPEFT else None,
+                rounds=rounds,
+                seconds=None if timed is None else summary(timed.wall),
+                cpu_seconds=None if timed is None else summary(timed.cpu),
+                against=_against(timed, samples) if timed is not None and to_be_trusted else None,
+                kept_bytes=kept.get(name) if phase != "generate" else None,
+                parity=verdict,
+                refused=refused.get(name),
+            )
+
+
+def _against(timed: Samples, samples: dict[str, Samples]) -> dict[str, dict[str, float]]:
+    return {rival.name: summary(ratios(timed.wall, samples[rival.name].wall)) for rival in (BASE, PEFT)}
+
+
+def _compile_failure(runner: Runner, case: Case) -> str | None:
+    """Runs every phase once, so that all is compiled; the reason where the compiler gave up."""
+    try:
+        for phase in case.phases:
+            runner.phase(phase)()
+    except Exception as error:  # whatever the compiler raises is a result of the measurement
+        return f"torch.compile failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def _backend(runner: Runner) -> str:
+    """The name of the backend that runs the first fused layer."""
+    layer: Any = next(module for module in runner.model.modules() if hasattr(module, "lora_A"))
+    weight = layer.base_layer.weight
+    x = weight.new_empty((1, weight.shape[1]))
+    A, B = ([adapter.weight for adapter in adapters.values()] for adapters in (layer.lora_A, layer.lora_B))
+    return dispatch.choose("lora_linear", x, weight, A, B, None).NAME
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,97 @@
+"""Whether fastpeft computes what PEFT computes; checked before a shape is timed.
+
+The oracle is PEFT in float64. fastpeft passes when the largest error of each output and gradient is at most twice the
+one that PEFT makes in the same compute dtype (under autocast where the base is in a low precision), plus the result's
+own rounding. Under dropout all of them drop the same elements: PEFT's dropout modules are replaced by one that draws
+its mask as fastpeft does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.dropout import dropout_keep, dropout_scale, dropout_seeds
+
+from .cases import SEED, Case
+from .contestants import FASTPEFT, Runner, with_peft
+
+FACTOR = 2.0
+
+
+def check(case: Case) -> dict[str, Any]:
+    """``{"passed": bool, "errors": {result: {"fastpeft", "peft", "rounding"}}}``, all as largest absolute errors.
+
+    The results are the output and the gradients of the input, of all A and of all B.
+    """
+    low_precision = case.dtype != "fp32"
+    oracle = results(Runner(case, _with_shared_dropout(with_peft(case.base(), case)).double(), dtype=torch.float64))
+    eager = results(Runner(case, _with_shared_dropout(with_peft(case.base(), case)), autocast=low_precision))
+    ours = results(FASTPEFT.setup(case))
+    return judge(oracle, eager, ours)
+
+
+def judge(oracle: dict[str, Tensor], eager: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Any]:
+    """The verdict of :func:`check` on results by name."""
+    errors = {}
+    passed = True
+    for name, want in oracle.items():
+        error = _largest_error(ours[name], want)
+        eager_error = _largest_error(eager[name], want)
+        rounding = want.abs().max().item() * torch.finfo(ours[name].dtype).eps / 2
+        errors[name] = {"fastpeft": error, "peft": eager_error, "rounding": rounding}
+        passed &= error <= FACTOR * eager_error + rounding  # false for NaN
+    return {"passed": passed, "errors": errors}
+
+
+def failures(parity: dict[str, Any]) -> list[str]:
+    """Names of the results that are off."""
+    return [
+        name
+        for name, error in parity["errors"].items()
+        if not error["fastpeft"] <= FACTOR * error["peft"] + error["rounding"]
+    ]
+
+
+def results(runner: Runner) -> dict[str, Tensor]:
+    """Output and gradients in training mode. The seed is set before each pass, so that equal draws give equal masks."""
+    runner.model.train()
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        found = {"y": runner.predict(runner.x)}
+    torch.manual_seed(SEED)
+    runner.step()
+    if runner.x.grad is not None:
+        found["dx"] = runner.x.grad
+    for kind in ("A", "B"):
+        grads = [p.grad for name, p in runner.adapters.items() if f"lora_{kind}" in name]
+        found[f"d{kind}"] = torch.cat([grad.flatten() for grad in grads if grad is not None])
+    return found
+
+
+class CounterDropout(nn.Module):
+    """fastpeft's mask as a module: draws a seed at each call, in the order in which the layers run."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        seed = dropout_seeds(1, x.device)[0]
+        keep = dropout_keep(seed, x.shape[:-1].numel(), x.shape[-1], self.p).view(x.shape)
+        return x.masked_fill(~keep, 0) * dropout_scale(self.p)
+
+
+def _with_shared_dropout(model: nn.Module) -> nn.Module:
+    for parent in list(model.modules()):
+        if isinstance(parent, nn.ModuleDict):
+            for name, module in parent.items():
+                if isinstance(module, nn.Dropout):
+                    parent[name] = CounterDropout(module.p)
+    return model
+
+
+def _largest_error(got: Tensor, want: Tensor) -> float:
+    return (got.double() - want).abs().max().item()

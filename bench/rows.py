@@ -1,0 +1,164 @@
+"""Measurements as data: one JSON line each, with all that is needed to know what was measured, where and on what."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastpeft
+
+Summary = dict[str, float]
+"""``min``, ``q1``, ``median``, ``q3``."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant in one phase of one case.
+
+    Attributes:
+        run: start of the ``fastpeft bench`` that measured it, ISO 8601 in UTC; shared by its rows.
+        date: when this row was measured.
+        machine: ``name, cpu, cores, memory_gib, features, system``.
+        versions: of python, torch, peft, transformers, fastpeft.
+        commit: fastpeft's git commit; None outside of its repository.
+        dirty: whether tracked files differed from it, results left out.
+        threads: of torch.
+        case: ``kind, shape, dtype, rank, dropout`` and what else describes it.
+        phase: forward, step or generate.
+        contestant: base, peft, peft-autocast, peft-compiled or fastpeft.
+        backend: what ran fastpeft's op; None for the others.
+        rounds: samples behind each summary.
+        seconds: wall seconds per call; None when the contestant could not run.
+        cpu_seconds: processor seconds per call, summed over threads.
+        against: ratios of wall seconds, round by round, to ``base`` and to ``peft``; None while parity fails.
+        kept_bytes: what autograd keeps for the backward pass; None for ``generate``.
+        parity: what ``parity.check`` found for the case.
+        refused: why the contestant could not run.
+    """
+
+    run: str
+    date: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    dirty: bool | None
+    threads: int
+    case: dict[str, Any]
+    phase: str
+    contestant: str
+    backend: str | None
+    rounds: int
+    seconds: Summary | None
+    cpu_seconds: Summary | None
+    against: dict[str, Summary] | None
+    kept_bytes: int | None
+    parity: dict[str, Any]
+    refused: str | None
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Raises ValueError where the line's fields are not exactly a row's."""
+        values = json.loads(line)
+        expected = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or values.keys() != expected:
+            found = set(values) if isinstance(values, dict) else {type(values).__name__}
+            raise ValueError(
+                f"a row must have the fields of {cls.__name__}; "
+                f"missing: {sorted(expected - found)}, unknown: {sorted(found - expected)}"
+            )
+        return cls(**values)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for rows that measure the same thing, on whatever commit."""
+        return (self.threads, json.dumps(self.case, sort_keys=True), self.phase, self.contestant)
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Adds ``rows`` to the JSON lines in ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(row.to_json() + "\n" for row in rows)
+
+
+def load(path: Path) -> list[Row]:
+    """All rows of ``path``, oldest first. Raises ValueError naming the line that is no row."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(Row.from_json(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The newest of the rows that measure the same thing, with as many threads as the very last one."""
+    threads = rows[-1].threads if rows else 0
+    return list({row.identity: row for row in rows if row.threads == threads}.values())
+
+
+def machine() -> dict[str, Any]:
+    """Facts about this machine; ``name`` is fit for a file name."""
+    import psutil
+
+    capabilities = torch.cpu.get_capabilities()
+    cpu = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+    return {
+        "name": f"{slug(cpu)}-{cores}-cores",
+        "cpu": cpu,
+        "cores": cores,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "features": sorted(name for name, present in capabilities.items() if present is True),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def slug(name: str) -> str:
+    """Lower case, words joined by hyphens; trade marks and clock rates left out."""
+    words = re.sub(r"\((r|tm)\)|@.*|\bcpu\b|\bprocessor\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a measurement."""
+    found = {"python": platform.python_version(), "fastpeft": fastpeft.__version__}
+    for package in ("torch", "peft", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """fastpeft's git commit and whether tracked files differ from it; (None, None) where git does not track it."""
+    source = Path(fastpeft.__file__)
+    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+        return None, None
+    status = _git(
+        source.parent, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results"
+    )
+    return _git(source.parent, "rev-parse", "HEAD"), bool(status)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

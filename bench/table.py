@@ -1,0 +1,161 @@
+"""Rows as a table: for the terminal and, the same, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .bounds import STATED_FOR, Finding
+from .contestants import BASE, CONTESTANTS, FASTPEFT
+from .parity import failures
+from .rows import Row
+
+_NOTHING = "–"
+_COLUMNS = {contestant.name: contestant.label for contestant in CONTESTANTS}
+_CAPTION = (
+    "Wall time as a multiple of the frozen base layer's in the same round: median [quartiles]. Less is better; "
+    "1.00 would be an adapter for free. Kept: what autograd holds from forward to backward."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """The cases of one dtype and dropout: for each shape, a line for each phase and one for the kept bytes."""
+
+    title: str
+    lines: list[list[str]]
+
+
+def sections(rows: Sequence[Row]) -> list[Section]:
+    """The table's cells as text; rows of one section stand in the order in which they came."""
+    by_section: dict[str, dict[str, dict[str, dict[str, Row]]]] = {}
+    for row in rows:
+        case = row.case
+        title = f"{case['dtype']}, dropout {case['dropout']:g}, rank {case['rank']}"
+        phases = by_section.setdefault(title, {}).setdefault(case["shape"], {})
+        phases.setdefault(row.phase, {})[row.contestant] = row
+    found = []
+    for title, shapes in by_section.items():
+        lines = []
+        for shape, phases in shapes.items():
+            label = shape
+            for phase, contestants in phases.items():
+                lines.append([label, phase, *(_time(contestants.get(name)) for name in _COLUMNS)])
+                label = ""
+            kept = phases.get("step", {})
+            lines.append([label, "kept, MiB", *(_kept(kept.get(name)) for name in _COLUMNS)])
+        found.append(Section(title, lines))
+    return found
+
+
+def _time(row: Row | None) -> str:
+    if row is None or row.seconds is None:
+        return _NOTHING
+    if row.contestant == BASE.name:
+        return f"{row.seconds['median'] * 1e3:.3g} ms"
+    if row.against is None:
+        return "parity fails"
+    ratio = row.against[BASE.name]
+    return f"{ratio['median']:.2f} [{ratio['q1']:.2f}, {ratio['q3']:.2f}]"
+
+
+def _kept(row: Row | None) -> str:
+    return _NOTHING if row is None or row.kept_bytes is None else f"{row.kept_bytes / 2**20:.2f}"
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know beside the numbers: where they come from, and what has no number and why."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.refused is not None:
+            reasons.setdefault(f"{_COLUMNS[row.contestant]}: {row.refused}", []).append(_case(row))
+        if row.contestant == FASTPEFT.name and not row.parity["passed"]:
+            wrong = ", ".join(failures(row.parity))
+            reasons.setdefault(f"No speed-up while parity fails ({wrong})", []).append(_case(row))
+    return [origin(rows), *(f"{reason}. At {_listed(cases)}" for reason, cases in reasons.items())]
+
+
+def _case(row: Row) -> str:
+    return f"{row.case['shape']} {row.case['dtype']}, dropout {row.case['dropout']:g}"
+
+
+def _listed(cases: Sequence[str]) -> str:
+    different = list(dict.fromkeys(cases))
+    return "; ".join(different) if len(different) <= 2 else f"{len(different)} cases"
+
+
+def origin(rows: Sequence[Row]) -> str:
+    """Machine, versions, commits and dates of ``rows`` in a sentence."""
+    last = rows[-1]
+    commits = sorted({f"{(row.commit or 'unknown')[:8]}{' with changes' if row.dirty else ''}" for row in rows})
+    dates = sorted({row.date[:10] for row in rows})
+    parts = [
+        f"{last.machine['cpu']}, {last.machine['cores']} cores, {last.threads} threads",
+        ", ".join(f"{name} {number}" for name, number in last.versions.items()),
+        f"backend {', '.join(sorted({row.backend for row in rows if row.backend}))}",
+        f"commit {', '.join(commits)}",
+        " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+    ]
+    return "; ".join(parts)
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Prints the table."""
+    for section in sections(rows):
+        table = Table(title=section.title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("M×K×N", min_width=14)
+        table.add_column("phase", min_width=9)
+        for name, label in _COLUMNS.items():
+            width = 8 if name == BASE.name else 17
+            style = "bold green" if name == FASTPEFT.name else ""
+            table.add_column(label, justify="right", min_width=width, style=style)
+        for i, line in enumerate(section.lines):
+            last_of_shape = i + 1 == len(section.lines) or bool(section.lines[i + 1][0])
+            cells = [Text(cell, style="bold red") if cell == "parity fails" else cell for cell in line]
+            table.add_row(*cells, end_section=last_of_shape)
+        console.print(table)
+    for note in (_CAPTION, *notes(rows)):
+        console.print(note, style="dim", markup=False, highlight=False)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table as Markdown."""
+    parts = ["# fastpeft bench", _CAPTION]
+    for section in sections(rows):
+        header = ["M×K×N", "phase", *_COLUMNS.values()]
+        rule = ["---", "---", *["---:"] * len(_COLUMNS)]
+        parts.append(f"## {section.title}")
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *section.lines)))
+    parts.append("\n".join(f"- {note}" for note in notes(rows)))
+    return "\n\n".join(parts) + "\n"
+
+
+def show_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Prints each bound, what was measured, and whether it holds."""
+    table = Table(
+        title=f"Bounds, stated for {STATED_FOR}", title_style="bold", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    for name in ("bound", "where"):
+        table.add_column(name)
+    for name in ("at most", "measured"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for finding in findings:
+        measured = _NOTHING if finding.measured is None else f"{finding.measured:.3f}"
+        style = "red" if finding.missed else "green" if finding.verdict == "pass" else "dim"
+        table.add_row(
+            finding.bound.text,
+            finding.where,
+            f"{finding.bound.limit:.2f}",
+            measured,
+            Text(finding.verdict, style=style),
+        )
+    console.print(table)
+    passed = sum(finding.verdict == "pass" for finding in findings)
+    missed = sum(finding.missed for finding in findings)
+    console.print(f"{passed} pass, {missed} missed, {len(findings) - passed - missed} not measured")
