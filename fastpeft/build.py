@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mbmi2", "-mf16c", "-mfma"]
+_AVX512 += ["-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
 X86_FLAGS = {
     "*_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "*_avx512.cpp": _AVX512,
@@ -72,7 +73,7 @@ def build(csrc: Path, library: Path, objects: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        target = objects / f"{source.stem}.o"
+        target = objects / "_".join(source.relative_to(csrc).with_suffix(".o").parts)
         dependencies = ["-MMD", "-MF", str(target.with_suffix(".d"))]
         command = [*compiler, *COMPILE_FLAGS, *machine_flags(source), *compile_flags, *dependencies]
         command += ["-c", str(source), "-o", str(target)]

@@ -1,0 +1,162 @@
+"""The rules of the house, read off the sources: what may import what, and where machine knowledge may stand."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fastpeft"
+SOURCE_FOLDERS = ("fastpeft", "csrc", "kernels", "bench", "tests", "examples")
+SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}
+MAX_LINES = 500
+
+# From the specification up to the modules: each may import those before it.
+LAYERS = ("reference", "dropout", "backends", "dispatch", "ops", "functional", "nn")
+# Who may name an instruction set: the backends, the compiler flags of each kernel file, and what `info` shows.
+MACHINE_MODULES = {PACKAGE / "build.py", PACKAGE / "info.py", *(PACKAGE / "backends").glob("*.py")}
+MACHINE_NAMES = re.compile(
+    r"avx|amx|\bsse\d|\bneon\b|\bsve\d?\b|vnni|\bsm_?\d\d|\b[abh]\d00\b|cpu_supports|capabilit(y|ies)\b", re.IGNORECASE
+)
+# Code that a call passes through and that must not choose by size; a comparison with 0, 1 or 2 is about structure.
+SIZE_BLIND = ("reference", "dispatch", "ops", "functional", "nn", "explain", "peft")
+LARGEST_STRUCTURAL_NUMBER = 2
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(level, module) of every import in a file, with level 0 for absolute ones."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node.level, name) for name in names)
+
+
+def code_words(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of every name, attribute and string in a file, docstrings left out."""
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_the_reference_imports_torch_alone() -> None:
+    found = set(imports(PACKAGE / "reference.py"))
+    assert (0, "torch") in found
+    assert {level for level, _ in found} == {0}
+    assert {name.partition(".")[0] for _, name in found} <= {"__future__", "collections", "typing", "torch"}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_data_flows_one_way(layer: str) -> None:
+    path = PACKAGE / layer
+    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    allowed = {*LAYERS[: LAYERS.index(layer)], layer}
+    for file in files:
+        own = {name.partition(".")[0] for level, name in imports(file) if level == 1 + path.is_dir()}
+        assert own <= allowed, f"{file.name} imports {own - allowed}"
+
+
+@pytest.mark.parametrize("path", sorted(set(PACKAGE.rglob("*.py")) - MACHINE_MODULES), ids=lambda p: p.stem)
+def test_only_backends_name_instruction_sets_and_gpus(path: Path) -> None:
+    assert [word for word in code_words(path) if MACHINE_NAMES.search(word[1])] == []
+
+
+def test_only_the_kernels_name_instruction_sets_in_cpp() -> None:
+    bindings = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc").glob("*.h")]
+    assert bindings
+    for path in bindings:
+        assert MACHINE_NAMES.findall(path.read_text()) == [], path.name
+
+
+@pytest.mark.parametrize("module", SIZE_BLIND)
+def test_only_backends_hold_thresholds(module: str) -> None:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    numbers = [
+        (node.lineno, side.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        for side in (node.left, *node.comparators)
+        if isinstance(side, ast.Constant) and isinstance(side.value, (int, float))
+    ]
+    assert [number for number in numbers if number[1] > LARGEST_STRUCTURAL_NUMBER] == []
+
+
+def test_kernels_in_cpp_know_neither_torch_nor_the_environment() -> None:
+    kernels = [path for path in (ROOT / "csrc" / "cpu").iterdir() if path.suffix in SOURCE_SUFFIXES]
+    assert kernels
+    for path in kernels:
+        text = path.read_text()
+        assert re.findall(r"#include\s*[<\"](?:torch|ATen|c10|pybind11|Python)\b", text) == [], path.name
+        assert "getenv" not in text, path.name
+
+
+def test_the_kernels_folder_is_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_files_hold_one_idea() -> None:
+    files = [
+        path
+        for folder in SOURCE_FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in SOURCE_SUFFIXES and path.is_file()
+    ]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert lines
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
+
+
+LEAN_IMPORT = """
+import sys, torch
+before = set(sys.modules)
+
+def refuse(event, args):
+    if event.startswith(("subprocess.", "socket.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "urllib.")):
+        raise AssertionError(f"import fastpeft does {event} {args}")
+
+def no_cuda(*args, **kwargs):
+    raise AssertionError("import fastpeft touches CUDA")
+
+sys.addaudithook(refuse)
+for name in ("_lazy_init", "is_available", "device_count", "get_device_capability", "get_device_properties"):
+    setattr(torch.cuda, name, no_cuda)
+
+import fastpeft
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+
+
+def test_importing_fastpeft_is_lean() -> None:
+    """It starts no process, opens no connection, leaves CUDA alone, and loads nothing but itself and torch."""
+    result = subprocess.run([sys.executable, "-c", LEAN_IMPORT], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split()) - set(sys.stdlib_module_names)
+    assert "fastpeft" in loaded
+    assert loaded <= {"fastpeft", "torch"}
+
+
+def test_tests_run_on_poisoned_memory() -> None:
+    """An output that a kernel forgets to write is NaN in every test."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert torch.empty(100, dtype=dtype).isnan().all()
+        assert torch.ones(3, dtype=dtype).new_empty(100).isnan().all()

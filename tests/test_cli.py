@@ -1,0 +1,128 @@
+"""The command line: what it prints and with which code it exits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import fastpeft
+from fastpeft import cli, dispatch
+from fastpeft.backends import reference
+from fastpeft.selfcheck import DTYPES, self_check
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    result = CliRunner(env={"COLUMNS": "200", **(env or {})}).invoke(cli.main, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_help_lists_every_command() -> None:
+    code, output = run("--help")
+    assert code == 0
+    assert [name for name in ("bench", "build", "demo", "info") if f"  {name}  " not in output] == []
+
+
+def test_help_loads_no_subcommand() -> None:
+    script = (
+        "import sys; from click.testing import CliRunner; from fastpeft.cli import main\n"
+        "result = CliRunner().invoke(main, ['--help']); assert result.exit_code == 0, result.output\n"
+        "print(*sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {"peft", "transformers", "matplotlib", "fastpeft.info", "fastpeft.bench"}.isdisjoint(result.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["bench", "build", "demo", "info"])
+def test_each_command_has_help(command: str) -> None:
+    code, output = run(command, "--help")
+    assert code == 0
+    assert f"Usage: main {command}" in output
+
+
+def test_python_m_fastpeft_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "fastpeft", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"fastpeft, version {fastpeft.__version__}\n")
+
+
+def test_an_unknown_command_is_refused() -> None:
+    code, output = run("fly")
+    assert code == 2
+    assert "No such command 'fly'" in output
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_not_there.part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.COMMANDS, "needy", ("needs_more", ""))
+    package = "a_package_that_is_not_there"
+    assert run("needy") == (1, f"Error: the package {package} is missing: pip install {package}\n")
+
+
+def test_a_mistake_of_our_own_is_no_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wrong.py").write_text("import fastpeft.no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.COMMANDS, "wrong", ("wrong", ""))
+    with pytest.raises(ModuleNotFoundError, match=r"fastpeft\.no_such_module"):
+        run("wrong")
+
+
+def test_build_without_a_compiler_says_how_to_get_one() -> None:
+    code, output = run("build", env={"CXX": "/nonexistent"})
+    assert code == 1
+    assert output.startswith("Error: no C++ compiler: CXX=/nonexistent is not there; install one")
+    assert "Traceback" not in output
+
+
+def test_info_shows_versions_backends_and_the_check() -> None:
+    code, output = run("info")
+    assert code == 0
+    assert fastpeft.__version__ in output
+    assert torch.__version__ in output
+    for backend in dispatch.BACKENDS:
+        assert backend.NAME in output
+        reason = backend.unavailable()
+        passed = output.count(f"{backend.NAME}, ")
+        assert passed >= len(DTYPES) if reason is None else reason in output
+    assert "FAILED" not in output
+
+
+def test_info_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reference.lora_linear
+
+    def wrong(x: torch.Tensor, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        y, u = right(x, *args)  # type: ignore[arg-type]
+        return (y if x.dtype == torch.float64 else y * 1.25), u
+
+    monkeypatch.setattr(reference, "lora_linear", wrong)
+    code, output = run("info")
+    assert code == 1
+    assert output.count("FAILED") == len(DTYPES)
+    assert "the self-check failed" in output
+
+
+def test_the_check_reports_a_backend_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reference.lora_linear
+
+    def breaks(x: torch.Tensor, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.dtype != torch.float64:
+            raise RuntimeError("no luck")
+        return right(x, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reference, "lora_linear", breaks)
+    verdicts = [verdict for verdict in self_check() if verdict.backend == "reference"]
+    assert [(v.passed, v.failure) for v in verdicts] == [(False, "RuntimeError: no luck")] * len(DTYPES)
+
+
+def test_the_check_leaves_the_generator_alone() -> None:
+    before = torch.get_rng_state()
+    self_check()
+    assert torch.equal(before, torch.get_rng_state())
