@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..dropout import dropout_scale, dropout_threshold
+
 _C: ModuleType | None = None
 _load_error = ""
 try:
@@ -18,6 +20,7 @@ except ImportError as error:
 
 NAME = "native"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_TOKENS = 4
 
 
 def unavailable() -> str | None:
@@ -35,6 +38,8 @@ def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence
         return f"it runs on CPU, and x is on {x.device}"
     if x.dtype not in DTYPES:
         return f"it computes in float32, bfloat16 or float16, and x is {x.dtype}"
+    if weight.numel() == 0:
+        return f"weight is empty, {list(weight.shape)}"
     for tensor in (*A, *B):
         if tensor.dtype not in DTYPES:
             return f"it takes adapters in float32, bfloat16 or float16, and one is {tensor.dtype}"
@@ -59,4 +64,41 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """See ops.py."""
     assert _C is not None
-    return _C.lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed, adapter_index)
+    thresholds, scaling = _dropout(scaling, dropout_p, seed)
+    few = seed is None and _few_tokens(x, weight, A, B)
+    return _C.lora_linear(x, weight, bias, A, B, scaling, thresholds, seed, adapter_index, few)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    u: Tensor | None,
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See ops.py."""
+    assert _C is not None
+    thresholds, scaling = _dropout(scaling, dropout_p, seed)
+    return _C.lora_linear_backward(dy, x, weight, A, B, u, scaling, thresholds, seed, adapter_index, needs)
+
+
+def _dropout(
+    scaling: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None
+) -> tuple[list[int], Sequence[float]]:
+    """The masks' thresholds, and the scalings with dropout's factor 1 / (1 - p) in them."""
+    if seed is None:
+        return [0] * len(scaling), scaling
+    thresholds = [dropout_threshold(p) for p in dropout_p]
+    return thresholds, [s * dropout_scale(p) for s, p in zip(scaling, dropout_p, strict=True)]
+
+
+def _few_tokens(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
+    """Whether one sweep of dot products over the rows of W beats a matrix product: generation."""
+    rows = x.numel() // weight.shape[1]
+    return 0 < rows <= FEW_TOKENS and all(t.is_contiguous() for t in (weight, *A, *B))

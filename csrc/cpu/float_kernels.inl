@@ -1,0 +1,283 @@
+// Kernels in float32 arithmetic over V16, for every dtype, and the packing of both compute formats.
+// Included by each translation unit after the V16 of its instruction set; everything has internal linkage.
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+using fastpeft::cpu::DType;
+using fastpeft::cpu::kColumns;
+using fastpeft::cpu::kDotRows;
+using fastpeft::cpu::Kernels;
+using fastpeft::cpu::kKeepWords;
+using fastpeft::cpu::kLanes;
+using fastpeft::cpu::kRows;
+using fastpeft::cpu::Matrix;
+
+// ---- elements of any dtype --------------------------------------------------------------------------------------
+
+inline const char* at(const void* p, DType dtype, int64_t index) {
+    return static_cast<const char*>(p) + index * (dtype == DType::f32 ? 4 : 2);
+}
+inline char* at(void* p, DType dtype, int64_t index) {
+    return static_cast<char*>(p) + index * (dtype == DType::f32 ? 4 : 2);
+}
+
+template <DType D>
+inline V16 load_as(const void* p) {
+    if constexpr (D == DType::f32) return load(static_cast<const float*>(p));
+    if constexpr (D == DType::bf16) return load_bf16(static_cast<const uint16_t*>(p));
+    if constexpr (D == DType::f16) return load_f16(static_cast<const uint16_t*>(p));
+}
+inline V16 load_any(const void* p, DType dtype) {
+    if (dtype == DType::bf16) return load_as<DType::bf16>(p);
+    if (dtype == DType::f16) return load_as<DType::f16>(p);
+    return load_as<DType::f32>(p);
+}
+inline V16 load_first(const void* p, DType dtype, int64_t n) {  // n of 16 elements, zeros behind them
+    if (n >= kLanes) return load_any(p, dtype);
+    alignas(64) char padded[64] = {};
+    if (n > 0) std::memcpy(padded, p, n * (dtype == DType::f32 ? 4 : 2));
+    return load_any(padded, dtype);
+}
+inline void store_any(void* p, DType dtype, V16 v) {
+    if (dtype == DType::bf16) return store_bf16(static_cast<uint16_t*>(p), v);
+    if (dtype == DType::f16) return store_f16(static_cast<uint16_t*>(p), v);
+    store(static_cast<float*>(p), v);
+}
+inline void store_first(void* p, DType dtype, V16 v, int64_t n) {
+    if (n >= kLanes) return store_any(p, dtype, v);
+    alignas(64) char padded[64];
+    store_any(padded, dtype, v);
+    std::memcpy(p, padded, n * (dtype == DType::f32 ? 4 : 2));
+}
+inline uint16_t keep_bits(const uint64_t* words, int64_t column) {  // of 16 columns
+    return static_cast<uint16_t>(words[column / 64] >> (column % 64));
+}
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+void widen(const void* src, DType dtype, float* dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes)
+        store_first(dst + i, DType::f32, load_first(at(src, dtype, i), dtype, n - i), n - i);
+}
+void narrow(const float* src, DType dtype, void* dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes)
+        store_first(at(dst, dtype, i), dtype, load_first(src + i, DType::f32, n - i), n - i);
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------------
+
+inline void store_pair(uint16_t* p, V16 even, V16 odd) {  // even and odd rows interleaved, 32 bfloat16
+    uint16_t a[kLanes], b[kLanes];
+    store_bf16(a, even);
+    store_bf16(b, odd);
+    for (int64_t i = 0; i < kLanes; ++i) {
+        p[2 * i] = a[i];
+        p[2 * i + 1] = b[i];
+    }
+}
+
+// Sixteen rows of S from `row`, its columns `column` … + 15; zeros beyond the edges.
+inline void load_block(const Matrix& s, int64_t row, int64_t column, V16 (&v)[16]) {
+    const bool transposed = s.column_stride != 1;
+    const int64_t rows = s.rows - row, columns = s.columns - column;
+    const int64_t outer = transposed ? columns : rows, inner = transposed ? rows : columns;
+    const int64_t stride = transposed ? s.column_stride : s.row_stride;
+    const char* base = at(s.data, s.dtype, row * s.row_stride + column * s.column_stride);
+    for (int64_t i = 0; i < kLanes; ++i)
+        v[i] = i < outer ? load_first(at(base, s.dtype, i * stride), s.dtype, inner) : zero();
+    if (transposed) transpose(v);
+}
+
+void pack(const Matrix& s, bool pairs, void* panel, int64_t begin, int64_t end) {
+    const int64_t row_blocks = (s.rows + kLanes - 1) / kLanes;
+    for (int64_t block = begin; block < end; ++block) {
+        V16 v[16];
+        load_block(s, block % row_blocks * kLanes, block / row_blocks * kLanes, v);
+        const int64_t offset = block * kLanes * kLanes;
+        for (int64_t i = 0; i < kLanes; i += pairs ? 2 : 1) {
+            if (pairs)
+                store_pair(static_cast<uint16_t*>(panel) + offset + i * kLanes, v[i], v[i + 1]);
+            else
+                store(static_cast<float*>(panel) + offset + i * kLanes, v[i]);
+        }
+    }
+}
+
+void left(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs, void* out) {
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t r = 0; r < ranks; r += kLanes) {
+            const V16 v = load(q + m * ld_q + r);
+            if (pairs)
+                store_bf16(static_cast<uint16_t*>(out) + m * ranks + r, v);
+            else
+                store(static_cast<float*>(out) + m * ranks + r, v);
+        }
+}
+
+// ---- dropout and staging ----------------------------------------------------------------------------------------
+
+template <DType D>
+inline void stage_float(const void* src, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep, float* tile) {
+    const int64_t padded = (columns + kLanes - 1) / kLanes * kLanes;
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t c = 0; c < padded; c += kLanes) {
+            const char* p = at(src, D, m * ld + c);
+            V16 v = c + kLanes <= columns ? load_as<D>(p) : load_first(p, D, columns - c);
+            if (keep) v = where_kept(v, keep_bits(keep + m * kKeepWords, c));
+            store(tile + m * kColumns + c, v);
+        }
+}
+
+void stage_float(const void* src, DType dtype, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep,
+                 void* tile) {
+    float* t = static_cast<float*>(tile);
+    if (dtype == DType::f32) return stage_float<DType::f32>(src, ld, rows, columns, keep, t);
+    if (dtype == DType::f16) return stage_float<DType::f16>(src, ld, rows, columns, keep, t);
+    stage_float<DType::bf16>(src, ld, rows, columns, keep, t);
+}
+
+// ---- the three skinny products ----------------------------------------------------------------------------------
+
+template <int Rows>
+inline void multiply_rows(const float* tile, int64_t columns, const float* panel, float* out, int64_t ld_out) {
+    V16 sums[Rows];
+    for (int i = 0; i < Rows; ++i) sums[i] = load(out + i * ld_out);
+    for (int64_t c = 0; c < columns; ++c) {
+        const V16 p = load(panel + c * kLanes);
+        for (int i = 0; i < Rows; ++i) sums[i] = fma(splat(tile[i * kColumns + c]), p, sums[i]);
+    }
+    for (int i = 0; i < Rows; ++i) store(out + i * ld_out, sums[i]);
+}
+
+void multiply_float(const void* tile, bool, int64_t rows, int64_t columns, const void* panel, int64_t panel_stride,
+                    int64_t blocks, float* out, int64_t ld_out) {
+    const float* t = static_cast<const float*>(tile);
+    for (int64_t b = 0; b < blocks; ++b) {
+        const float* p = static_cast<const float*>(panel) + b * panel_stride;
+        int64_t m = 0;
+        for (; m + kFloatRows <= rows; m += kFloatRows)
+            multiply_rows<kFloatRows>(t + m * kColumns, columns, p, out + m * ld_out + b * kLanes, ld_out);
+        for (; m < rows; ++m) multiply_rows<1>(t + m * kColumns, columns, p, out + m * ld_out + b * kLanes, ld_out);
+    }
+}
+
+void left_outer_float(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool, void* out) {
+    left(q, ld_q, rows, ranks, false, out);
+}
+
+template <int Ranks>
+inline void outer_ranks(const float* tile, int64_t rows, const float* q, int64_t ld_q, float* out, int64_t ld_out) {
+    V16 sums[Ranks];
+    for (int r = 0; r < Ranks; ++r) sums[r] = load(out + r * ld_out);
+    for (int64_t m = 0; m < rows; ++m) {
+        const V16 t = load(tile + m * kColumns);
+        for (int r = 0; r < Ranks; ++r) sums[r] = fma(splat(q[m * ld_q + r]), t, sums[r]);
+    }
+    for (int r = 0; r < Ranks; ++r) store(out + r * ld_out, sums[r]);
+}
+
+void outer_float(const void* tile, bool, int64_t rows, int64_t columns, const void* q, int64_t blocks, float* out,
+                 int64_t ld_out) {
+    const int64_t ranks = blocks * kLanes;
+    for (int64_t c = 0; c < columns; c += kLanes)
+        for (int64_t r = 0; r < ranks; r += kFloatRanks)
+            outer_ranks<kFloatRanks>(static_cast<const float*>(tile) + c, rows, static_cast<const float*>(q) + r, ranks,
+                                     out + r * ld_out + c, ld_out);
+}
+
+// keep ∘ low + base + bias, one vector of columns.
+inline V16 finish(V16 low, int64_t m, int64_t c, int64_t n, const uint64_t* keep, const float* base,
+                  const float* bias) {
+    if (keep) low = where_kept(low, keep_bits(keep + m * kKeepWords, c));
+    if (base) low = add(low, load(base + m * kColumns + c));
+    if (bias) low = add(low, load_first(bias + c, DType::f32, n));
+    return low;
+}
+
+template <int Rows>
+inline void expand_rows(const float* q, int64_t m, int64_t c, int64_t columns, int64_t ranks, const float* panel,
+                        const uint64_t* keep, const float* base, const float* bias, void* y, DType dtype,
+                        int64_t ld_y) {
+    V16 sums[Rows];
+    for (int i = 0; i < Rows; ++i) sums[i] = zero();
+    for (int64_t r = 0; r < ranks; ++r) {
+        const V16 p = load(panel + r * kLanes);
+        for (int i = 0; i < Rows; ++i) sums[i] = fma(splat(q[(m + i) * ranks + r]), p, sums[i]);
+    }
+    for (int i = 0; i < Rows; ++i)
+        store_first(at(y, dtype, (m + i) * ld_y + c), dtype, finish(sums[i], m + i, c, columns - c, keep, base, bias),
+                    columns - c);
+}
+
+void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel, int64_t panel_stride,
+                  const uint64_t* keep, const float* base, const float* bias, void* y, DType dtype, int64_t ld_y) {
+    const float* left_q = static_cast<const float*>(q);
+    for (int64_t c = 0; c < columns; c += kLanes) {
+        const float* p = static_cast<const float*>(panel) + c / kLanes * panel_stride;
+        int64_t m = 0;
+        for (; m + kFloatRows <= rows; m += kFloatRows)
+            expand_rows<kFloatRows>(left_q, m, c, columns, ranks, p, keep, base, bias, y, dtype, ld_y);
+        for (; m < rows; ++m) expand_rows<1>(left_q, m, c, columns, ranks, p, keep, base, bias, y, dtype, ld_y);
+    }
+}
+
+// ---- few tokens: dot products with the rows of W ----------------------------------------------------------------
+
+template <DType D, int Tokens>
+inline void dot_row(const float* x, int64_t ld_x, const char* w, int64_t columns, V16 (&sums)[Tokens]) {
+    V16 odd[Tokens];
+    for (int t = 0; t < Tokens; ++t) odd[t] = zero();
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
+        const V16 w0 = load_as<D>(at(w, D, c)), w1 = load_as<D>(at(w, D, c + kLanes));
+        for (int t = 0; t < Tokens; ++t) {
+            sums[t] = fma(w0, load(x + t * ld_x + c), sums[t]);
+            odd[t] = fma(w1, load(x + t * ld_x + c + kLanes), odd[t]);
+        }
+    }
+    for (; c < columns; c += kLanes) {  // x is padded with zeros to a multiple of 16
+        const V16 w0 = load_first(at(w, D, c), D, columns - c);
+        for (int t = 0; t < Tokens; ++t) sums[t] = fma(w0, load(x + t * ld_x + c), sums[t]);
+    }
+    for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
+}
+
+template <DType D, int Tokens>
+void dot_rows(const float* x, int64_t ld_x, const Matrix& w, const float* q, const Matrix& b, const float* bias,
+              void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+        V16 sums[Tokens];
+        for (int t = 0; t < Tokens; ++t) sums[t] = zero();
+        dot_row<D, Tokens>(x, ld_x, at(w.data, D, n * w.row_stride), w.columns, sums);
+        for (int64_t r = 0; q && r < b.columns; r += kLanes) {  // the low-rank part adds lane by lane
+            const V16 row = load_first(at(b.data, b.dtype, n * b.row_stride + r), b.dtype, b.columns - r);
+            for (int t = 0; t < Tokens; ++t)
+                sums[t] = fma(row, load_first(q + t * b.columns + r, DType::f32, b.columns - r), sums[t]);
+        }
+        for (int t = 0; t < Tokens; ++t)
+            store_first(at(y, y_dtype, t * ld_y + n), y_dtype, splat(sum(sums[t]) + (bias ? bias[n] : 0.0f)), 1);
+    }
+}
+
+template <DType D>
+void dot_float(const float* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
+               const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+    if (tokens == 1) return dot_rows<D, 1>(x, ld_x, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    if (tokens == 2) return dot_rows<D, 2>(x, ld_x, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    if (tokens == 3) return dot_rows<D, 3>(x, ld_x, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows<D, kDotRows>(x, ld_x, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+}
+
+// x is float32 here, its rows padded with zeros to a multiple of 16.
+void dot(const float* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
+         const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+    const auto run = w.dtype == DType::bf16  ? dot_float<DType::bf16>
+                     : w.dtype == DType::f16 ? dot_float<DType::f16>
+                                             : dot_float<DType::f32>;
+    run(x, ld_x, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+}
+
+}  // namespace

@@ -1,0 +1,88 @@
+// The table of raw-pointer kernels that each instruction set fills in; see docs/kernels.md for the roofline of each.
+//
+// All skinny products of a LoRA layer run over tiles of [kRows, kColumns] elements of a wide matrix (x, dy) that are
+// first staged into contiguous scratch: converted, masked and zero-padded. Ranks come in blocks of kLanes.
+// Two compute formats exist: float32, and bfloat16 pairs (float32 accumulation, two neighbours of the contracted
+// dimension side by side: what dot-product and matrix-tile instructions want).
+#pragma once
+#include <cstdint>
+
+namespace fastpeft::cpu {
+
+enum class DType : int32_t { f32, bf16, f16 };
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kRows = 32;
+constexpr int64_t kColumns = 256;
+constexpr int64_t kKeepWords = kColumns / 64;  // one bit a column
+constexpr int64_t kDotRows = 4;                // tokens that one sweep over W serves in `dot`
+
+// A matrix S [rows, columns] in any dtype and strides (one of them 1), in elements.
+struct Matrix {
+    const void* data;
+    DType dtype;
+    int64_t rows, columns, row_stride, column_stride;
+};
+
+struct Kernels {
+    const char* name;
+
+    // Whether tiles and panels of a wide matrix of this dtype are bfloat16 pairs (2 bytes an element) or float32.
+    bool (*pairs)(DType dtype);
+
+    // Panel of S as the right operand of a product: [column blocks][rows padded to 16][16], pairs interleaved along
+    // rows, zeros beyond the edges. Packs the 16 x 16 blocks [begin, end), counted down the columns.
+    void (*pack)(const Matrix& s, bool pairs, void* panel, int64_t begin, int64_t end);
+
+    // The left operand q [rows, ranks] (float32, ranks a multiple of 16) of `expand`, in compute format.
+    void (*left)(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs, void* out);
+    // The same q for `outer`: an opaque block of kRows times ranks elements, zero-padded.
+    void (*left_outer)(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs, void* out);
+
+    // One bit a column, set where the element is kept: words [rows][kKeepWords]. Columns start at a multiple of 8.
+    void (*keep)(uint64_t seed, uint32_t threshold, int64_t row, int64_t column, int64_t rows, int64_t columns,
+                 uint64_t* words);
+
+    // Stages rows x columns elements of src (row stride ld) into a tile, dropping those whose keep bit is clear.
+    void (*stage)(const void* src, DType dtype, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep,
+                  void* tile);
+
+    // out [rows, 16 blocks] += tile [rows, columns] · panel; panel blocks are panel_stride elements apart.
+    void (*multiply)(const void* tile, bool pairs, int64_t rows, int64_t columns, const void* panel,
+                     int64_t panel_stride, int64_t blocks, float* out, int64_t ld_out);
+
+    // out [16 blocks, columns] += qᵀ tile, q from `left_outer`.
+    void (*outer)(const void* tile, bool pairs, int64_t rows, int64_t columns, const void* q, int64_t blocks,
+                  float* out, int64_t ld_out);
+
+    // y [rows, columns] = keep ∘ (q · panel) + base + bias; q from `left`; panel column blocks are panel_stride
+    // elements apart; base is a float32 tile, bias float32; keep, base and bias may be null.
+    void (*expand)(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+                   int64_t panel_stride, const uint64_t* keep, const float* base, const float* bias, void* y,
+                   DType dtype, int64_t ld_y);
+
+    // Up to kDotRows tokens against rows [begin, end) of W: y = x Wᵀ + q Bᵀ + bias, all sums in float32.
+    // x [tokens, ld_x] float32, zero-padded to a multiple of 16; q [tokens, ranks] float32, already scaled; rows of W
+    // and B are contiguous; q and bias may be null.
+    void (*dot)(const float* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
+                const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end);
+
+    // Converts n elements to and from float32.
+    void (*widen)(const void* src, DType dtype, float* dst, int64_t n);
+    void (*narrow)(const float* src, DType dtype, void* dst, int64_t n);
+};
+
+extern const Kernels kPlain;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+extern const Kernels kAmx;
+extern const Kernels kEmulatedAmx;  // for tests, only by override
+#endif
+
+// select.cpp
+const Kernels& kernels();                // the fastest that the processor has, or the override
+bool set_kernels(const char* name);      // "auto", a name, or "emulated_amx"; false when the processor lacks it
+const char* const* available_kernels();  // null-terminated, fastest first
+
+}  // namespace fastpeft::cpu

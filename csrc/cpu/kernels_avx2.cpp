@@ -1,0 +1,14 @@
+// AVX2 with FMA and F16C.
+#if defined(__x86_64__)
+#include "vector_avx2.h"
+//
+#include "philox.h"
+
+namespace {
+constexpr int kFloatRows = 6, kFloatRanks = 4;  // accumulators: two registers each
+}
+#include "float_kernels.inl"
+#include "float_table.inl"
+
+const fastpeft::cpu::Kernels fastpeft::cpu::kAvx2 = float_table("avx2");
+#endif

@@ -1,0 +1,119 @@
+// Bfloat16-pair products with VDPBF16PS.
+#include "pair_common.inl"
+
+namespace {
+
+constexpr int kPairRows = 8;
+
+inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh&>(a), reinterpret_cast<__m512bh&>(b));
+}
+inline __m512i load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
+inline __m512i splat_pair(const uint16_t* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+}
+
+template <int Rows, int Blocks>
+inline void multiply_pair_rows(const uint16_t* tile, int64_t columns, const uint16_t* panel, int64_t panel_stride,
+                               float* out, int64_t ld_out) {
+    __m512 sums[Rows][Blocks];
+    for (int i = 0; i < Rows; ++i)
+        for (int b = 0; b < Blocks; ++b) sums[i][b] = load(out + i * ld_out + b * kLanes);
+    for (int64_t c = 0; c < columns; c += 2) {
+        __m512i p[Blocks];
+        for (int b = 0; b < Blocks; ++b) p[b] = load_pairs(panel + b * panel_stride + c * kLanes);
+        for (int i = 0; i < Rows; ++i) {
+            const __m512i t = splat_pair(tile + i * kColumns + c);
+            for (int b = 0; b < Blocks; ++b) sums[i][b] = dot_pairs(sums[i][b], t, p[b]);
+        }
+    }
+    for (int i = 0; i < Rows; ++i)
+        for (int b = 0; b < Blocks; ++b) store(out + i * ld_out + b * kLanes, sums[i][b]);
+}
+
+template <int Blocks>
+inline void multiply_pair_blocks(const uint16_t* tile, int64_t rows, int64_t columns, const uint16_t* panel,
+                                 int64_t panel_stride, float* out, int64_t ld_out) {
+    int64_t m = 0;
+    for (; m + kPairRows <= rows; m += kPairRows)
+        multiply_pair_rows<kPairRows, Blocks>(tile + m * kColumns, columns, panel, panel_stride, out + m * ld_out,
+                                              ld_out);
+    for (; m < rows; ++m)
+        multiply_pair_rows<1, Blocks>(tile + m * kColumns, columns, panel, panel_stride, out + m * ld_out, ld_out);
+}
+
+void multiply_pairs(const void* tile, int64_t rows, int64_t columns, const void* panel, int64_t panel_stride,
+                    int64_t blocks, float* out, int64_t ld_out) {
+    const uint16_t* t = static_cast<const uint16_t*>(tile);
+    const uint16_t* p = static_cast<const uint16_t*>(panel);
+    int64_t b = 0;
+    for (; b + 2 <= blocks; b += 2)
+        multiply_pair_blocks<2>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes, ld_out);
+    if (b < blocks)
+        multiply_pair_blocks<1>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes, ld_out);
+}
+
+// [blocks][kRows / 2][16][2]
+void left_outer_pairs(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, uint16_t* out) {
+    for (int64_t b = 0; b < ranks; b += kLanes)
+        for (int64_t m = 0; m < kRows; m += 2) {
+            const V16 even = m < rows ? load(q + m * ld_q + b) : zero();
+            const V16 odd = m + 1 < rows ? load(q + (m + 1) * ld_q + b) : zero();
+            store_pair(out + b * kRows + m * kLanes, even, odd);
+        }
+}
+
+void outer_pairs(const void* tile, int64_t rows, int64_t columns, const void* q, int64_t blocks, float* out,
+                 int64_t ld_out) {
+    const uint16_t* t = static_cast<const uint16_t*>(tile);
+    for (int64_t c = 0; c < columns; c += kLanes)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint16_t* left_q = static_cast<const uint16_t*>(q) + b * kRows * kLanes;
+            float* o = out + b * kLanes * ld_out + c;
+            __m512 sums[kLanes];
+            for (int r = 0; r < kLanes; ++r) sums[r] = load(o + r * ld_out);
+            for (int64_t m = 0; m < rows; m += 2) {
+                const __m512i pair = interleave(t + m * kColumns + c, t + (m + 1) * kColumns + c);
+                for (int r = 0; r < kLanes; ++r)
+                    sums[r] = dot_pairs(sums[r], splat_pair(left_q + m * kLanes + 2 * r), pair);
+            }
+            for (int r = 0; r < kLanes; ++r) store(o + r * ld_out, sums[r]);
+        }
+}
+
+// Two vectors of columns for Rows rows at once.
+template <int Rows>
+inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t columns, int64_t ranks,
+                             const uint16_t* panel, int64_t panel_stride, const uint64_t* keep, const float* base,
+                             const float* bias, void* y, DType dtype, int64_t ld_y) {
+    const uint16_t* second = c + kLanes < columns ? panel + panel_stride : panel;
+    __m512 sums[Rows][2];
+    for (int i = 0; i < Rows; ++i) sums[i][0] = sums[i][1] = zero();
+    for (int64_t r = 0; r < ranks; r += 2) {
+        const __m512i p0 = load_pairs(panel + r * kLanes), p1 = load_pairs(second + r * kLanes);
+        for (int i = 0; i < Rows; ++i) {
+            const __m512i t = splat_pair(q + (m + i) * ranks + r);
+            sums[i][0] = dot_pairs(sums[i][0], t, p0);
+            sums[i][1] = dot_pairs(sums[i][1], t, p1);
+        }
+    }
+    for (int i = 0; i < Rows; ++i)
+        finish_pair(sums[i][0], sums[i][1], m + i, c, columns, keep, base, bias, y, dtype, ld_y);
+}
+
+void expand_pairs(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel, int64_t panel_stride,
+                  const uint64_t* keep, const float* base, const float* bias, void* y, DType dtype, int64_t ld_y) {
+    const uint16_t* left_q = static_cast<const uint16_t*>(q);
+    for (int64_t c = 0; c < columns; c += 2 * kLanes) {
+        const uint16_t* p = static_cast<const uint16_t*>(panel) + c / kLanes * panel_stride;
+        int64_t m = 0;
+        for (; m + kPairRows <= rows; m += kPairRows)
+            expand_pair_rows<kPairRows>(left_q, m, c, columns, ranks, p, panel_stride, keep, base, bias, y, dtype, ld_y);
+        for (; m < rows; ++m)
+            expand_pair_rows<1>(left_q, m, c, columns, ranks, p, panel_stride, keep, base, bias, y, dtype, ld_y);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,47 @@
+// The table of an instruction set that has bfloat16-pair kernels: PAIR(name) is the pair kernel of that name.
+namespace {
+
+void multiply(const void* tile, bool pairs, int64_t rows, int64_t columns, const void* panel, int64_t panel_stride,
+              int64_t blocks, float* out, int64_t ld_out) {
+    if (!pairs) return multiply_float(tile, pairs, rows, columns, panel, panel_stride, blocks, out, ld_out);
+    PAIR(multiply)(tile, rows, columns, panel, panel_stride, blocks, out, ld_out);
+}
+
+void left_outer(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs, void* out) {
+    if (!pairs) return left_outer_float(q, ld_q, rows, ranks, pairs, out);
+    PAIR(left_outer)(q, ld_q, rows, ranks, static_cast<uint16_t*>(out));
+}
+
+void outer(const void* tile, bool pairs, int64_t rows, int64_t columns, const void* q, int64_t blocks, float* out,
+           int64_t ld_out) {
+    if (!pairs) return outer_float(tile, pairs, rows, columns, q, blocks, out, ld_out);
+    PAIR(outer)(tile, rows, columns, q, blocks, out, ld_out);
+}
+
+void expand(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+            int64_t panel_stride, const uint64_t* keep, const float* base, const float* bias, void* y, DType dtype,
+            int64_t ld_y) {
+    if (!pairs)
+        return expand_float(q, pairs, rows, columns, ranks, panel, panel_stride, keep, base, bias, y, dtype, ld_y);
+    PAIR(expand)(q, rows, columns, ranks, panel, panel_stride, keep, base, bias, y, dtype, ld_y);
+}
+
+constexpr Kernels pair_table(const char* name) {
+    return Kernels{
+        .name = name,
+        .pairs = bf16_pairs,
+        .pack = pack,
+        .left = left,
+        .left_outer = left_outer,
+        .keep = keep_vector,
+        .stage = stage,
+        .multiply = multiply,
+        .outer = outer,
+        .expand = expand,
+        .dot = dot,
+        .widen = widen,
+        .narrow = narrow,
+    };
+}
+
+}  // namespace

@@ -1,0 +1,47 @@
+// One sweep over a wide matrix that does every skinny product it is needed for, tile by tile.
+#pragma once
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastpeft::cpu {
+
+// Adapters that share one dropout mask (or have none): a range of rank blocks.
+struct RankGroup {
+    int64_t first_rank, ranks;  // multiples of kLanes
+    uint64_t seed;
+    uint32_t threshold;  // 0: nothing is dropped
+};
+
+// What a sweep over a [rows, columns] matrix does; parts whose pointers are null are left out.
+//   product  [rows, ranks]    = D(input) · panel_in                 (u from x; v from dy)
+//   gradient [ranks, columns] = qᵀ D(input)                         (dA from x and v; dB from dy and u)
+//   output   [rows, columns]  = D'(q · panel_out) + bias            (the low-rank part of y and of dx)
+struct Sweep {
+    DType dtype;
+    int64_t rows, columns, ranks;
+    std::vector<RankGroup> groups;
+
+    const void* input = nullptr;
+    int64_t ld_input = 0;
+    const void* panel_in = nullptr;
+    float* product = nullptr;
+
+    const float* q = nullptr;  // [rows, ranks], for gradient and output
+    float* gradient = nullptr;
+    int64_t ld_gradient = 0;  // at least columns, a multiple of kLanes
+
+    const void* panel_out = nullptr;
+    const float* bias = nullptr;
+    void* output = nullptr;
+    int64_t ld_output = 0;
+};
+
+// Runs on torch's threads; the result depends on their number, not on their timing.
+void run(const Kernels& kernels, const Sweep& sweep);
+
+// Elements of the panel of a [rows, columns] matrix, and the packing itself.
+int64_t panel_elements(int64_t rows, int64_t columns);
+void pack(const Kernels& kernels, const Matrix& s, bool pairs, void* panel);
+
+}  // namespace fastpeft::cpu

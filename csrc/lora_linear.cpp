@@ -1,0 +1,310 @@
+#include "lora_linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/skinny.h"
+
+namespace fastpeft {
+namespace {
+
+using at::Tensor;
+using cpu::DType;
+using cpu::kLanes;
+using cpu::Matrix;
+using cpu::RankGroup;
+using cpu::Sweep;
+
+DType dtype_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case at::kFloat: return DType::f32;
+        case at::kBFloat16: return DType::bf16;
+        case at::kHalf: return DType::f16;
+        default: TORCH_CHECK(false, "expected float32, bfloat16 or float16, got ", t.scalar_type());
+    }
+}
+
+int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+Tensor flat_rows(const Tensor& t) {  // [..., C] as [M, C] with contiguous rows; a copy only where a view cannot be
+    const Tensor rows = t.reshape({-1, t.size(-1)});
+    return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
+}
+
+Matrix matrix(const Tensor& t) {
+    return {t.const_data_ptr(), dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+Tensor floats(at::IntArrayRef shape) { return at::empty(shape, at::dtype(at::kFloat)); }
+
+// Where each adapter's ranks lie: those without a mask side by side in the first group, each other in its own.
+class Layout {
+public:
+    explicit Layout(const Adapters& adapters) : adapters_(adapters), first_rank(adapters.A.size()) {
+        int64_t unmasked = 0;
+        for (size_t i = 0; i < adapters.A.size(); ++i)
+            if (!adapters.thresholds[i]) {
+                first_rank[i] = unmasked;
+                unmasked += rank(i);
+            }
+        if (unmasked) groups.push_back({0, padded(unmasked), 0, 0});
+        ranks = padded(unmasked);
+        for (size_t i = 0; i < adapters.A.size(); ++i)
+            if (adapters.thresholds[i]) {
+                first_rank[i] = ranks;
+                const auto seed = static_cast<uint64_t>(adapters.seed->const_data_ptr<int64_t>()[i]);
+                groups.push_back({ranks, padded(rank(i)), seed, static_cast<uint32_t>(adapters.thresholds[i])});
+                ranks += padded(rank(i));
+            }
+    }
+
+    int64_t rank(size_t i) const { return adapters_.A[i].size(0); }
+
+    // All A (or Bᵀ) one below the other [ranks, columns], zeros in between; a view where there is one adapter.
+    Tensor stacked(const std::vector<Tensor>& parts, bool transposed) const {
+        if (parts.size() == 1) return transposed ? parts[0].t() : parts[0];
+        const int64_t columns = parts[0].size(transposed ? 0 : 1);
+        at::ScalarType widest = parts[0].scalar_type();
+        for (const Tensor& part : parts) widest = at::promote_types(widest, part.scalar_type());
+        Tensor stack = at::zeros({ranks, columns}, at::dtype(widest));
+        for (size_t i = 0; i < parts.size(); ++i)
+            stack.narrow(0, first_rank[i], rank(i)).copy_(transposed ? parts[i].t() : parts[i]);
+        return stack;
+    }
+
+    // Between the padded layout q [M, ranks] of the kernels and the dense one u [M, Σ r] of the op.
+    Tensor dense(const Tensor& q) const {
+        std::vector<Tensor> parts;
+        for (size_t i = 0; i < first_rank.size(); ++i) parts.push_back(q.narrow(1, first_rank[i], rank(i)));
+        return at::cat(parts, 1);
+    }
+    Tensor padded_from(const Tensor& u) const {
+        if (u.size(1) == ranks && first_rank.size() == 1) return u.contiguous();
+        Tensor q = at::zeros({u.size(0), ranks}, at::dtype(at::kFloat));
+        int64_t offset = 0;
+        for (size_t i = 0; i < first_rank.size(); offset += rank(i), ++i)
+            q.narrow(1, first_rank[i], rank(i)).copy_(u.narrow(1, offset, rank(i)));
+        return q;
+    }
+
+    // Multiplies each adapter's columns with its scaling, and clears tokens that it does not serve.
+    void scale_(const Tensor& q) const {
+        for (size_t i = 0; i < first_rank.size(); ++i) q.narrow(1, first_rank[i], rank(i)).mul_(adapters_.scaling[i]);
+    }
+    void select_(const Tensor& q) const {
+        if (!adapters_.index) return;
+        const Tensor index = adapters_.index->reshape({-1, 1});
+        for (size_t i = 0; i < first_rank.size(); ++i)
+            q.narrow(1, first_rank[i], rank(i)).masked_fill_(index.ne(static_cast<int64_t>(i)), 0);
+    }
+
+    std::vector<RankGroup> groups;
+    int64_t ranks = 0;
+
+private:
+    const Adapters& adapters_;
+
+public:
+    std::vector<int64_t> first_rank;
+};
+
+Tensor panel(const cpu::Kernels& kernels, const Tensor& s, bool pairs) {
+    const int64_t elements = cpu::panel_elements(s.size(0), s.size(1));
+    Tensor packed = at::empty({elements}, at::dtype(pairs ? at::kBFloat16 : at::kFloat));
+    // One stride must be 1: the packing loads sixteen neighbours at a time.
+    const Tensor rows = s.stride(0) == 1 || s.stride(1) == 1 ? s : s.contiguous();
+    cpu::pack(kernels, matrix(rows), pairs, packed.mutable_data_ptr());
+    return packed;
+}
+
+Sweep sweep_over(const Tensor& wide, const Layout& layout) {
+    return {.dtype = dtype_of(wide),
+            .rows = wide.size(0),
+            .columns = wide.size(1),
+            .ranks = layout.ranks,
+            .groups = layout.groups};
+}
+
+// y [M, N] += x [M, K] W, W [K, N]
+void add_product(const Tensor& y, const Tensor& x, const Tensor& weight) { y.addmm_(x, weight); }
+
+void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bias, const Adapters& adapters,
+                        const Tensor& u, const Tensor& y) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    const int64_t tokens = x.size(0), columns = x.size(1), ld_x = padded(columns);
+    const Tensor wide = at::zeros({tokens, ld_x}, at::dtype(at::kFloat));
+    wide.narrow(1, 0, columns).copy_(x);
+    const auto dot = [&](const Tensor& w, const Tensor* q, const Tensor* b, const float* bias_data, const Tensor& out,
+                         int64_t grain) {
+        const Matrix none{};
+        at::parallel_for(0, w.size(0), grain, [&](int64_t begin, int64_t end) {
+            for (int64_t m = 0; m < tokens; m += cpu::kDotRows)
+                kernels.dot(wide.const_data_ptr<float>() + m * ld_x, ld_x, std::min(cpu::kDotRows, tokens - m),
+                            matrix(w), q ? q->const_data_ptr<float>() + m * q->size(1) : nullptr, b ? matrix(*b) : none,
+                            bias_data, static_cast<char*>(out.mutable_data_ptr()) + m * out.stride(0) * out.element_size(),
+                            dtype_of(out), out.stride(0), begin, end);
+        });
+    };
+    int64_t offset = 0;
+    Tensor scaled = at::empty_like(u);
+    for (size_t i = 0; i < adapters.A.size(); ++i) {
+        const int64_t rank = adapters.A[i].size(0);
+        const Tensor part = u.narrow(1, offset, rank);
+        dot(adapters.A[i], nullptr, nullptr, nullptr, part, rank);
+        if (adapters.index) part.masked_fill_(adapters.index->reshape({-1, 1}).ne(static_cast<int64_t>(i)), 0);
+        scaled.narrow(1, offset, rank).copy_(part * adapters.scaling[i]);
+        offset += rank;
+    }
+    const Tensor B = adapters.B.size() == 1 ? adapters.B[0] : at::cat(adapters.B, 1);
+    constexpr int64_t kGrainElements = 1 << 15;  // of W a thread should have, at least
+    dot(weight, &scaled, &B, bias.defined() ? bias.const_data_ptr<float>() : nullptr, y,
+        std::max<int64_t>(1, kGrainElements / columns));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                       const Adapters& adapters, bool few_tokens) {
+    const Tensor x2 = flat_rows(x);
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = weight.size(0);
+    const Tensor y = at::empty(shape, x.options());
+    const Tensor y2 = y.view({-1, weight.size(0)});
+    const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+
+    if (few_tokens) {
+        int64_t ranks = 0;
+        for (const Tensor& A : adapters.A) ranks += A.size(0);
+        const Tensor u = floats({x2.size(0), ranks});
+        few_tokens_product(x2, weight, bias32, adapters, u, y2);
+        return {y, u};
+    }
+
+    const cpu::Kernels& kernels = cpu::kernels();
+    const bool pairs = kernels.pairs(dtype_of(x));
+    const Layout layout(adapters);
+    const Tensor q = floats({x2.size(0), layout.ranks});
+
+    Sweep down = sweep_over(x2, layout);
+    const Tensor panel_A = panel(kernels, layout.stacked(adapters.A, false).t(), pairs);
+    down.input = x2.const_data_ptr();
+    down.ld_input = x2.stride(0);
+    down.panel_in = panel_A.const_data_ptr();
+    down.product = q.mutable_data_ptr<float>();
+    cpu::run(kernels, down);
+    layout.select_(q);
+    Tensor u = layout.dense(q);
+
+    layout.scale_(q);
+    Sweep up = sweep_over(y2, layout);
+    const Tensor panel_B = panel(kernels, layout.stacked(adapters.B, true), pairs);
+    for (RankGroup& group : up.groups) group.threshold = 0;  // the mask is on x alone
+    up.q = q.const_data_ptr<float>();
+    up.panel_out = panel_B.const_data_ptr();
+    up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
+    up.output = y2.mutable_data_ptr();
+    up.ld_output = y2.stride(0);
+    cpu::run(kernels, up);
+    add_product(y2, x2, weight.t());
+    return {y, u};
+}
+
+std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
+                                         const Adapters& adapters, const std::optional<Tensor>& u,
+                                         const std::vector<bool>& needs) {
+    const size_t count = adapters.A.size();
+    const auto any = [&](size_t begin, size_t end) {
+        return std::any_of(needs.begin() + begin, needs.begin() + end, [](bool need) { return need; });
+    };
+    const bool need_x = needs[0], need_A = any(3, 3 + count), need_B = any(3 + count, 3 + 2 * count);
+    const cpu::Kernels& kernels = cpu::kernels();
+    const Layout layout(adapters);
+    const Tensor dy2 = flat_rows(dy);
+    const Tensor x2 = x ? flat_rows(*x) : Tensor();
+    const bool pairs = kernels.pairs(dtype_of(dy));
+    const int64_t M = dy2.size(0), N = weight.size(0), K = weight.size(1);
+
+    Tensor v, dA, dB, dx;
+    if (need_x || need_A || need_B) {  // dy is read once for v and dB
+        Sweep sweep = sweep_over(dy2, layout);
+        for (RankGroup& group : sweep.groups) group.threshold = 0;
+        sweep.input = dy2.const_data_ptr();
+        sweep.ld_input = dy2.stride(0);
+        Tensor panel_B, q;
+        if (need_x || need_A) {
+            v = floats({M, layout.ranks});
+            panel_B = panel(kernels, layout.stacked(adapters.B, true).t(), pairs);
+            sweep.panel_in = panel_B.const_data_ptr();
+            sweep.product = v.mutable_data_ptr<float>();
+        }
+        if (need_B) {
+            q = layout.padded_from(*u);
+            dB = floats({layout.ranks, padded(N)});
+            sweep.q = q.const_data_ptr<float>();
+            sweep.gradient = dB.mutable_data_ptr<float>();
+            sweep.ld_gradient = dB.size(1);
+        }
+        cpu::run(kernels, sweep);
+    }
+    if (v.defined()) {
+        layout.scale_(v);
+        layout.select_(v);
+    }
+    if (need_x || need_A) {  // x is read once for dA; the low-rank part of dx is written in the same sweep
+        std::vector<int64_t> shape(dy.sizes().begin(), dy.sizes().end());
+        shape.back() = K;
+        if (need_x) dx = at::empty(shape, dy.options());
+        const Tensor dx2 = need_x ? dx.view({-1, K}) : x2;
+        Sweep sweep = sweep_over(dx2, layout);
+        sweep.q = v.const_data_ptr<float>();
+        Tensor panel_A;
+        if (need_A) {
+            dA = floats({layout.ranks, padded(K)});
+            sweep.input = x2.const_data_ptr();
+            sweep.ld_input = x2.stride(0);
+            sweep.gradient = dA.mutable_data_ptr<float>();
+            sweep.ld_gradient = dA.size(1);
+        }
+        if (need_x) {
+            panel_A = panel(kernels, layout.stacked(adapters.A, false), pairs);
+            sweep.panel_out = panel_A.const_data_ptr();
+            sweep.output = dx2.mutable_data_ptr();
+            sweep.ld_output = dx2.stride(0);
+        }
+        cpu::run(kernels, sweep);
+        if (need_x) add_product(dx2, dy2, weight);
+    }
+
+    std::vector<Tensor> grads;
+    if (need_x) grads.push_back(dx);
+    if (needs[1]) grads.push_back(at::mm(dy2.t(), x2).to(weight.scalar_type()));
+    if (needs[2]) grads.push_back(dy2.sum(at::IntArrayRef{0}, false, at::kFloat).to(dy.scalar_type()));
+    for (size_t i = 0; i < count; ++i)
+        if (needs[3 + i])
+            grads.push_back(dA.narrow(0, layout.first_rank[i], layout.rank(i)).narrow(1, 0, K).to(adapters.A[i].scalar_type(), false, true, at::MemoryFormat::Contiguous));
+    for (size_t i = 0; i < count; ++i)
+        if (needs[3 + count + i]) {
+            const Tensor scaled = dB.narrow(0, layout.first_rank[i], layout.rank(i)).narrow(1, 0, N) * adapters.scaling[i];
+            grads.push_back(scaled.t().to(adapters.B[i].scalar_type()).contiguous());
+        }
+    return grads;
+}
+
+Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    Tensor mask = at::empty({rows, columns}, at::dtype(at::kBool));
+    bool* out = mask.mutable_data_ptr<bool>();
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t c = 0; c < columns; c += cpu::kColumns) {
+            uint64_t words[cpu::kKeepWords];
+            const int64_t n = std::min(cpu::kColumns, columns - c);
+            kernels.keep(static_cast<uint64_t>(seed), static_cast<uint32_t>(threshold), m, c, 1, n, words);
+            for (int64_t i = 0; i < n; ++i) out[m * columns + c + i] = words[i / 64] >> (i % 64) & 1;
+        }
+    return mask;
+}
+
+}  // namespace fastpeft

@@ -1,0 +1,33 @@
+// The LoRA op on CPU tensors: what backends/native.py calls.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastpeft {
+
+// The adapters of one call, as ops.py describes them, with dropout's factor 1 / (1 - p) made part of `scaling` and p
+// turned into the mask's threshold.
+struct Adapters {
+    std::vector<at::Tensor> A, B;  // [r, K], [N, r]
+    std::vector<double> scaling;
+    std::vector<int64_t> thresholds;  // 0: nothing is dropped
+    std::optional<at::Tensor> seed, index;
+};
+
+// y [..., N] and u [M, Σ r] in float32.
+std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight,
+                                               const std::optional<at::Tensor>& bias, const Adapters& adapters,
+                                               bool few_tokens);
+
+// The gradients of x, weight, bias, *A, *B that `needs` asks for, in this order.
+std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                                             const at::Tensor& weight, const Adapters& adapters,
+                                             const std::optional<at::Tensor>& u, const std::vector<bool>& needs);
+
+// Boolean [rows, columns], true where an element is kept: the mask that the kernels draw.
+at::Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold);
+
+}  // namespace fastpeft

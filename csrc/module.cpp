@@ -1,0 +1,57 @@
+// The pybind11 module fastpeft._C: thin.
+#include <torch/extension.h>
+
+#include "cpu/kernels.h"
+#include "lora_linear.h"
+
+namespace {
+
+using at::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+// The kernels compute in the dtype they are given: no autograd, no autocast below this point.
+struct PlainDispatch {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                                       const Tensors& A, const Tensors& B, const std::vector<double>& scaling,
+                                       const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
+                                       const MaybeTensor& adapter_index, bool few_tokens) {
+    const PlainDispatch plain;
+    return fastpeft::lora_linear(x, weight, bias, {A, B, scaling, thresholds, seed, adapter_index}, few_tokens);
+}
+
+Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& weight, const Tensors& A,
+                             const Tensors& B, const MaybeTensor& u, const std::vector<double>& scaling,
+                             const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
+                             const MaybeTensor& adapter_index, const std::vector<bool>& needs) {
+    const PlainDispatch plain;
+    return fastpeft::lora_linear_backward(dy, x, weight, {A, B, scaling, thresholds, seed, adapter_index}, u, needs);
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const char* const* name = fastpeft::cpu::available_kernels(); *name; ++name) names.emplace_back(*name);
+    return names;
+}
+
+void set_isa(const std::string& name) {
+    TORCH_CHECK_VALUE(fastpeft::cpu::set_kernels(name.c_str()), "name must be \"auto\" or one of isas(), got \"", name,
+                      "\"");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+    m.def("lora_linear", &lora_linear, release());
+    m.def("lora_linear_backward", &lora_linear_backward, release());
+    m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),
+          pybind11::arg("columns"), pybind11::arg("threshold"), "Boolean [rows, columns], true where kept.");
+    m.def("isa", [] { return fastpeft::cpu::kernels().name; }, "The instruction set whose kernels run.");
+    m.def("isas", &isas, "The instruction sets that this processor has kernels for, fastest first.");
+    m.def("set_isa", &set_isa, pybind11::arg("name"), "Overrides the choice for tests: a name of isas(), or \"auto\".");
+}
