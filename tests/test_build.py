@@ -149,3 +149,14 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(csrc: 
     assert "fastpeft/ops.py" in names
     assert "installed without its C++ extension and runs slower: no C++ compiler" in output
     assert "`python -m fastpeft build`" in output
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp")), ids=lambda path: path.stem)
+def test_instruction_sets_share_no_function(source: Path, tmp_path: Path) -> None:
+    """Inline functions and templates become weak symbols, of which the linker keeps one copy for all files: one that
+    was compiled for a newer processor would crash an older one."""
+    target = tmp_path / "kernels.o"
+    command = [*build.find_compiler(), *build.COMPILE_FLAGS, *build.machine_flags(source), "-c", source, "-o", target]
+    subprocess.run(command, check=True)
+    symbols = subprocess.run(["nm", "--defined-only", target], check=True, capture_output=True, text=True).stdout
+    assert [line for line in symbols.splitlines() if line.split()[-2] in "VWuvw"] == []
