@@ -1,0 +1,1 @@
+"""Experiments on real models and real data: what a newcomer runs to see for himself."""

@@ -1,0 +1,207 @@
+"""``fastpeft demo``: a real model is fine-tuned by Hugging Face PEFT and by fastpeft, side by side."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import fastpeft
+
+from .data import Encoded, Review, data_order, encode, read_reviews, split_reviews
+from .models import MODELS, add_lora, faster_dtype
+from .packages import MissingPackage
+from .report import Result, draw_losses, results_table, write_json
+from .training import Run, evaluate, measure_memory, new_run, train_together
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_EVALUATION_BATCH = 64
+_QUIET_AND_OFFLINE = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "KINETO_LOG_LEVEL": "99",  # torch's profiler, which counts the memory
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the command line."""
+
+    model: str
+    steps: int
+    dtype: str
+    rank: int
+    dropout: float
+    seed: int
+    batch_size: int
+    length: int
+    test_size: int
+    data: Path
+    out: Path
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--model", type=click.Choice(list(MODELS)), default="minilm", help="What to fine-tune.")
+@click.option("--steps", type=click.IntRange(1), default=100, help="Training steps of each of the two.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", *DTYPES]),
+    default="auto",
+    help="Of the frozen model; adapters are float32. auto: the one in which this machine multiplies faster.",
+)
+@click.option("--rank", type=click.IntRange(1), default=16, help="Of the adapters.")
+@click.option(
+    "--dropout",
+    type=click.FloatRange(0.0, 1.0, max_open=True),
+    default=0.05,
+    help="Of the adapters' inputs. With 0 the two losses agree up to rounding.",
+)
+@click.option("--seed", type=int, default=0, help="Of the split, the order of the data, the new weights, the dropout.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, help="Sentences in a step.")
+@click.option("--length", type=click.IntRange(8), default=64, help="Tokens of a sentence; longer ones are cut.")
+@click.option("--test-size", type=click.IntRange(1), default=1000, help="Sentences held out to measure the accuracy.")
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("data"),
+    help="Folder with the source archive of vaderSentiment, which holds the movie reviews.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/demo"),
+    help="Folder that the plot and the numbers go to.",
+)
+def command(**options: Any) -> None:
+    """Fine-tune a real model by PEFT and by fastpeft, side by side.
+
+    A pre-trained model learns to tell positive from negative movie reviews through LoRA adapters, once by Hugging
+    Face PEFT and once by fastpeft: from the same weights, on the same batches, step by step in turn. A table and a
+    plot then compare loss, time and memory.
+    """
+    settings = Settings(**options)
+    _quieten_libraries()
+    try:
+        train, test = split_reviews(read_reviews(settings.data), settings.test_size, settings.seed)
+    except MissingPackage as error:
+        raise click.ClickException(str(error)) from error
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--test-size") from error
+    console = Console(highlight=False)
+    dtype = faster_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
+    with console.status("loading the model"):
+        torch.manual_seed(settings.seed)
+        source = MODELS[settings.model]
+        try:
+            model, tokenizer = source.load()
+        except MissingPackage as error:
+            raise click.ClickException(str(error)) from error
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        runs, fused = side_by_side(add_lora(model.to(dtype), settings.rank, settings.dropout), source.learning_rate)
+        train_data, test_data = (encode(reviews, tokenizer, settings.length) for reviews in (train, test))
+
+    title = f"{source.title} ({parameters / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})"
+    console.print(f"[bold]{title}[/bold]\n{_introduction(settings, train, test)}", soft_wrap=True)
+    console.print(
+        f"LoRA layers in fastpeft: {fused}\n{fastpeft.explain(runs[1].model)}\n", soft_wrap=True, markup=False
+    )
+    order = data_order(len(train_data), settings.batch_size, settings.steps, settings.seed)
+    train_with_progress(console, runs, train_data, order, settings.seed)
+    with console.status("testing both, and counting the memory of one step"):
+        results = [measured(run, test_data, train_data.take(order[0])) for run in runs]
+
+    console.print("", results_table(results), _notes(settings, len(test)), "", sep="\n")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    plot, numbers = settings.out / "loss.png", settings.out / "results.json"
+    draw_losses(plot, title, results)
+    facts = {"torch": torch.__version__, "peft": version("peft"), "fastpeft": fastpeft.__version__}
+    write_json(numbers, {key: str(value) for key, value in asdict(settings).items()} | facts, results)
+    console.print(
+        f"{plot} shows both loss curves: on the left by step, where they should lie on each other; on the right by the "
+        f"seconds that the steps took, where the faster one ends first.\n{numbers} holds the numbers of every step.",
+        soft_wrap=True,
+    )
+
+
+def side_by_side(model: PeftModel, learning_rate: float) -> tuple[list[Run], fastpeft.Report]:
+    """A run of PEFT and one of fastpeft from the same weights, and what fastpeft fused in its copy."""
+    fused = copy.deepcopy(model)
+    report = fastpeft.patch(fused)
+    return [new_run("PEFT", model, learning_rate), new_run("fastpeft", fused, learning_rate)], report
+
+
+def train_with_progress(console: Console, runs: Sequence[Run], data: Encoded, order: torch.Tensor, seed: int) -> None:
+    """:func:`train_together` with a progress bar for each run."""
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}, {task.fields[pace]:.3f} s/step"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bars = {run.name: progress.add_task(run.name, total=len(order), loss=float("nan"), pace=0.0) for run in runs}
+
+        def on_step(run: Run) -> None:
+            progress.update(bars[run.name], advance=1, loss=run.losses[-1], pace=run.seconds_per_step())
+
+        train_together(runs, data, order, seed, on_step)
+
+
+def measured(run: Run, test: Encoded, batch: Encoded) -> Result:
+    """The run's result: judged on ``test``, its memory counted in one more step on ``batch``."""
+    test_loss, test_accuracy = evaluate(run.model, test, _EVALUATION_BATCH)
+    peak, kept = measure_memory(run, batch)
+    trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    return Result(
+        run.name, run.losses, run.seconds, run.seconds_per_step(), test_loss, test_accuracy, peak, kept, trainable
+    )
+
+
+def _introduction(settings: Settings, train: Sequence[Review], test: Sequence[Review]) -> str:
+    positive = sum(review.label for review in (*train, *test)) / (len(train) + len(test))
+    return (
+        f"learns to tell positive from negative movie reviews (SST-2-style: {len(train):,} sentences to train on, "
+        f"{len(test):,} to test on, {positive:.0%} positive).\n"
+        f"It is frozen and learns through LoRA adapters of rank {settings.rank} with dropout "
+        f"{settings.dropout:g} on its linear layers: once by PEFT {version('peft')}, once by fastpeft {fastpeft.__version__}.\n"
+        f"Both start from the same weights and take turns on the same {settings.steps} batches of "
+        f"{settings.batch_size} × {settings.length} tokens, on {torch.get_num_threads()} threads."
+    )
+
+
+def _notes(settings: Settings, test_count: int) -> str:
+    masks = (
+        "PEFT and fastpeft draw different dropout masks from the same seed, so their losses agree like those of two "
+        "seeds, not digit by digit; with --dropout 0 they agree up to rounding."
+        if settings.dropout
+        else "Without dropout the two differ by rounding alone."
+    )
+    return (
+        f"{masks} The accuracy has a standard error of {0.5 / test_count**0.5:.1%} at 50 % and less above.\n"
+        "training loss: mean over the last tenth of the steps; seconds: median after warm-up; peak: weights, optimizer "
+        "and all tensors of one training step."
+    )
+
+
+def _quieten_libraries() -> None:
+    """Before transformers is imported, which reads these once."""
+    for name, value in _QUIET_AND_OFFLINE.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

