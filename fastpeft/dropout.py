@@ -34,11 +34,9 @@ def dropout_seeds(count: int, device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
-def philox(seed: Tensor, counter0: Tensor, counter1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 of the counter ``(counter0, counter1, 0, 0)``: four words, each 32 bits held in an int64."""
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 of the counter ``(c0, c1, c2, c3)``: four words, each 32 bits held in an int64 (broadcast)."""
     key0, key1 = seed & _LOW32, (seed >> 32) & _LOW32
-    c0, c1 = torch.broadcast_tensors(counter0, counter1)
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(PHILOX_ROUNDS):
         product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]  # wraps modulo 2**64: exact
         c0, c1, c2, c3 = (
@@ -63,6 +61,7 @@ def dropout_keep(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     groups = -(-columns // COLUMNS_PER_COUNTER)
     group = torch.arange(groups, dtype=torch.int64, device=seed.device).unsqueeze(0)
     row = torch.arange(rows, dtype=torch.int64, device=seed.device).unsqueeze(1)
-    words = torch.stack(philox(seed, group, row), dim=-1)  # [rows, groups, 4]
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    words = torch.stack(torch.broadcast_tensors(*philox(seed, group, row, zero, zero)), dim=-1)  # [rows, groups, 4]
     lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(rows, groups * COLUMNS_PER_COUNTER)
     return lanes[:, :columns] >= dropout_threshold(p)

@@ -104,4 +104,4 @@ def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _selected(u: Tensor, select: Tensor | None) -> Tensor:
-    return u if select is None else u * select.unsqueeze(1)
+    return u if select is None else u.masked_fill(~select.unsqueeze(1), 0)

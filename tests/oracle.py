@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from fastpeft.dropout import dropout_keep, dropout_scale, dropout_seeds
 from fastpeft.reference import lora_linear_backward_reference, lora_linear_reference
 
 Results = dict[str, Tensor]
-POOL = 64  # elements of the smallest output that a comparison of two errors is based on
+POOL = 64  # independent rounding errors that the comparison of two errors is based on
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class LoraInputs:
             return [None] * len(self.A)
         rows, columns = self.dy.shape[:-1].numel(), self.weight.shape[1]
         return [
-            dropout_keep(s, rows, columns, p) if p else None for s, p in zip(self.seed, self.dropout_p, strict=True)
+            _keep(seed, rows, columns, p) if p else None
+            for seed, p in zip(self.seed.tolist(), self.dropout_p, strict=True)
         ]
 
     def select(self) -> list[Tensor | None]:
@@ -99,7 +101,8 @@ def make_inputs(
 def oracle(inputs: LoraInputs) -> Results:
     """``y`` and every gradient in float64, by the equations of reference.py and the formulas written there."""
     N, K = inputs.weight.shape
-    x, dy = inputs.x.double().reshape(-1, K), inputs.dy.double().reshape(-1, N)
+    rows = inputs.dy.shape[:-1].numel()
+    x, dy = inputs.x.double().reshape(rows, K), inputs.dy.double().reshape(rows, N)
     weight = inputs.weight.double()
     bias = None if inputs.bias is None else inputs.bias.double()
     A, B = [a.double() for a in inputs.A], [b.double() for b in inputs.B]
@@ -187,7 +190,7 @@ def assert_close_as_eager(
 
     Both errors are samples of a random variable: with few elements eager may be exact by luck, and twice nothing is
     nothing. Sequences of tensors (the same computation on independent inputs) are therefore pooled into one sample
-    before the norms are taken; :func:`draws_needed` says how many to take for tiny outputs.
+    before the norms are taken; :class:`Expected` takes as many as tiny outputs need.
     """
     actuals, oracles, eagers = (list(t) if not isinstance(t, Tensor) else [t] for t in (actual, oracle, eager))
     for a, o, e in zip(actuals, oracles, eagers, strict=True):
@@ -205,23 +208,48 @@ def assert_close_as_eager(
         assert error <= allowed, f"{name}: {label} error {error:.3e}, allowed {allowed:.3e} (eager's {eager_error:.3e})"
 
 
+@dataclass(frozen=True)
+class Expected:
+    """Draws of the same kind of inputs, enough to judge by, with the oracle's and eager's results."""
+
+    inputs: list[LoraInputs]
+    oracle: list[Results]
+    eager: list[Results]
+
+    @classmethod
+    def of(cls, make: Callable[[], LoraInputs]) -> Expected:
+        """Draws by ``make()``."""
+        inputs = [make()]
+        inputs += [make() for _ in range(draws_needed(inputs[0]) - 1)]
+        oracles, eagers = zip(*((oracle(i), eager(i)) for i in inputs), strict=True)
+        return cls(inputs, list(oracles), list(eagers))
+
+    def assert_met_by(self, function: Callable[[LoraInputs], Results]) -> None:
+        """Every entry of ``function(inputs)`` has eager's dtype and is as close to the oracle as eager's is."""
+        actual = [function(i) for i in self.inputs]
+        for name, like in self.eager[0].items():
+            assert actual[0][name].dtype == like.dtype, f"{name}: {actual[0][name].dtype}, expected {like.dtype}"
+            assert_close_as_eager(*([r[name] for r in results] for results in (actual, self.oracle, self.eager)), name)
+
+
 def draws_needed(inputs: LoraInputs) -> int:
-    """How many draws of ``inputs`` to pool so that every non-empty output has at least ``POOL`` elements."""
-    sizes = [t.numel() for t in (inputs.dy, *inputs.differentiable().values()) if t.numel()]
-    return math.ceil(POOL / min(sizes))
+    """How many draws of ``inputs`` make ``POOL`` independent rounding errors in each output.
 
-
-def assert_results_close_as_eager(make: Callable[[], LoraInputs], function: Callable[[LoraInputs], Results]) -> None:
-    """Every entry of ``function(inputs)`` is as close to the oracle as eager's, over as many ``make()`` as needed.
-
-    Dtypes and shapes must be eager's.
+    A draw has as many as the output has elements, but an error of ``u`` or ``v [M, r]`` spreads over a whole row of
+    ``dB`` or ``dA``: no more than ``r`` for each different token that an adapter serves.
     """
-    inputs = [make()]
-    inputs += [make() for _ in range(draws_needed(inputs[0]) - 1)]
-    actuals, oracles, eagers = ([f(i) for i in inputs] for f in (function, oracle, eager))
-    for name, expected in eagers[0].items():
-        assert actuals[0][name].dtype == expected.dtype, f"{name}: {actuals[0][name].dtype}, not {expected.dtype}"
-        assert_close_as_eager(*([result[name] for result in results] for results in (actuals, oracles, eagers)), name)
+    sizes = [t.numel() for t in (inputs.dy, *inputs.differentiable().values())]
+    if 0 in sizes:
+        return 1
+    tokens = min(len(t.reshape(-1, t.shape[-1]).float().unique(dim=0)) for t in (inputs.x, inputs.dy))
+    if inputs.adapter_index is not None:
+        tokens /= len(inputs.A) + 1
+    return math.ceil(POOL / min(*sizes, tokens * min(a.shape[0] for a in inputs.A)))
+
+
+@functools.lru_cache(maxsize=8)
+def _keep(seed: int, rows: int, columns: int, p: float) -> Tensor:
+    return dropout_keep(torch.tensor(seed), rows, columns, p)
 
 
 def _random(shape: Sequence[int]) -> Tensor:

@@ -39,7 +39,7 @@ def lora_linear(
     adapter_index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See ops.py."""
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = _matrix(x)
     keep, scaling = _masks(x2.shape[0], x2.shape[1], scaling, dropout_p, seed)
     y, u = lora_linear_reference(x2, weight, bias, A, B, scaling, keep, _selects(len(A), adapter_index))
     return y.view(*x.shape[:-1], weight.shape[0]), u
@@ -59,15 +59,19 @@ def lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """See ops.py."""
-    N, K = weight.shape
-    dy2 = dy.reshape(-1, N)
-    x2 = None if x is None else x.reshape(-1, K)
+    K = weight.shape[1]
+    dy2 = _matrix(dy)
+    x2 = None if x is None else _matrix(x)
     keep, scaling = _masks(dy2.shape[0], K, scaling, dropout_p, seed)
     selects = _selects(len(A), adapter_index)
     grads = lora_linear_backward_reference(dy2, x2, weight, A, B, u, scaling, keep, selects, needs)
     if needs[0]:
         grads[0] = grads[0].view(*dy.shape[:-1], K)
     return grads
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _masks(
