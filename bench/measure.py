@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastpeft import dispatch
+from fastpeft.backends import native
 from fastpeft.experiments.memory import kept_bytes
 
 from . import parity, rows
@@ -102,12 +103,13 @@ def _compile_failure(runner: Runner, case: Case) -> str | None:
 
 
 def _backend(runner: Runner) -> str:
-    """The name of the backend that runs the first fused layer."""
+    """What runs the first fused layer; the native backend with its instruction set."""
     layer: Any = next(module for module in runner.model.modules() if hasattr(module, "lora_A"))
     weight = layer.base_layer.weight
     x = weight.new_empty((1, weight.shape[1]))
     A, B = ([adapter.weight for adapter in adapters.values()] for adapters in (layer.lora_A, layer.lora_B))
-    return dispatch.choose("lora_linear", x, weight, A, B, None).NAME
+    backend = dispatch.choose("lora_linear", x, weight, A, B, None)
+    return f"{native.NAME}, {native._C.isa()}" if backend is native and native._C is not None else backend.NAME
 
 
 def _now() -> str:

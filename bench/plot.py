@@ -10,7 +10,7 @@ from .rows import Row
 from .table import origin
 
 _COLORS = {"peft": "#d1495b", "peft-autocast": "#edae49", "peft-compiled": "#8d6a9f", "fastpeft": "#00798c"}
-_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50)
+_TICKS = (0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
 _INCHES_PER_LINE = 0.34
 
 
@@ -69,13 +69,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.xaxis.set_major_locator(ticker.FixedLocator(_TICKS))
             axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g×"))
             axes.xaxis.set_minor_locator(ticker.NullLocator())
-            axes.tick_params(labelbottom=True)
+            axes.tick_params(axis="x", labelbottom=True, labelsize=9)
             axes.grid(axis="x", alpha=0.3)
             for edge in range(1, len(labels[dtype])):
                 axes.axhline(edge - 0.5, color="black", alpha=0.08, linewidth=0.8)
             axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("LoRA beside its frozen base: wall time, 1× = the base alone, less is better", fontsize=13)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(contestants),
+        frameon=False,
+        title="LoRA beside its frozen base: wall time, 1× is the base alone, less is better",
+        title_fontsize=13,
+    )
     figure.supxlabel(origin(rows), fontsize=7, color="gray")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -35,7 +35,7 @@ class Row:
         case: ``kind, shape, dtype, rank, dropout`` and what else describes it.
         phase: forward, step or generate.
         contestant: base, peft, peft-autocast, peft-compiled or fastpeft.
-        backend: what ran fastpeft's op; None for the others.
+        backend: what ran fastpeft's op (the native backend with its instruction set); None for the others.
         rounds: samples behind each summary.
         seconds: wall seconds per call; None when the contestant could not run.
         cpu_seconds: processor seconds per call, summed over threads.
@@ -115,7 +115,7 @@ def machine() -> dict[str, Any]:
     """Facts about this machine; ``name`` is fit for a file name."""
     import psutil
 
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # newer torch has it
     cpu = capabilities.get("cpu_name") or platform.processor() or platform.machine()
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
     return {

@@ -57,11 +57,22 @@ def _time(row: Row | None) -> str:
     if row is None or row.seconds is None:
         return _NOTHING
     if row.contestant == BASE.name:
-        return f"{row.seconds['median'] * 1e3:.3g} ms"
+        return _duration(row.seconds["median"])
     if row.against is None:
         return "parity fails"
     ratio = row.against[BASE.name]
-    return f"{ratio['median']:.2f} [{ratio['q1']:.2f}, {ratio['q3']:.2f}]"
+    return f"{_multiple(ratio['median'])} [{_multiple(ratio['q1'])}, {_multiple(ratio['q3'])}]"
+
+
+def _multiple(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, factor in (("µs", 1e6), ("ms", 1e3)):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.2f} s"
 
 
 def _kept(row: Row | None) -> str:
@@ -108,7 +119,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     """Prints the table."""
     for section in sections(rows):
         table = Table(title=section.title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("M×K×N", min_width=14)
+        table.add_column("M×K×N", min_width=14, max_width=14)
         table.add_column("phase", min_width=9)
         for name, label in _COLUMNS.items():
             width = 8 if name == BASE.name else 17

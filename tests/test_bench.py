@@ -1,0 +1,309 @@
+"""The harness measures what it says: rounds, ratios, kept bytes, parity before speed. No speed is asserted."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from fastpeft.bench import bounds, cli, contestants, parity, plot, rows, table, timing
+from fastpeft.bench.cases import LayerCase, ModelCase
+from fastpeft.bench.contestants import BASE, CONTESTANTS, FASTPEFT, PEFT, PEFT_AUTOCAST, PEFT_COMPILED
+from fastpeft.bench.measure import Run, measure
+from fastpeft.bench.rows import Row
+from rich.console import Console
+from torch import nn
+
+from fastpeft.peft import FusedLinear
+
+EAGER = tuple(contestant for contestant in CONTESTANTS if not contestant.compiled)
+TINY = LayerCase(M=6, K=32, N=48, dtype="fp32", rank=4)
+TINY_MODEL = ModelCase(dtype="bf16", rank=4, dropout=0.05, tokens=8, layers=1, hidden=32, intermediate=48, heads=2)
+
+
+def measured(case: Any, contestants: Any = EAGER) -> list[Row]:
+    return list(measure(case, contestants, rounds=2, run=Run.begin()))
+
+
+def row(contestant: str = "fastpeft", **changes: Any) -> Row:
+    """A row as a quiet machine would yield it."""
+    flat = {"min": 1.0, "q1": 1.0, "median": 1.0, "q3": 1.0}
+    case = LayerCase(512, 2048, 2048, "bf16")
+    values: dict[str, Any] = {
+        "run": "2026-01-01T00:00:00+00:00",
+        "date": "2026-01-01T00:00:01+00:00",
+        "machine": {"name": "cpu-2-cores", "cpu": "CPU", "cores": 2, "memory_gib": 8.0, "features": [], "system": "x"},
+        "versions": {"python": "3.11", "torch": "2.13"},
+        "commit": "0123456789",
+        "dirty": False,
+        "threads": 2,
+        "case": {"kind": "layer", "shape": case.shape, **vars(case)},
+        "phase": "step",
+        "contestant": contestant,
+        "backend": "native",
+        "rounds": 15,
+        "seconds": flat,
+        "cpu_seconds": flat,
+        "against": {"base": flat, "peft": flat},
+        "kept_bytes": 512 * 2048 * 2 + 512 * 16 * 4,
+        "parity": {"passed": True, "errors": {}},
+        "refused": None,
+    }
+    return Row(**values | changes)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    base, slow = [1.0, 10.0, 2.0, 4.0, 5.0], [2.0, 30.0, 3.0, 4.0, 20.0]
+    assert timing.ratios(slow, base) == [2.0, 3.0, 1.5, 1.0, 4.0]
+    assert timing.summary(timing.ratios(slow, base)) == {"min": 1.0, "q1": 1.5, "median": 2.0, "q3": 3.0}
+
+
+def test_contestants_take_turns_after_a_warm_up() -> None:
+    calls: list[str] = []
+
+    def run(name: str) -> None:
+        calls.append(name)
+        time.sleep(1.2 * timing.SHORTEST_SAMPLE)  # so that a sample is a single call
+
+    waits: list[int] = []
+    samples = timing.interleave(
+        {name: lambda name=name: run(name) for name in "ABC"}, rounds=4, synchronize=lambda: waits.append(len(calls))
+    )
+    assert "".join(calls) == "A" * timing.WARM_UP + "B" * timing.WARM_UP + "C" * timing.WARM_UP + "ABC" * 4
+    assert all(len(s.wall) == len(s.cpu) == 4 and min(s.wall) >= timing.SHORTEST_SAMPLE for s in samples.values())
+    assert waits == [count for call in range(len(calls)) for count in (call, call + 1)]  # before and after each call
+
+
+def test_a_fast_call_is_repeated_within_its_sample_and_counted_once() -> None:
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(timing.SHORTEST_SAMPLE / 10)
+
+    samples = timing.interleave({"A": run}, rounds=2)
+    per_sample, rest = divmod(calls - timing.WARM_UP, 2)
+    assert rest == 0
+    assert 1 < per_sample <= 10
+    assert all(wall >= timing.SHORTEST_SAMPLE / 10 for wall in samples["A"].wall)
+
+
+def test_a_case_yields_a_complete_row_for_each_contestant_and_phase() -> None:
+    found = measured(replace(TINY, M=1, dtype="bf16"))
+    expected = [(phase, c.name) for phase in ("forward", "step", "generate") for c in EAGER]
+    assert [(r.phase, r.contestant) for r in found] == expected
+    for r in found:
+        assert Row.from_json(r.to_json()) == r
+        assert set(json.loads(r.to_json())) == {field.name for field in fields(Row)}
+        assert r.machine.keys() == {"name", "cpu", "cores", "memory_gib", "features", "system"}
+        assert r.versions.keys() == {"python", "torch", "peft", "transformers", "fastpeft"}
+        assert r.threads == torch.get_num_threads()
+        assert r.case["shape"] == "1×32×48"
+        assert r.rounds == 2
+        assert r.parity["passed"], r.parity
+        assert r.refused is None
+        assert (r.backend is not None) == (r.contestant == "fastpeft")
+        assert (r.kept_bytes is None) == (r.phase == "generate")
+        assert r.seconds is not None and r.cpu_seconds is not None and r.against is not None
+        assert r.seconds.keys() == r.against["peft"].keys() == {"min", "q1", "median", "q3"}
+    assert all(r.against is not None and r.against["base"]["q3"] == 1.0 for r in found if r.contestant == "base")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_kept_bytes_of_a_layer(dropout: float) -> None:
+    case = replace(TINY, dropout=dropout)
+    x, u = case.M * case.K * 4, case.M * case.rank * 4
+    kept = {r.contestant: r.kept_bytes for r in measured(case) if r.phase == "step"}
+    seed, mask = (8, case.M * case.K) if dropout else (0, 0)
+    assert kept["base"] == 0
+    assert kept["fastpeft"] == x + u + seed
+    # PEFT: the input of A (dropped, in a copy of its own) and that of B; torch keeps the mask in bytes or in floats
+    assert kept["peft"] in ([x + u + mask, x + u + 4 * mask] if dropout else [x + u])
+
+
+def test_parity_holds_under_dropout_for_a_model() -> None:
+    found = measured(TINY_MODEL)
+    assert {r.phase for r in found} == {"step"}
+    assert found[0].parity["passed"], found[0].parity
+    assert set(found[0].parity["errors"]) == {"y", "dA", "dB"}
+
+
+def test_a_contestant_without_a_place_says_why() -> None:
+    refused = {r.contestant: r for r in measured(TINY) if r.refused is not None}
+    assert set(refused) == {PEFT_AUTOCAST.name}
+    absent = refused[PEFT_AUTOCAST.name]
+    assert absent.refused is not None and "fp32" in absent.refused
+    assert absent.seconds is absent.against is absent.kept_bytes is None
+
+
+def test_a_failed_compile_is_recorded() -> None:
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        found = measured(replace(TINY, M=5), (BASE, PEFT, PEFT_COMPILED, FASTPEFT))
+    compiled = [r for r in found if r.contestant == PEFT_COMPILED.name]
+    assert len(compiled) == 2
+    assert all(r.refused is not None and r.refused.startswith("torch.compile failed") for r in compiled)
+    assert all(r.seconds is not None for r in found if r.contestant != PEFT_COMPILED.name)
+    assert any("torch.compile failed" in note for note in table.notes(found))
+
+
+def test_no_speed_up_is_shown_while_parity_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = FusedLinear.forward
+    monkeypatch.setattr(FusedLinear, "forward", lambda self, x: right(self, x) * 1.01)
+    found = measured(replace(TINY, rank=16))  # the bounds are stated for this rank
+    ours = [r for r in found if r.contestant == "fastpeft"]
+    assert not ours[0].parity["passed"]
+    assert parity.failures(ours[0].parity) == ["y", "dx", "dA", "dB"]
+    assert all(r.against is None for r in ours)
+    assert all(r.against is not None for r in found if r.contestant == "peft")
+
+    (section,) = table.sections(found)
+    assert [line[-1] for line in section.lines[:2]] == ["parity fails"] * 2
+    assert any("parity" in note and "dA" in note for note in table.notes(found))
+    verdicts = {f.verdict for f in bounds.check(found) if f.bound.text == "not slower than PEFT"}
+    assert verdicts == {"miss: parity fails"}
+    with pytest.raises(ValueError, match="no ratio"):
+        plot.draw(ours, tmp_path / "plot.png")
+
+
+def test_fastpeft_is_not_timed_on_layers_that_it_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_peft = contestants.with_peft
+
+    def hooked(base: nn.Module, case: Any) -> nn.Module:
+        base["linear"].register_forward_hook(lambda *_: None)  # type: ignore[index]
+        return with_peft(base, case)
+
+    monkeypatch.setattr(contestants, "with_peft", hooked)
+    with pytest.raises(RuntimeError, match="did not fuse every layer of 6×32×48"):
+        FASTPEFT.setup(TINY)
+
+
+@pytest.mark.parametrize(("error", "passed"), [(2.0, True), (2.2, False), (float("nan"), False)])
+def test_parity_allows_twice_the_eager_error_and_the_rounding(error: float, passed: bool) -> None:
+    want = torch.zeros(3, 4, dtype=torch.float64)
+    eager = {"y": torch.full((3, 4), 1.0)}
+    verdict = parity.judge({"y": want}, eager, {"y": torch.full((3, 4), error)})
+    assert verdict["passed"] is passed
+    assert parity.failures(verdict) == ([] if passed else ["y"])
+    rounded = parity.judge({"y": want + 1}, {"y": torch.ones(3, 4)}, {"y": torch.ones(3, 4, dtype=torch.bfloat16)})
+    assert rounded["errors"]["y"]["rounding"] == 2**-8
+
+
+def test_rows_append_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    first, second = row("base"), row("peft")
+    rows.append(path, [first])
+    rows.append(path, [second])
+    assert rows.load(path) == [first, second]
+    with path.open("a") as file:
+        file.write('{"run": "x", "colour": 1}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: .*missing: .*'against'.*unknown: \['colour'\]"):
+        rows.load(path)
+
+
+def test_latest_keeps_the_newest_measurement_of_each_thing() -> None:
+    old, new, other_threads = row(commit="old"), row(commit="new"), row(threads=1)
+    assert rows.latest([old, row("peft"), new]) == [new, row("peft")]
+    assert rows.latest([other_threads, new]) == [new]
+    assert rows.latest([]) == []
+
+
+@pytest.mark.parametrize(
+    ("cpu", "name"),
+    [
+        ("Intel(R) Xeon(R) Platinum 8488C", "intel-xeon-platinum-8488c"),
+        ("Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "intel-core-i7-8700"),
+        ("AMD EPYC 9R14 96-Core Processor", "amd-epyc-9r14-96-core"),
+    ],
+)
+def test_machine_names_fit_a_file(cpu: str, name: str) -> None:
+    assert rows.slug(cpu) == name
+
+
+def test_table_shows_every_row_in_the_terminal_and_in_markdown() -> None:
+    quarter = {"min": 0.9, "q1": 1.25, "median": 1.5, "q3": 12.0}
+    found = [row("base"), row("peft", against={"base": quarter, "peft": quarter}), row()]
+    text = table.markdown(found)
+    assert "## bf16, dropout 0, rank 16" in text
+    assert "| 512×2048×2048 | step | 1.00 s | 1.50 [1.25, 12.0] | – | – | 1.00 [1.00, 1.00] |" in text
+    assert "| kept, MiB | 2.03 | 2.03 | – | – | 2.03 |" in text
+    assert "commit 01234567; 2026-01-01" in text
+    console = Console(width=120)
+    with console.capture() as capture:
+        table.show(found, console)
+    shown = capture.get()
+    assert "1.50 [1.25, 12.0]" in shown
+    assert "median [quartiles]" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_plot_is_drawn_from_rows_alone(tmp_path: Path) -> None:
+    found = [row("base"), row("peft"), row(), row(phase="forward"), row(against=None, phase="generate")]
+    plot.draw(found, tmp_path / "plots" / "bench.png")
+    assert (tmp_path / "plots" / "bench.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_bounds_pass_miss_or_were_not_measured() -> None:
+    slow = {"min": 1.1, "q1": 1.1, "median": 1.13, "q3": 1.2}
+    findings = bounds.check([row("peft"), row(against={"base": slow, "peft": slow})])
+    step, kept = (
+        [f for f in findings if f.bound.text == text and f.bound.dropout is not True]
+        for text in ("layer: step over the base", "kept: x, u and the seed alone")
+    )
+    assert [(f.verdict, f.measured, f.missed) for f in step] == [("miss", 1.13, True)]
+    assert [(f.verdict, f.measured, f.missed) for f in kept] == [("pass", 1.0, False)]
+    assert all(f.verdict == "not measured" and not f.missed for f in findings if f not in step + kept)
+    assert {f.bound for f in findings} == set(bounds.BOUNDS)
+
+    dropped = row().case | {"dropout": 0.05}
+    pair = [row("peft", case=dropped, kept_bytes=10), row(case=dropped, kept_bytes=7)]
+    share = [f for f in bounds.check(pair) if f.bound.text == "kept: share of PEFT's"]
+    assert [(f.verdict, f.measured) for f in share] == [("miss", 0.7)]
+
+
+def test_command_measures_records_and_redraws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--shape", "6x32x48", "--dtype", "fp32", "--dropout", "0", "--rounds", "2", "--no-compile"]
+    done = CliRunner().invoke(cli.command, [*options, "--out", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (recorded,) = tmp_path.glob("*.jsonl")
+    assert len(rows.load(recorded)) == 2 * len(EAGER)
+    for suffix in (".md", ".png"):
+        recorded.with_suffix(suffix).unlink()
+
+    for limit, exit_code in ((float("inf"), 0), (0.0, 1)):
+        monkeypatch.setattr(bounds, "BOUNDS", (bounds.Bound("kept", limit, bounds.kept_over_peft, phase="step"),))
+        redrawn = CliRunner().invoke(cli.command, ["--plot-only", "--check", "--out", str(tmp_path)])
+        assert redrawn.exit_code == exit_code, redrawn.output
+    assert recorded.with_suffix(".md").exists()
+    assert recorded.with_suffix(".png").exists()
+    assert len(rows.load(recorded)) == 2 * len(EAGER)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "512x2048"], "expected three positive integers such as 512x2048x2048, got '512x2048'"),
+        (["--dropout", "1"], "'--dropout'"),
+        (["--rank", "0"], "'--rank'"),
+        (["--plot-only"], "needs recorded rows, and there are none in"),
+    ],
+)
+def test_command_refuses(options: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.command, [*options, "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_chooses_cases() -> None:
+    both = cli.choose_cases([(1, 2, 3), (4, 5, 6)], ["bf16", "fp32"], 8, [0.0, 0.1], layer=True, model=True)
+    assert len(both) == 2 * 2 * 2 + 2 * 2
+    assert {case.rank for case in both} == {8}
+    assert cli.choose_cases([(1, 2, 3)], ["fp16"], 8, [0.1], layer=True, model=False) == [
+        LayerCase(1, 2, 3, "fp16", 8, 0.1)
+    ]
