@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-MIB = 2**20
 _LAST_SHARE = 10
 _COLORS = ("#d1495b", "#00798c")
 
@@ -38,43 +38,48 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Column:
-    """A number of a :class:`Result`, as it is printed for a run and as it is set against another run's."""
+class _Row:
+    """A number of a :class:`Result`, as it is printed for a run and as it is compared with another run's."""
 
     title: str
     value: Callable[[Result], float]
     show: Callable[[float], str]
-    against: Callable[[float, float], str]
+    compare: Callable[[float, float], str]
+
+
+def _difference(form: str) -> Callable[[float, float], str]:
+    return lambda value, base: form.format(value - base)
 
 
 def _ratio(value: float, base: float) -> str:
     return f"{value / base:.2f}×"
 
 
-_COLUMNS = (
-    _Column("training loss", lambda run: run.last_loss, "{:.4f}".format, lambda v, base: f"{v - base:+.4f}"),
-    _Column("test loss", lambda run: run.test_loss, "{:.4f}".format, lambda v, base: f"{v - base:+.4f}"),
-    _Column("test accuracy", lambda run: run.test_accuracy, "{:.1%}".format, lambda v, base: f"{v - base:+.1%}"),
-    _Column("seconds per step", lambda run: run.seconds_per_step, "{:.3f}".format, _ratio),
-    _Column("peak MiB", lambda run: run.peak_bytes / MIB, "{:,.0f}".format, _ratio),
-    _Column("MiB kept for backward", lambda run: run.kept_bytes / MIB, "{:,.0f}".format, _ratio),
-    _Column("trainable parameters", lambda run: run.trainable_parameters, "{:,}".format, _ratio),
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+_ROWS = (
+    _Row("training loss, last tenth of the steps", lambda run: run.last_loss, "{:.4f}".format, _difference("{:+.4f}")),
+    _Row("test loss", lambda run: run.test_loss, "{:.4f}".format, _difference("{:+.4f}")),
+    _Row("test accuracy", lambda run: run.test_accuracy, "{:.1%}".format, _difference("{:+.1%}")),
+    _Row("seconds per step, median", lambda run: run.seconds_per_step, "{:.3f}".format, _ratio),
+    _Row("peak memory", lambda run: run.peak_bytes, _mebibytes, _ratio),
+    _Row("kept for backward", lambda run: run.kept_bytes, _mebibytes, _ratio),
+    _Row("trainable parameters", lambda run: run.trainable_parameters, "{:,}".format, _ratio),
 )
 
 
 def results_table(results: Sequence[Result]) -> Table:
-    """A row for each run, then each later run set against the first: differences of losses, ratios of costs."""
-    table = Table(title="What came out", title_justify="left", title_style="bold")
+    """A column for each run, then one for each run but the first that sets it against the first."""
+    base, *others = results
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("")
-    for column in _COLUMNS:
-        table.add_column(column.title, justify="right")
-    for run in results:
-        table.add_row(run.name, *(column.show(column.value(run)) for column in _COLUMNS))
-    table.add_section()
-    base = results[0]
-    for run in results[1:]:
-        cells = (column.against(column.value(run), column.value(base)) for column in _COLUMNS)
-        table.add_row(f"against {base.name}", *cells)
+    for title in (*(run.name for run in results), *(f"{run.name} / {base.name}" for run in others)):
+        table.add_column(title, justify="right")
+    for row in _ROWS:
+        shown = (row.show(row.value(run)) for run in results)
+        table.add_row(row.title, *shown, *(row.compare(row.value(run), row.value(base)) for run in others))
     return table
 
 
@@ -98,8 +103,8 @@ def draw_losses(path: Path, title: str, results: Sequence[Result]) -> None:
         for axes, x in ((by_step, steps), (by_time, list(accumulate(run.seconds)))):
             axes.plot(x, run.losses, color=color, alpha=0.18, linewidth=0.8)
             axes.plot(x, smoothed(run.losses), color=color, alpha=0.55 + 0.45 * order, linewidth=width, label=run.name)
-    by_step.set(title="the same loss, step by step", xlabel="step", ylabel="training loss")
-    by_time.set(title="by the time it took", xlabel="seconds spent in training steps")
+    by_step.set(title="by step", xlabel="step", ylabel="training loss")
+    by_time.set(title="by time", xlabel="seconds spent in training steps")
     for axes in (by_step, by_time):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
