@@ -33,7 +33,7 @@ def lora_linear(
 
     Args:
         x: ``[..., K]``, the dtype of ``weight`` unless autocast is on.
-        weight: ``[N, K]``, float64, float32, float16 or bfloat16, any strides (GPT-2's ``Conv1D`` passes ``weight.t()``).
+        weight: ``[N, K]``, float64, float32, float16 or bfloat16, any strides (a ``Conv1D`` passes ``weight.t()``).
         bias: ``[N]`` or None.
         A: ``[r, K]``, or a list with one for each adapter. Any floating dtype.
         B: ``[N, r]``, or a list alike.
@@ -55,8 +55,8 @@ def lora_linear(
     As = [A] if isinstance(A, Tensor) else list(A)
     Bs = [B] if isinstance(B, Tensor) else list(B)
     count = len(As)
-    scalings = list(scaling) if isinstance(scaling, (list, tuple)) else [scaling] * count
-    ps = list(dropout_p) if isinstance(dropout_p, (list, tuple)) else [dropout_p] * count
+    scalings = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
+    ps = list(dropout_p) if isinstance(dropout_p, Sequence) else [dropout_p] * count
     check_backend_name(backend)
     _check_base(x, weight, bias)
     _check_adapters(x, weight, As, Bs, scalings, ps)

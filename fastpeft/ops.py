@@ -130,7 +130,7 @@ class _LoraLinearNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         keyset: torch._C.DispatchKeySet,
         scaling: list[float],
@@ -195,9 +195,7 @@ def _lora_linear_autograd(
     """What ``torch.library.register_autograd`` would generate, without its per-call reflection (a quarter less time
     for a call with gradient; it matters for small layers)."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *A, *B)):
-        return _LoraLinearNode.apply(
-            keyset, scaling, dropout_p, backend, seed, adapter_index, x, weight, bias, *A, *B
-        )
+        return _LoraLinearNode.apply(keyset, scaling, dropout_p, backend, seed, adapter_index, x, weight, bias, *A, *B)
     return _below_autograd(keyset, x, weight, bias, A, B, scaling, dropout_p, seed, adapter_index, backend)
 
 
