@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
+from torch._C import _are_functorch_transforms_active
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -76,7 +76,10 @@ class FusedLinear(PeftLinear):
     def extra_repr(self) -> str:
         """Whether the layer is fused as it stands, or why not."""
         operands = operands_or_reason(self, self.active_adapters)
-        return f"left to PEFT: {operands}" if isinstance(operands, str) else "fused"
+        return f"left to PEFT: {operands}" if isinstance(operands, str) else "fused by fastpeft"
+
+    def _get_name(self) -> str:
+        return PeftLinear.__name__  # repr shows PEFT's name, as state_dict keys and parameters are PEFT's
 
 
 @dataclass(frozen=True)
@@ -312,7 +315,7 @@ def _is_constant(scaling: float | Tensor | None) -> bool:
 
 def _is_plain_input(x: Tensor, weight: Tensor) -> bool:
     """False where PEFT computes something else than the op, or raises an error that is PEFT's to raise."""
-    if not isinstance(x, Tensor) or x.is_nested or x.is_meta or peek_interpreter_stack() is not None:
+    if not isinstance(x, Tensor) or x.is_nested or x.is_meta or _are_functorch_transforms_active():
         return False
     if x.dtype == weight.dtype:
         return True

@@ -1,0 +1,353 @@
+"""A fused model lives the life of a PEFT model: trained, saved, merged, copied, checkpointed, compiled, unpatched."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from oracle import assert_close_as_eager
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.model import LoraModel
+from peft_layers import layer_of, lora_model, no_peft_forward, tiny_llama, tokens
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastpeft
+from fastpeft.peft import FusedLinear
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def fused_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module) is FusedLinear]
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def train(model: nn.Module, batches: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The loss of each step, one step a batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for ids in batches:
+        loss = model(input_ids=ids.to(next(model.parameters()).device), labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def test_twenty_training_steps_then_saved_and_reloaded_in_plain_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = tiny_llama()
+    base = copy.deepcopy(stock).unload()
+    double, fused = copy.deepcopy(stock).double(), copy.deepcopy(stock)
+    assert len(fastpeft.patch(fused).fused) == 6
+    batches = [tokens() for _ in range(4)] * 5
+    with no_peft_forward(monkeypatch):
+        losses = train(fused, batches)
+    assert_close_as_eager(losses, train(double, batches), train(stock, batches), "loss curve")
+    assert losses[-4:].mean() < losses[:4].mean()
+
+    fused.eval()
+    fused.save_pretrained(tmp_path)
+    reloaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert fused_names(reloaded) == []
+    ids, double_reloaded = tokens(), copy.deepcopy(reloaded).double()
+    assert_close_as_eager(logits(fused, ids), logits(double_reloaded, ids), logits(reloaded, ids), "logits")
+
+
+def test_state_dict_and_parameters_stay_pefts() -> None:
+    model = tiny_llama()
+    parameters, state = dict(model.named_parameters()), list(model.state_dict())
+    fastpeft.patch(model)
+    assert list(model.state_dict()) == state
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_patch_twice_then_unpatch() -> None:
+    model = tiny_llama()
+    first, second = fastpeft.patch(model), fastpeft.patch(model)
+    assert first == second and len(first.fused) == 6 and first.left_to_peft == {}
+    assert str(first) == "fused: 6, left to PEFT: 0"
+    fastpeft.unpatch(model)
+    assert fused_names(model) == []
+    assert all("fastpeft_backend" not in vars(module) for module in model.modules())
+    assert sum(type(module) is PeftLinear for module in model.modules()) == 6
+    fastpeft.unpatch(model)
+
+
+def test_report_groups_reasons() -> None:
+    model = tiny_llama()
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            module.merge()
+    report = fastpeft.patch(model)
+    assert str(report).splitlines() == [
+        "fused: 2, left to PEFT: 4",
+        "4 × its adapters are merged into the base weight",
+        "    " + ", ".join(list(report.left_to_peft)[:3]) + " and 1 more",
+    ]
+
+
+@pytest.mark.parametrize("function", [fastpeft.patch, fastpeft.unpatch, fastpeft.explain])
+def test_what_is_no_module(function: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        function("model")
+
+
+def test_patch_without_peft_layers() -> None:
+    with pytest.raises(ValueError, match="model must hold at least one PEFT layer, got a Sequential without any"):
+        fastpeft.patch(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_unknown_backend_changes_nothing() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="backend must be None or one of"):
+        fastpeft.patch(model, backend="abacus")
+    assert fused_names(model) == []
+
+
+def test_backend_that_refuses_a_layer_changes_nothing() -> None:
+    model = tiny_llama().double()
+    with pytest.raises(fastpeft.BackendRefusal, match=r"backend='native' cannot run .*q_proj: "):
+        fastpeft.patch(model, backend="native")
+    assert fused_names(model) == []
+
+
+def test_backend_by_name_holds_for_every_call() -> None:
+    model = lora_model(nn.Linear(8, 12))
+    fastpeft.patch(model, backend="reference")
+    by_name = layer_of(model)(torch.ones(5, 8))
+    assert "reference: asked for by name" in str(fastpeft.explain(model))
+    model.double()
+    fastpeft.patch(model)
+    layer_of(model).fastpeft_backend = "native"
+    with pytest.raises(fastpeft.BackendRefusal):
+        layer_of(model)(torch.ones(5, 8, dtype=torch.float64))
+    assert by_name.shape == (5, 12)
+
+
+def steps_of_life(model: peft.PeftModel, ids: Tensor) -> list[Tensor]:
+    """The logits after each change that PEFT's users make to a model."""
+    seen = []
+
+    def look() -> None:
+        seen.append(logits(model, ids))
+
+    look()
+    model.merge_adapter()
+    look()
+    model.unmerge_adapter()
+    look()
+    with model.disable_adapter():
+        look()
+    look()
+    config = {"r": 3, "init_lora_weights": False, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    model.add_adapter("second", peft.LoraConfig(**config))
+    model.set_adapter("second")
+    look()
+    model.base_model.set_adapter(["default", "second"])
+    look()
+    seen.append(logits_of_mixed_batch(model, ids))
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="cat")
+    model.set_adapter("both")
+    look()
+    with peft.helpers.rescale_adapter_scale(model, 0.5):
+        look()
+    model.delete_adapter("default")
+    model.set_adapter("second")
+    look()
+    return seen
+
+
+def logits_of_mixed_batch(model: peft.PeftModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, adapter_names=["second", "default"]).logits
+
+
+def test_life_of_adapters() -> None:
+    stock, ids = tiny_llama(init_lora_weights=False).eval(), tokens()
+    double, fused = copy.deepcopy(stock).double(), copy.deepcopy(stock)
+    with fastpeft.enabled():
+        fastpeft.patch(fused)
+        torch.manual_seed(1)
+        actual = steps_of_life(fused, ids)
+    assert len(fused_names(fused)) == 8
+    torch.manual_seed(1)
+    expected = steps_of_life(stock, ids)
+    torch.manual_seed(1)
+    oracle = steps_of_life(double, ids)
+    for step, (a, o, e) in enumerate(zip(actual, oracle, expected, strict=True)):
+        assert_close_as_eager(a, o, e, f"step {step}")
+    fused = fused.merge_and_unload()
+    assert fused_names(fused) == []
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_stay_fused(copied: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_llama(init_lora_weights=False), tokens()
+    fastpeft.patch(model, backend="reference")
+    twin = copied(model)
+    assert fused_names(twin) == fused_names(model)
+    with no_peft_forward(monkeypatch):
+        assert torch.equal(logits(twin, ids), logits(model, ids))
+    layers = (module for module in twin.modules() if type(module) is FusedLinear)
+    assert {layer.fastpeft_backend for layer in layers} == {"reference"}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_draws_the_same_mask_again(use_reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model(nn.Linear(24, 24), lora_dropout=0.5)
+    fastpeft.patch(model)
+    layer = layer_of(model)
+    x = torch.randn(33, 24, requires_grad=True)
+    results = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(3)
+        with no_peft_forward(monkeypatch):
+            y = run(x)
+            y = run(y)
+            grads = torch.autograd.grad(y.square().sum(), [x, *layer.lora_A.parameters()]) if run is layer else None
+            if grads is None:
+                layer.zero_grad()
+                x.grad = None
+                y.square().sum().backward()
+                grads = (x.grad, *(parameter.grad for parameter in layer.lora_A.parameters()))
+        results.append([y, *grads])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_of_a_model(use_reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_llama(lora_dropout=0.5, init_lora_weights=False), tokens()
+    model.enable_input_require_grads()
+    fastpeft.patch(model)
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.train().zero_grad()
+        torch.manual_seed(3)
+        with no_peft_forward(monkeypatch):
+            model(input_ids=ids, labels=ids).loss.backward()
+        results.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=["plain", "dropout", "bias"])
+def test_compiles_as_one_graph(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model(nn.Linear(24, 24), **config)
+    fastpeft.patch(model)
+    layer, x = layer_of(model), torch.randn(5, 24, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (layer, compiled):
+        torch.manual_seed(4)
+        with no_peft_forward(monkeypatch):
+            y = run(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.lora_B.parameters()])])
+    for eager, graph in zip(*results, strict=True):
+        assert torch.equal(eager, graph)
+
+
+def test_get_peft_model() -> None:
+    base = tiny_llama().unload()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    model = fastpeft.get_peft_model(base, config, backend="reference", adapter_name="mine")
+    assert isinstance(model, peft.PeftModel) and list(model.peft_config) == ["mine"]
+    assert len(fused_names(model)) == 2
+
+
+def test_get_peft_model_with_another_method_changes_nothing() -> None:
+    base = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"peft_config must be a peft\.LoraConfig, got IA3Config"):
+        fastpeft.get_peft_model(base, peft.IA3Config(target_modules=["0"], feedforward_modules=[]))
+    assert type(base[0]) is nn.Linear
+
+
+def made_now() -> list[str]:
+    """The fused layers of models made in three ways, none of which knows of fastpeft."""
+    injected = nn.Sequential(nn.Linear(4, 4))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), injected)
+    mixed = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(r=2, target_modules=["0"]), mixed=True)
+    models = {"injected": injected, "mixed": mixed, "wrapped": lora_model(nn.Linear(4, 4))}
+    return [name for name, model in models.items() if fused_names(model)]
+
+
+EVERY_WAY = ["injected", "mixed", "wrapped"]
+
+
+def test_enable_and_disable() -> None:
+    create = LoraModel._create_new_module
+    try:
+        fastpeft.enable()
+        fastpeft.enable()
+        assert made_now() == EVERY_WAY
+    finally:
+        fastpeft.disable()
+    assert made_now() == []
+    assert LoraModel._create_new_module is create
+    fastpeft.disable()
+
+
+def test_enabled_may_be_nested_and_leaves_enable_alone() -> None:
+    with fastpeft.enabled():
+        with pytest.raises(KeyError), fastpeft.enabled():
+            raise KeyError
+        assert made_now() == EVERY_WAY
+    assert made_now() == []
+    try:
+        fastpeft.enable()
+        with fastpeft.enabled():
+            pass
+        assert made_now() == EVERY_WAY
+    finally:
+        fastpeft.disable()
+
+
+def test_enabled_in_threads() -> None:
+    first_is_in, second_is_out = threading.Event(), threading.Event()
+    made: list[list[str]] = []
+
+    def first() -> None:
+        with fastpeft.enabled():
+            first_is_in.set()
+            second_is_out.wait()
+            made.append(made_now())
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    first_is_in.wait()
+    with fastpeft.enabled():
+        pass
+    second_is_out.set()
+    thread.join()
+    assert made == [EVERY_WAY] and made_now() == []
+
+
+def test_enable_reaches_loading_and_later_adapters(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    base = tiny_llama().unload()
+    with fastpeft.enabled():
+        model = peft.PeftModel.from_pretrained(base, tmp_path)
+        assert len(fused_names(model)) == 6
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    assert len(fused_names(model)) == 8
