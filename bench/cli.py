@@ -57,7 +57,9 @@ def choose_cases(
 @click.option("--quick", is_flag=True, help="About a minute: bf16, three layer shapes, nothing compiled.")
 @click.option("--layer", is_flag=True, help="Only single layers (unless --model is given too).")
 @click.option("--model", is_flag=True, help="Only the small Llama-shaped model (unless --layer is given too).")
-@click.option("--shape", "shapes", type=Shape(), multiple=True, help="Layers of this shape instead; repeatable.")
+@click.option(
+    "--shape", "shapes", type=Shape(), metavar="MxKxN", multiple=True, help="Layers of this shape instead; repeatable."
+)
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Repeatable.  [bf16, fp32]")
 @click.option("--rank", type=click.IntRange(min=1), default=RANK, show_default=True)
 @click.option(

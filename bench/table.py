@@ -12,7 +12,6 @@ from rich.text import Text
 
 from .bounds import STATED_FOR, Finding
 from .contestants import BASE, CONTESTANTS, FASTPEFT
-from .parity import failures
 from .rows import Row
 
 _NOTHING = "–"
@@ -86,7 +85,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         if row.refused is not None:
             reasons.setdefault(f"{_COLUMNS[row.contestant]}: {row.refused}", []).append(_case(row))
         if row.contestant == FASTPEFT.name and not row.parity["passed"]:
-            wrong = ", ".join(failures(row.parity))
+            wrong = ", ".join(row.parity["failed"])
             reasons.setdefault(f"No speed-up while parity fails ({wrong})", []).append(_case(row))
     return [origin(rows), *(f"{reason}. At {_listed(cases)}" for reason, cases in reasons.items())]
 
