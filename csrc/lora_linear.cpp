@@ -29,6 +29,9 @@ DType dtype_of(const Tensor& t) {
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+// Row stride of a [ranks, columns] sum: one line more than whole vectors, so that rows do not share a cache set.
+int64_t gradient_stride(int64_t columns) { return padded(columns) + kLanes; }
+
 Tensor flat_rows(const Tensor& t) {  // [..., C] as [M, C] with contiguous rows; a copy only where a view cannot be
     const Tensor rows = t.reshape({-1, t.size(-1)});
     return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
@@ -128,8 +131,17 @@ Sweep sweep_over(const Tensor& wide, const Layout& layout) {
             .groups = layout.groups};
 }
 
-// y [M, N] += x [M, K] W, W [K, N]
-void add_product(const Tensor& y, const Tensor& x, const Tensor& weight) { y.addmm_(x, weight); }
+// The base product x W, W [K, N], and the low-rank part, whichever comes first: the later one adds onto the earlier.
+void base_and_low_rank(const cpu::Kernels& kernels, Sweep& sweep, const Tensor& y, const Tensor& x,
+                       const Tensor& weight, bool base_first) {
+    Tensor out = y;
+    sweep.output = y.mutable_data_ptr();
+    sweep.ld_output = y.stride(0);
+    sweep.add = base_first;
+    if (base_first) at::mm_out(out, x, weight);
+    cpu::run(kernels, sweep);
+    if (!base_first) out.addmm_(x, weight);
+}
 
 void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bias, const Adapters& adapters,
                         const Tensor& u, const Tensor& y) {
@@ -167,7 +179,7 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
 }  // namespace
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                       const Adapters& adapters, bool few_tokens) {
+                                       const Adapters& adapters, bool few_tokens, bool base_first) {
     const Tensor x2 = flat_rows(x);
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = weight.size(0);
@@ -205,16 +217,13 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     up.q = q.const_data_ptr<float>();
     up.panel_out = panel_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
-    up.output = y2.mutable_data_ptr();
-    up.ld_output = y2.stride(0);
-    cpu::run(kernels, up);
-    add_product(y2, x2, weight.t());
+    base_and_low_rank(kernels, up, y2, x2, weight.t(), base_first);
     return {y, u};
 }
 
 std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
                                          const Adapters& adapters, const std::optional<Tensor>& u,
-                                         const std::vector<bool>& needs) {
+                                         const std::vector<bool>& needs, bool base_first) {
     const size_t count = adapters.A.size();
     const auto any = [&](size_t begin, size_t end) {
         return std::any_of(needs.begin() + begin, needs.begin() + end, [](bool need) { return need; });
@@ -242,7 +251,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         }
         if (need_B) {
             q = layout.padded_from(*u);
-            dB = floats({layout.ranks, padded(N)});
+            dB = floats({layout.ranks, gradient_stride(N)});
             sweep.q = q.const_data_ptr<float>();
             sweep.gradient = dB.mutable_data_ptr<float>();
             sweep.ld_gradient = dB.size(1);
@@ -262,7 +271,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         sweep.q = v.const_data_ptr<float>();
         Tensor panel_A;
         if (need_A) {
-            dA = floats({layout.ranks, padded(K)});
+            dA = floats({layout.ranks, gradient_stride(K)});
             sweep.input = x2.const_data_ptr();
             sweep.ld_input = x2.stride(0);
             sweep.gradient = dA.mutable_data_ptr<float>();
@@ -271,11 +280,10 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         if (need_x) {
             panel_A = panel(kernels, layout.stacked(adapters.A, false), pairs);
             sweep.panel_out = panel_A.const_data_ptr();
-            sweep.output = dx2.mutable_data_ptr();
-            sweep.ld_output = dx2.stride(0);
+            base_and_low_rank(kernels, sweep, dx2, dy2, weight, base_first);
+        } else {
+            cpu::run(kernels, sweep);
         }
-        cpu::run(kernels, sweep);
-        if (need_x) add_product(dx2, dy2, weight);
     }
 
     std::vector<Tensor> grads;

@@ -20,12 +20,13 @@ struct Adapters {
 // y [..., N] and u [M, Σ r] in float32.
 std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight,
                                                const std::optional<at::Tensor>& bias, const Adapters& adapters,
-                                               bool few_tokens);
+                                               bool few_tokens, bool base_first);
 
 // The gradients of x, weight, bias, *A, *B that `needs` asks for, in this order.
 std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                                              const at::Tensor& weight, const Adapters& adapters,
-                                             const std::optional<at::Tensor>& u, const std::vector<bool>& needs);
+                                             const std::optional<at::Tensor>& u, const std::vector<bool>& needs,
+                                             bool base_first);
 
 // Boolean [rows, columns], true where an element is kept: the mask that the kernels draw.
 at::Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold);

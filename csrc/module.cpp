@@ -19,17 +19,19 @@ struct PlainDispatch {
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                                        const Tensors& A, const Tensors& B, const std::vector<double>& scaling,
                                        const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                                       const MaybeTensor& adapter_index, bool few_tokens) {
+                                       const MaybeTensor& adapter_index, bool few_tokens, bool base_first) {
     const PlainDispatch plain;
-    return fastpeft::lora_linear(x, weight, bias, {A, B, scaling, thresholds, seed, adapter_index}, few_tokens);
+    return fastpeft::lora_linear(x, weight, bias, {A, B, scaling, thresholds, seed, adapter_index}, few_tokens,
+                                 base_first);
 }
 
 Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& weight, const Tensors& A,
                              const Tensors& B, const MaybeTensor& u, const std::vector<double>& scaling,
                              const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                             const MaybeTensor& adapter_index, const std::vector<bool>& needs) {
+                             const MaybeTensor& adapter_index, const std::vector<bool>& needs, bool base_first) {
     const PlainDispatch plain;
-    return fastpeft::lora_linear_backward(dy, x, weight, {A, B, scaling, thresholds, seed, adapter_index}, u, needs);
+    return fastpeft::lora_linear_backward(dy, x, weight, {A, B, scaling, thresholds, seed, adapter_index}, u, needs,
+                                          base_first);
 }
 
 std::vector<std::string> isas() {

@@ -69,16 +69,6 @@ void narrow(const float* src, DType dtype, void* dst, int64_t n) {
 
 // ---- packing ----------------------------------------------------------------------------------------------------
 
-inline void store_pair(uint16_t* p, V16 even, V16 odd) {  // even and odd rows interleaved, 32 bfloat16
-    uint16_t a[kLanes], b[kLanes];
-    store_bf16(a, even);
-    store_bf16(b, odd);
-    for (int64_t i = 0; i < kLanes; ++i) {
-        p[2 * i] = a[i];
-        p[2 * i + 1] = b[i];
-    }
-}
-
 // Sixteen rows of S from `row`, its columns `column` … + 15; zeros beyond the edges.
 inline void load_block(const Matrix& s, int64_t row, int64_t column, V16 (&v)[16]) {
     const bool transposed = s.column_stride != 1;
@@ -188,40 +178,49 @@ void outer_float(const void* tile, bool, int64_t rows, int64_t columns, const vo
                                      out + r * ld_out + c, ld_out);
 }
 
-// keep ∘ low + base + bias, one vector of columns.
-inline V16 finish(V16 low, int64_t m, int64_t c, int64_t n, const uint64_t* keep, const float* base,
-                  const float* bias) {
-    if (keep) low = where_kept(low, keep_bits(keep + m * kKeepWords, c));
-    if (base) low = add(low, load(base + m * kColumns + c));
-    if (bias) low = add(low, load_first(bias + c, DType::f32, n));
-    return low;
-}
+// Where `expand` puts its sums: y = keep ∘ low + bias, added onto y where `add`.
+struct Epilogue {
+    const uint64_t* keep;
+    const float* bias;
+    bool add_onto;
+    void* y;
+    DType dtype;
+    int64_t ld_y, columns;
+
+    void put(V16 low, int64_t m, int64_t c) const {
+        const int64_t n = columns - c;
+        char* out = at(y, dtype, m * ld_y + c);
+        if (keep) low = where_kept(low, keep_bits(keep + m * kKeepWords, c));
+        if (bias) low = add(low, load_first(bias + c, DType::f32, n));
+        if (add_onto) low = add(low, load_first(out, dtype, n));
+        store_first(out, dtype, low, n);
+    }
+};
 
 template <int Rows>
-inline void expand_rows(const float* q, int64_t m, int64_t c, int64_t columns, int64_t ranks, const float* panel,
-                        const uint64_t* keep, const float* base, const float* bias, void* y, DType dtype,
-                        int64_t ld_y) {
+inline void expand_rows(const float* q, int64_t m, int64_t c, int64_t ranks, const float* panel,
+                        const Epilogue& epilogue) {
     V16 sums[Rows];
     for (int i = 0; i < Rows; ++i) sums[i] = zero();
     for (int64_t r = 0; r < ranks; ++r) {
         const V16 p = load(panel + r * kLanes);
         for (int i = 0; i < Rows; ++i) sums[i] = fma(splat(q[(m + i) * ranks + r]), p, sums[i]);
     }
-    for (int i = 0; i < Rows; ++i)
-        store_first(at(y, dtype, (m + i) * ld_y + c), dtype, finish(sums[i], m + i, c, columns - c, keep, base, bias),
-                    columns - c);
+    for (int i = 0; i < Rows; ++i) epilogue.put(sums[i], m + i, c);
 }
 
-void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel, int64_t panel_stride,
-                  const uint64_t* keep, const float* base, const float* bias, void* y, DType dtype, int64_t ld_y) {
+void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+                  int64_t panel_stride, const uint64_t* keep, const float* bias, bool add, void* y, DType dtype,
+                  int64_t ld_y) {
+    const Epilogue epilogue{keep, bias, add, y, dtype, ld_y, columns};
     const float* left_q = static_cast<const float*>(q);
-    for (int64_t c = 0; c < columns; c += kLanes) {
-        const float* p = static_cast<const float*>(panel) + c / kLanes * panel_stride;
-        int64_t m = 0;
-        for (; m + kFloatRows <= rows; m += kFloatRows)
-            expand_rows<kFloatRows>(left_q, m, c, columns, ranks, p, keep, base, bias, y, dtype, ld_y);
-        for (; m < rows; ++m) expand_rows<1>(left_q, m, c, columns, ranks, p, keep, base, bias, y, dtype, ld_y);
-    }
+    const auto panel_at = [&](int64_t c) { return static_cast<const float*>(panel) + c / kLanes * panel_stride; };
+    int64_t m = 0;  // a few rows at a time along all columns: whole lines of y are written one after the other
+    for (; m + kFloatRows <= rows; m += kFloatRows)
+        for (int64_t c = 0; c < columns; c += kLanes)
+            expand_rows<kFloatRows>(left_q, m, c, ranks, panel_at(c), epilogue);
+    for (; m < rows; ++m)
+        for (int64_t c = 0; c < columns; c += kLanes) expand_rows<1>(left_q, m, c, ranks, panel_at(c), epilogue);
 }
 
 // ---- few tokens: dot products with the rows of W ----------------------------------------------------------------

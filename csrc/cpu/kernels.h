@@ -55,11 +55,11 @@ struct Kernels {
     void (*outer)(const void* tile, bool pairs, int64_t rows, int64_t columns, const void* q, int64_t blocks,
                   float* out, int64_t ld_out);
 
-    // y [rows, columns] = keep ∘ (q · panel) + base + bias; q from `left`; panel column blocks are panel_stride
-    // elements apart; base is a float32 tile, bias float32; keep, base and bias may be null.
+    // y [rows, columns] = keep ∘ (q · panel) + bias, added onto y where `add`; q from `left`; panel column blocks are
+    // panel_stride elements apart; bias float32; keep and bias may be null.
     void (*expand)(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
-                   int64_t panel_stride, const uint64_t* keep, const float* base, const float* bias, void* y,
-                   DType dtype, int64_t ld_y);
+                   int64_t panel_stride, const uint64_t* keep, const float* bias, bool add, void* y, DType dtype,
+                   int64_t ld_y);
 
     // Up to kDotRows tokens against rows [begin, end) of W: y = x Wᵀ + q Bᵀ + bias, all sums in float32.
     // x [tokens, ld_x] float32, zero-padded to a multiple of 16; q [tokens, ranks] float32, already scaled; rows of W

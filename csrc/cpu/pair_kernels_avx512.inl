@@ -85,10 +85,9 @@ void outer_pairs(const void* tile, int64_t rows, int64_t columns, const void* q,
 
 // Two vectors of columns for Rows rows at once.
 template <int Rows>
-inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t columns, int64_t ranks,
-                             const uint16_t* panel, int64_t panel_stride, const uint64_t* keep, const float* base,
-                             const float* bias, void* y, DType dtype, int64_t ld_y) {
-    const uint16_t* second = c + kLanes < columns ? panel + panel_stride : panel;
+inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t ranks, const uint16_t* panel,
+                             int64_t panel_stride, const PairEpilogue& epilogue) {
+    const uint16_t* second = c + kLanes < epilogue.columns ? panel + panel_stride : panel;
     __m512 sums[Rows][2];
     for (int i = 0; i < Rows; ++i) sums[i][0] = sums[i][1] = zero();
     for (int64_t r = 0; r < ranks; r += 2) {
@@ -99,21 +98,29 @@ inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t co
             sums[i][1] = dot_pairs(sums[i][1], t, p1);
         }
     }
-    for (int i = 0; i < Rows; ++i)
-        finish_pair(sums[i][0], sums[i][1], m + i, c, columns, keep, base, bias, y, dtype, ld_y);
+    if (epilogue.whole(c))
+        for (int i = 0; i < Rows; ++i) epilogue.put_whole(sums[i][0], sums[i][1], m + i, c);
+    else
+        for (int i = 0; i < Rows; ++i) epilogue.put_both(sums[i][0], sums[i][1], m + i, c);
 }
 
+template <int Rows>
+inline void expand_pair_columns(const uint16_t* q, int64_t m, int64_t ranks, const uint16_t* panel,
+                                int64_t panel_stride, const PairEpilogue& epilogue) {
+    for (int64_t c = 0; c < epilogue.columns; c += 2 * kLanes)
+        expand_pair_rows<Rows>(q, m, c, ranks, panel + c / kLanes * panel_stride, panel_stride, epilogue);
+}
+
+// A few rows at a time along all columns: whole lines of y are written one after the other.
 void expand_pairs(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel, int64_t panel_stride,
-                  const uint64_t* keep, const float* base, const float* bias, void* y, DType dtype, int64_t ld_y) {
+                  const uint64_t* keep, const float* bias, bool add, void* y, DType dtype, int64_t ld_y) {
+    const PairEpilogue epilogue{{keep, bias, add, y, dtype, ld_y, columns}};
     const uint16_t* left_q = static_cast<const uint16_t*>(q);
-    for (int64_t c = 0; c < columns; c += 2 * kLanes) {
-        const uint16_t* p = static_cast<const uint16_t*>(panel) + c / kLanes * panel_stride;
-        int64_t m = 0;
-        for (; m + kPairRows <= rows; m += kPairRows)
-            expand_pair_rows<kPairRows>(left_q, m, c, columns, ranks, p, panel_stride, keep, base, bias, y, dtype, ld_y);
-        for (; m < rows; ++m)
-            expand_pair_rows<1>(left_q, m, c, columns, ranks, p, panel_stride, keep, base, bias, y, dtype, ld_y);
-    }
+    const uint16_t* p = static_cast<const uint16_t*>(panel);
+    int64_t m = 0;
+    for (; m + kPairRows <= rows; m += kPairRows)
+        expand_pair_columns<kPairRows>(left_q, m, ranks, p, panel_stride, epilogue);
+    for (; m < rows; ++m) expand_pair_columns<1>(left_q, m, ranks, p, panel_stride, epilogue);
 }
 
 }  // namespace

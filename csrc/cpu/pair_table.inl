@@ -19,11 +19,11 @@ void outer(const void* tile, bool pairs, int64_t rows, int64_t columns, const vo
 }
 
 void expand(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
-            int64_t panel_stride, const uint64_t* keep, const float* base, const float* bias, void* y, DType dtype,
+            int64_t panel_stride, const uint64_t* keep, const float* bias, bool add, void* y, DType dtype,
             int64_t ld_y) {
     if (!pairs)
-        return expand_float(q, pairs, rows, columns, ranks, panel, panel_stride, keep, base, bias, y, dtype, ld_y);
-    PAIR(expand)(q, rows, columns, ranks, panel, panel_stride, keep, base, bias, y, dtype, ld_y);
+        return expand_float(q, pairs, rows, columns, ranks, panel, panel_stride, keep, bias, add, y, dtype, ld_y);
+    PAIR(expand)(q, rows, columns, ranks, panel, panel_stride, keep, bias, add, y, dtype, ld_y);
 }
 
 constexpr Kernels pair_table(const char* name) {

@@ -47,8 +47,7 @@ public:
           element_(pairs_ ? 2 : 4),
           tile_(bytes(kRows * kColumns * element_)),
           left_(bytes(kRows * s_.ranks * element_)),
-          left_outer_(bytes(kRows * s_.ranks * element_)),
-          base_(s_.output && s_.groups.size() > 1 ? bytes(kRows * kColumns * sizeof(float)) : nullptr) {}
+          left_outer_(bytes(kRows * s_.ranks * element_)) {}
 
     void run(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
         if (gradient_)
@@ -110,17 +109,14 @@ private:
                     g.ranks / kLanes, product_ + m * s_.ranks + g.first_rank, s_.ranks);
     }
 
-    // Several masks on the output: all but the last group's part gather in a float32 tile.
     void expand(const RankGroup& g, int64_t m, int64_t c, int64_t rows, int64_t columns, const uint64_t* keep) {
-        const bool first = &g == &s_.groups.front(), last = &g == &s_.groups.back();
+        const bool first = &g == &s_.groups.front();
         const int64_t stride = s_.ranks * kLanes;
         const char* panel =
             static_cast<const char*>(s_.panel_out) + (c / kLanes * stride + g.first_rank * kLanes) * element_;
-        float* gathered = reinterpret_cast<float*>(base_.get());
         char* output = static_cast<char*>(s_.output) + (m * s_.ld_output + c) * (s_.dtype == DType::f32 ? 4 : 2);
         k_.expand(left_.get() + kRows * g.first_rank * element_, pairs_, rows, columns, g.ranks, panel, stride, keep,
-                  first ? nullptr : gathered, last && s_.bias ? s_.bias + c : nullptr, last ? output : base_.get(),
-                  last ? s_.dtype : DType::f32, last ? s_.ld_output : kColumns);
+                  first && s_.bias ? s_.bias + c : nullptr, s_.add || !first, output, s_.dtype, s_.ld_output);
     }
 
     const Kernels& k_;
@@ -129,7 +125,7 @@ private:
     float* gradient_;
     const bool pairs_;
     const int64_t element_;
-    Bytes tile_, left_, left_outer_, base_;
+    Bytes tile_, left_, left_outer_;
 };
 
 void add_parts(float* total, const float* parts, int64_t count, int64_t n) {

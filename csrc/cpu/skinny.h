@@ -16,7 +16,7 @@ struct RankGroup {
 // What a sweep over a [rows, columns] matrix does; parts whose pointers are null are left out.
 //   product  [rows, ranks]    = D(input) · panel_in                 (u from x; v from dy)
 //   gradient [ranks, columns] = qᵀ D(input)                         (dA from x and v; dB from dy and u)
-//   output   [rows, columns]  = D'(q · panel_out) + bias            (the low-rank part of y and of dx)
+//   output   [rows, columns] (+)= D'(q · panel_out) + bias          (the low-rank part of y and of dx)
 struct Sweep {
     DType dtype;
     int64_t rows, columns, ranks;
@@ -35,6 +35,7 @@ struct Sweep {
     const float* bias = nullptr;
     void* output = nullptr;
     int64_t ld_output = 0;
+    bool add = false;  // onto the output instead of over it
 };
 
 // Runs on torch's threads; the result depends on their number, not on their timing.

@@ -21,6 +21,7 @@ except ImportError as error:
 NAME = "native"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 4
+BASE_FIRST = True
 
 
 def unavailable() -> str | None:
@@ -66,7 +67,7 @@ def lora_linear(
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
     few = seed is None and _few_tokens(x, weight, A, B)
-    return _C.lora_linear(x, weight, bias, A, B, scaling, thresholds, seed, adapter_index, few)
+    return _C.lora_linear(x, weight, bias, A, B, scaling, thresholds, seed, adapter_index, few, BASE_FIRST)
 
 
 def lora_linear_backward(
@@ -85,7 +86,7 @@ def lora_linear_backward(
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
-    return _C.lora_linear_backward(dy, x, weight, A, B, u, scaling, thresholds, seed, adapter_index, needs)
+    return _C.lora_linear_backward(dy, x, weight, A, B, u, scaling, thresholds, seed, adapter_index, needs, BASE_FIRST)
 
 
 def _dropout(
