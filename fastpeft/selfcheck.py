@@ -18,7 +18,8 @@ from .dispatch import BACKENDS
 from .dropout import dropout_keep, dropout_scale, dropout_seeds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((40, 96, 64, 8), (33, 100, 257, 3))  # tokens M, outputs N, inputs K, rank r
+# Tokens M, outputs N, inputs K, rank r: an even shape, an odd one, a long sum over K, a long sum over M.
+SHAPES = ((40, 96, 64, 8), (33, 100, 257, 3), (64, 64, 4096, 16), (4096, 64, 64, 16))
 DROPOUTS = (0.0, 0.1)
 SCALING = 2.0
 
