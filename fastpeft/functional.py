@@ -132,7 +132,7 @@ def _check_scaling(name: str, s: float | Tensor) -> None:
         if s.device.type != "cpu" or torch.compiler.is_compiling():
             return  # its value is not read: that would synchronise, or break the graph
         s = s.item()
-    if not math.isfinite(s):
+    if not -math.inf < s < math.inf:  # traces where torch.compile holds s as a symbol; math.isfinite does not
         raise ValueError(f"{name} must be finite, got {s}")
 
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def _lora_linear_fake(
     adapter_index: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # Size.numel() would turn symbols into numbers
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return y, x.new_empty((rows, sum(a.shape[0] for a in A)), dtype=wide_dtype(x.dtype))
 
