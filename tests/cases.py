@@ -117,7 +117,7 @@ _MATRIX = covering(
         "M": _SIZES,
         "K": _SIZES,
         "N": _SIZES,
-        "ranks": ((1,), (3,), (8,), (16,), (17,), (64,), (8, 3), (1, 17, 16)),
+        "ranks": ((1,), (3,), (8,), (16,), (17,), (64,), (8, 3)),
         "dtypes": (
             (torch.float32, torch.float32),
             (torch.float16, torch.float16),
@@ -139,6 +139,8 @@ _EDGES = [
     {"M": 4096, "K": 3, "N": 5, "dropout_p": 0.1},
     {"M": 3, "K": 4096, "N": 5, "dropout_p": 0.1},
     {"M": 3, "K": 5, "N": 4096, "dropout_p": 0.1},
+    {"ranks": (1, 17, 16), "dropout_p": 0.5},
+    {"ranks": (1, 17, 16), "dropout_p": 0.5, "mixed": True},
     {"x_layout": "expanded", "ranks": (64,), "dropout_p": 0.1},
     {"dy_layout": "expanded", "ranks": (64,), "dropout_p": 0.1},
     {"M": 1, "K": 1, "N": 1, "ranks": (1,)},
