@@ -87,7 +87,7 @@ def assert_parity(
     """Calls of ``model``'s layer, forward and backward: fused, they are as close to float64 as PEFT's own.
 
     Args:
-        make_x: draws an input; as many as make up 64 tokens are judged together, as one sample.
+        make_x: draws an input; as many as make up 32 tokens are judged together, as one sample.
         autocast: the dtype of an autocast region around the fused call and PEFT's. When None, PEFT still runs under
             autocast if its adapters are wider than the base, so that both compute in one dtype.
     """
@@ -101,7 +101,7 @@ def assert_parity(
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
     oracle, eager, fused = [], [], []
-    for _ in range(max(1, 64 // max(1, make_x().shape[:-1].numel()))):
+    for _ in range(max(1, 32 // max(1, make_x().shape[:-1].numel()))):
         x = make_x()
         dy = signed(*x.shape[:-1], layer.out_features)
         oracle.append(run(double_model, x.double(), dy.double(), **kwargs))
