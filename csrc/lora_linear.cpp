@@ -143,37 +143,38 @@ void base_and_low_rank(const cpu::Kernels& kernels, Sweep& sweep, const Tensor& 
     if (!base_first) out.addmm_(x, weight);
 }
 
+// A few tokens: u and y as dot products with the rows of A and of W, every row read once.
 void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bias, const Adapters& adapters,
                         const Tensor& u, const Tensor& y) {
     const cpu::Kernels& kernels = cpu::kernels();
-    const int64_t tokens = x.size(0), columns = x.size(1), ld_x = padded(columns);
-    const Tensor wide = at::zeros({tokens, ld_x}, at::dtype(at::kFloat));
-    wide.narrow(1, 0, columns).copy_(x);
-    const auto dot = [&](const Tensor& w, const Tensor* q, const Tensor* b, const float* bias_data, const Tensor& out,
-                         int64_t grain) {
-        const Matrix none{};
-        at::parallel_for(0, w.size(0), grain, [&](int64_t begin, int64_t end) {
-            for (int64_t m = 0; m < tokens; m += cpu::kDotRows)
-                kernels.dot(wide.const_data_ptr<float>() + m * ld_x, ld_x, std::min(cpu::kDotRows, tokens - m),
-                            matrix(w), q ? q->const_data_ptr<float>() + m * q->size(1) : nullptr, b ? matrix(*b) : none,
-                            bias_data, static_cast<char*>(out.mutable_data_ptr()) + m * out.stride(0) * out.element_size(),
-                            dtype_of(out), out.stride(0), begin, end);
+    const int64_t tokens = x.size(0), columns = x.size(1);
+    Tensor wide;  // x in float32, zero-padded
+    const auto dot = [&](const Tensor& w, const Tensor& q, const Tensor& b, const Tensor& out) {
+        const bool pairs = kernels.pairs(dtype_of(w)) && w.scalar_type() == x.scalar_type();
+        if (!pairs && !wide.defined()) {
+            wide = at::zeros({tokens, padded(columns)}, at::dtype(at::kFloat));
+            wide.narrow(1, 0, columns).copy_(x);
+        }
+        const Tensor& input = pairs ? x : wide;
+        constexpr int64_t kGrainElements = 1 << 15;  // of w a thread should have, at least
+        at::parallel_for(0, w.size(0), std::max<int64_t>(1, kGrainElements / columns), [&](int64_t begin, int64_t end) {
+            kernels.dot(input.const_data_ptr(), input.stride(0), tokens, matrix(w),
+                        q.defined() ? q.const_data_ptr<float>() : nullptr, q.defined() ? matrix(b) : Matrix{},
+                        q.defined() && bias.defined() ? bias.const_data_ptr<float>() : nullptr, out.mutable_data_ptr(),
+                        dtype_of(out), out.stride(0), begin, end);
         });
     };
+    Tensor q = at::empty_like(u);
     int64_t offset = 0;
-    Tensor scaled = at::empty_like(u);
     for (size_t i = 0; i < adapters.A.size(); ++i) {
         const int64_t rank = adapters.A[i].size(0);
         const Tensor part = u.narrow(1, offset, rank);
-        dot(adapters.A[i], nullptr, nullptr, nullptr, part, rank);
+        dot(adapters.A[i], {}, {}, part);
         if (adapters.index) part.masked_fill_(adapters.index->reshape({-1, 1}).ne(static_cast<int64_t>(i)), 0);
-        scaled.narrow(1, offset, rank).copy_(part * adapters.scaling[i]);
+        q.narrow(1, offset, rank).copy_(part).mul_(adapters.scaling[i]);
         offset += rank;
     }
-    const Tensor B = adapters.B.size() == 1 ? adapters.B[0] : at::cat(adapters.B, 1);
-    constexpr int64_t kGrainElements = 1 << 15;  // of W a thread should have, at least
-    dot(weight, &scaled, &B, bias.defined() ? bias.const_data_ptr<float>() : nullptr, y,
-        std::max<int64_t>(1, kGrainElements / columns));
+    dot(weight, q, adapters.B.size() == 1 ? adapters.B[0] : at::cat(adapters.B, 1), y);
 }
 
 }  // namespace

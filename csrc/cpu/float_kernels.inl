@@ -9,7 +9,6 @@ namespace {
 
 using fastpeft::cpu::DType;
 using fastpeft::cpu::kColumns;
-using fastpeft::cpu::kDotRows;
 using fastpeft::cpu::Kernels;
 using fastpeft::cpu::kKeepWords;
 using fastpeft::cpu::kLanes;
@@ -57,15 +56,6 @@ inline uint16_t keep_bits(const uint64_t* words, int64_t column) {  // of 16 col
     return static_cast<uint16_t>(words[column / 64] >> (column % 64));
 }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-void widen(const void* src, DType dtype, float* dst, int64_t n) {
-    for (int64_t i = 0; i < n; i += kLanes)
-        store_first(dst + i, DType::f32, load_first(at(src, dtype, i), dtype, n - i), n - i);
-}
-void narrow(const float* src, DType dtype, void* dst, int64_t n) {
-    for (int64_t i = 0; i < n; i += kLanes)
-        store_first(at(dst, dtype, i), dtype, load_first(src + i, DType::f32, n - i), n - i);
-}
 
 // ---- packing ----------------------------------------------------------------------------------------------------
 
@@ -225,8 +215,9 @@ void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ra
 
 // ---- few tokens: dot products with the rows of W ----------------------------------------------------------------
 
+// sums[t] += x[t] ∘ w, lane by lane; x is zero-padded to a multiple of 16.
 template <DType D, int Tokens>
-inline void dot_row(const float* x, int64_t ld_x, const char* w, int64_t columns, V16 (&sums)[Tokens]) {
+inline void dot_row(const float* x, int64_t ld_x, const void* w, int64_t columns, V16 (&sums)[Tokens]) {
     V16 odd[Tokens];
     for (int t = 0; t < Tokens; ++t) odd[t] = zero();
     int64_t c = 0;
@@ -237,45 +228,51 @@ inline void dot_row(const float* x, int64_t ld_x, const char* w, int64_t columns
             odd[t] = fma(w1, load(x + t * ld_x + c + kLanes), odd[t]);
         }
     }
-    for (; c < columns; c += kLanes) {  // x is padded with zeros to a multiple of 16
+    for (; c < columns; c += kLanes) {
         const V16 w0 = load_first(at(w, D, c), D, columns - c);
         for (int t = 0; t < Tokens; ++t) sums[t] = fma(w0, load(x + t * ld_x + c), sums[t]);
     }
     for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
 }
 
-template <DType D, int Tokens>
-void dot_rows(const float* x, int64_t ld_x, const Matrix& w, const float* q, const Matrix& b, const float* bias,
-              void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
+// Runs row(sums, first token, w) for each row of W and up to four tokens at a time, and adds the low-rank part.
+template <typename Row>
+void dot_rows(Row row, int64_t tokens, const Matrix& w, const float* q, const Matrix& b, const float* bias, void* y,
+              DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+    const auto some = [&]<int Tokens>(int64_t n, int64_t t0) {
         V16 sums[Tokens];
         for (int t = 0; t < Tokens; ++t) sums[t] = zero();
-        dot_row<D, Tokens>(x, ld_x, at(w.data, D, n * w.row_stride), w.columns, sums);
-        for (int64_t r = 0; q && r < b.columns; r += kLanes) {  // the low-rank part adds lane by lane
-            const V16 row = load_first(at(b.data, b.dtype, n * b.row_stride + r), b.dtype, b.columns - r);
+        row(sums, t0, at(w.data, w.dtype, n * w.row_stride));
+        for (int64_t r = 0; q && r < b.columns; r += kLanes) {
+            const V16 up = load_first(at(b.data, b.dtype, n * b.row_stride + r), b.dtype, b.columns - r);
             for (int t = 0; t < Tokens; ++t)
-                sums[t] = fma(row, load_first(q + t * b.columns + r, DType::f32, b.columns - r), sums[t]);
+                sums[t] = fma(up, load_first(q + (t0 + t) * b.columns + r, DType::f32, b.columns - r), sums[t]);
         }
         for (int t = 0; t < Tokens; ++t)
-            store_first(at(y, y_dtype, t * ld_y + n), y_dtype, splat(sum(sums[t]) + (bias ? bias[n] : 0.0f)), 1);
+            store_first(at(y, y_dtype, (t0 + t) * ld_y + n), y_dtype, splat(sum(sums[t]) + (bias ? bias[n] : 0.0f)), 1);
+    };
+    for (int64_t n = begin; n < end; ++n) {
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4) some.template operator()<4>(n, t);
+        for (; t + 2 <= tokens; t += 2) some.template operator()<2>(n, t);
+        for (; t < tokens; ++t) some.template operator()<1>(n, t);
     }
 }
 
 template <DType D>
-void dot_float(const float* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
-               const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
-    if (tokens == 1) return dot_rows<D, 1>(x, ld_x, w, q, b, bias, y, y_dtype, ld_y, begin, end);
-    if (tokens == 2) return dot_rows<D, 2>(x, ld_x, w, q, b, bias, y, y_dtype, ld_y, begin, end);
-    if (tokens == 3) return dot_rows<D, 3>(x, ld_x, w, q, b, bias, y, y_dtype, ld_y, begin, end);
-    dot_rows<D, kDotRows>(x, ld_x, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+void dot_as(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
+            const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, const void* w_row) {
+        dot_row<D>(static_cast<const float*>(x) + t * ld_x, ld_x, w_row, w.columns, sums);
+    };
+    dot_rows(row, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
-// x is float32 here, its rows padded with zeros to a multiple of 16.
-void dot(const float* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
-         const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
-    const auto run = w.dtype == DType::bf16  ? dot_float<DType::bf16>
-                     : w.dtype == DType::f16 ? dot_float<DType::f16>
-                                             : dot_float<DType::f32>;
+void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
+               const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+    const auto run = w.dtype == DType::bf16  ? dot_as<DType::bf16>
+                     : w.dtype == DType::f16 ? dot_as<DType::f16>
+                                             : dot_as<DType::f32>;
     run(x, ld_x, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 

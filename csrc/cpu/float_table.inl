@@ -28,9 +28,7 @@ constexpr Kernels float_table(const char* name) {
         .multiply = multiply_float,
         .outer = outer_float,
         .expand = expand_float,
-        .dot = dot,
-        .widen = widen,
-        .narrow = narrow,
+        .dot = dot_float,
     };
 }
 

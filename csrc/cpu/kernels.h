@@ -15,7 +15,6 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kRows = 32;
 constexpr int64_t kColumns = 256;
 constexpr int64_t kKeepWords = kColumns / 64;  // one bit a column
-constexpr int64_t kDotRows = 4;                // tokens that one sweep over W serves in `dot`
 
 // A matrix S [rows, columns] in any dtype and strides (one of them 1), in elements.
 struct Matrix {
@@ -61,15 +60,11 @@ struct Kernels {
                    int64_t panel_stride, const uint64_t* keep, const float* bias, bool add, void* y, DType dtype,
                    int64_t ld_y);
 
-    // Up to kDotRows tokens against rows [begin, end) of W: y = x Wᵀ + q Bᵀ + bias, all sums in float32.
-    // x [tokens, ld_x] float32, zero-padded to a multiple of 16; q [tokens, ranks] float32, already scaled; rows of W
-    // and B are contiguous; q and bias may be null.
-    void (*dot)(const float* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
+    // A few tokens against rows [begin, end) of W, each row read once: y = x Wᵀ + q Bᵀ + bias, summed in float32.
+    // x [tokens, K] is bfloat16 where W's dtype computes in pairs, else float32 and zero-padded to a multiple of 16;
+    // q [tokens, ranks] float32, already scaled; rows of W and B are contiguous; q and bias may be null.
+    void (*dot)(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
                 const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end);
-
-    // Converts n elements to and from float32.
-    void (*widen)(const void* src, DType dtype, float* dst, int64_t n);
-    void (*narrow)(const float* src, DType dtype, void* dst, int64_t n);
 };
 
 extern const Kernels kPlain;

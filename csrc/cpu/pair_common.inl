@@ -6,6 +6,9 @@
 
 namespace {
 
+inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh&>(a), reinterpret_cast<__m512bh&>(b));
+}
 // 16 columns of two rows of a tile, side by side.
 inline __m512i interleave(const uint16_t* even, const uint16_t* odd) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
@@ -86,6 +89,40 @@ void stage_pairs(const uint16_t* src, int64_t ld, int64_t rows, int64_t columns,
 void stage(const void* src, DType dtype, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep, void* tile) {
     if (!bf16_pairs(dtype)) return stage_float(src, dtype, ld, rows, columns, keep, tile);
     stage_pairs(static_cast<const uint16_t*>(src), ld, rows, columns, keep, static_cast<uint16_t*>(tile));
+}
+
+// ---- few tokens -------------------------------------------------------------------------------------------------
+
+template <int Tokens>
+inline void dot_pair_row(const uint16_t* x, int64_t ld_x, const uint16_t* w, int64_t columns, V16 (&sums)[Tokens]) {
+    constexpr int64_t kStep = 32;
+    V16 odd[Tokens];
+    for (int t = 0; t < Tokens; ++t) odd[t] = zero();
+    int64_t c = 0;
+    for (; c + 2 * kStep <= columns; c += 2 * kStep) {
+        const __m512i w0 = _mm512_loadu_si512(w + c), w1 = _mm512_loadu_si512(w + c + kStep);
+        for (int t = 0; t < Tokens; ++t) {
+            sums[t] = dot_pairs(sums[t], w0, _mm512_loadu_si512(x + t * ld_x + c));
+            odd[t] = dot_pairs(odd[t], w1, _mm512_loadu_si512(x + t * ld_x + c + kStep));
+        }
+    }
+    for (; c < columns; c += kStep) {
+        const uint32_t here = columns - c >= kStep ? ~0u : (1u << (columns - c)) - 1;
+        const __m512i w0 = _mm512_maskz_loadu_epi16(here, w + c);
+        for (int t = 0; t < Tokens; ++t)
+            sums[t] = dot_pairs(sums[t], w0, _mm512_maskz_loadu_epi16(here, x + t * ld_x + c));
+    }
+    for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
+}
+
+void dot(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
+         const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+    if (!bf16_pairs(w.dtype)) return dot_float(x, ld_x, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, const void* w_row) {
+        dot_pair_row(static_cast<const uint16_t*>(x) + t * ld_x, ld_x, static_cast<const uint16_t*>(w_row), w.columns,
+                     sums);
+    };
+    dot_rows(row, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 // ---- the epilogue of expand --------------------------------------------------------------------------------------

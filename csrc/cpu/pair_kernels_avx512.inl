@@ -5,9 +5,6 @@ namespace {
 
 constexpr int kPairRows = 8;
 
-inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh&>(a), reinterpret_cast<__m512bh&>(b));
-}
 inline __m512i load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
 inline __m512i splat_pair(const uint16_t* p) {
     int32_t pair;

@@ -39,8 +39,6 @@ constexpr Kernels pair_table(const char* name) {
         .outer = outer,
         .expand = expand,
         .dot = dot,
-        .widen = widen,
-        .narrow = narrow,
     };
 }
 
