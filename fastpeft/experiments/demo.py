@@ -119,7 +119,7 @@ def command(**options: Any) -> None:
     title = f"{source.title} ({parameters / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})"
     console.print(f"[bold]{title}[/bold]\n{_introduction(settings, train, test)}")
     for verdict, count in Counter(fastpeft.explain(runs[1].model).verdicts.values()).items():
-        console.print(f"fastpeft runs {count} LoRA layers on {verdict}", markup=False)
+        console.print(f"LoRA layers of the fastpeft run: {count} × {verdict}", markup=False)
     console.print()
     order = data_order(len(train_data), settings.batch_size, settings.steps, settings.seed)
     train_with_progress(console, runs, train_data, order, settings.seed)
