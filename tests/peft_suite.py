@@ -4,7 +4,7 @@
 
 By default the LoRA part of ``tests/test_custom_models.py``; name other files or ``-k`` expressions to run those. The
 exit code is 1 when fastpeft has a failure that stock PEFT has not. The module is also the plugin of the second run.
-PEFT's tests need diffusers, datasets and parameterized besides fastpeft's own test requirements.
+PEFT's tests need diffusers, datasets, parameterized and scipy besides fastpeft's own test requirements.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
+
+import pytest
 
 DEFAULT_ARGUMENTS = ("tests/test_custom_models.py", "-k", "lora and not adalora and not xlora and not randlora")
 COMMON_ARGUMENTS = ("-o", "addopts=", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=no", "-rN")
@@ -35,7 +37,9 @@ def outcomes(checkout: Path, arguments: list[str], plugin: tuple[str, ...]) -> d
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *COMMON_ARGUMENTS, *plugin, f"--junitxml={report}", *arguments]
-        subprocess.run(command, cwd=checkout, env=environment, check=False)
+        status = subprocess.run(command, cwd=checkout, env=environment, check=False).returncode
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            sys.exit(f"pytest could not run the tests (exit code {status})")
         cases = ElementTree.parse(report).getroot().iter("testcase")
         return {f"{case.get('classname')}::{case.get('name')}": _outcome(case) for case in cases}
 
