@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ from fastpeft.peft import FusedLinear
 EAGER = tuple(contestant for contestant in CONTESTANTS if not contestant.compiled)
 TINY = LayerCase(M=6, K=32, N=48, dtype="fp32", rank=4)
 TINY_MODEL = ModelCase(dtype="bf16", rank=4, dropout=0.05, tokens=8, layers=1, hidden=32, intermediate=48, heads=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Shapes this small gain nothing from a second one and wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def measured(case: Any, contestants: Any = EAGER) -> list[Row]:
