@@ -131,16 +131,34 @@ Sweep sweep_over(const Tensor& wide, const Layout& layout) {
             .groups = layout.groups};
 }
 
+// y = x W (added onto y where `add`), W [K, N]
+void base_product(Tensor y, const Tensor& x, const Tensor& weight, bool add, bool widen) {
+    if (!widen) {
+        if (add)
+            y.addmm_(x, weight);
+        else
+            at::mm_out(y, x, weight);
+        return;
+    }
+    constexpr int64_t kStripe = 256;  // columns of W that are widened at a time
+    const Tensor wide = x.to(at::kFloat);
+    for (int64_t n = 0; n < y.size(1); n += kStripe) {
+        const int64_t columns = std::min(kStripe, y.size(1) - n);
+        const Tensor stripe = y.narrow(1, n, columns);
+        const Tensor product = at::mm(wide, weight.narrow(1, n, columns).to(at::kFloat));
+        stripe.copy_(add ? product.add_(stripe) : product);
+    }
+}
+
 // The base product x W, W [K, N], and the low-rank part, whichever comes first: the later one adds onto the earlier.
 void base_and_low_rank(const cpu::Kernels& kernels, Sweep& sweep, const Tensor& y, const Tensor& x,
-                       const Tensor& weight, bool base_first) {
-    Tensor out = y;
+                       const Tensor& weight, const Plan& plan) {
     sweep.output = y.mutable_data_ptr();
     sweep.ld_output = y.stride(0);
-    sweep.add = base_first;
-    if (base_first) at::mm_out(out, x, weight);
+    sweep.add = plan.base_first;
+    if (plan.base_first) base_product(y, x, weight, false, plan.widen_base);
     cpu::run(kernels, sweep);
-    if (!base_first) out.addmm_(x, weight);
+    if (!plan.base_first) base_product(y, x, weight, true, plan.widen_base);
 }
 
 // A few tokens: u and y as dot products with the rows of A and of W, every row read once.
@@ -180,7 +198,7 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
 }  // namespace
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                       const Adapters& adapters, bool few_tokens, bool base_first) {
+                                       const Adapters& adapters, const Plan& plan) {
     const Tensor x2 = flat_rows(x);
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = weight.size(0);
@@ -188,7 +206,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     const Tensor y2 = y.view({-1, weight.size(0)});
     const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
 
-    if (few_tokens) {
+    if (plan.few_tokens) {
         int64_t ranks = 0;
         for (const Tensor& A : adapters.A) ranks += A.size(0);
         const Tensor u = floats({x2.size(0), ranks});
@@ -218,13 +236,13 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     up.q = q.const_data_ptr<float>();
     up.panel_out = panel_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
-    base_and_low_rank(kernels, up, y2, x2, weight.t(), base_first);
+    base_and_low_rank(kernels, up, y2, x2, weight.t(), plan);
     return {y, u};
 }
 
 std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
                                          const Adapters& adapters, const std::optional<Tensor>& u,
-                                         const std::vector<bool>& needs, bool base_first) {
+                                         const std::vector<bool>& needs, const Plan& plan) {
     const size_t count = adapters.A.size();
     const auto any = [&](size_t begin, size_t end) {
         return std::any_of(needs.begin() + begin, needs.begin() + end, [](bool need) { return need; });
@@ -281,7 +299,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         if (need_x) {
             panel_A = panel(kernels, layout.stacked(adapters.A, false), pairs);
             sweep.panel_out = panel_A.const_data_ptr();
-            base_and_low_rank(kernels, sweep, dx2, dy2, weight, base_first);
+            base_and_low_rank(kernels, sweep, dx2, dy2, weight, plan);
         } else {
             cpu::run(kernels, sweep);
         }

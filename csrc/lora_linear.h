@@ -17,16 +17,23 @@ struct Adapters {
     std::optional<at::Tensor> seed, index;
 };
 
+// How a call is computed; backends/native.py chooses from measurements.
+struct Plan {
+    bool few_tokens;  // dot products with the rows of W instead of a matrix product; no dropout, contiguous tensors
+    bool base_first;  // the low-rank part is added onto the base product, or the other way round
+    bool widen_base;  // the base product in float32, stripe by stripe of W: for processors without float16 products
+};
+
 // y [..., N] and u [M, Σ r] in float32.
 std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight,
                                                const std::optional<at::Tensor>& bias, const Adapters& adapters,
-                                               bool few_tokens, bool base_first);
+                                               const Plan& plan);
 
 // The gradients of x, weight, bias, *A, *B that `needs` asks for, in this order.
 std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                                              const at::Tensor& weight, const Adapters& adapters,
                                              const std::optional<at::Tensor>& u, const std::vector<bool>& needs,
-                                             bool base_first);
+                                             const Plan& plan);
 
 // Boolean [rows, columns], true where an element is kept: the mask that the kernels draw.
 at::Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold);

@@ -19,19 +19,19 @@ struct PlainDispatch {
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                                        const Tensors& A, const Tensors& B, const std::vector<double>& scaling,
                                        const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                                       const MaybeTensor& adapter_index, bool few_tokens, bool base_first) {
+                                       const MaybeTensor& adapter_index, const fastpeft::Plan& plan) {
     const PlainDispatch plain;
-    return fastpeft::lora_linear(x, weight, bias, {A, B, scaling, thresholds, seed, adapter_index}, few_tokens,
-                                 base_first);
+    return fastpeft::lora_linear(x, weight, bias, {A, B, scaling, thresholds, seed, adapter_index}, plan);
 }
 
 Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& weight, const Tensors& A,
                              const Tensors& B, const MaybeTensor& u, const std::vector<double>& scaling,
                              const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                             const MaybeTensor& adapter_index, const std::vector<bool>& needs, bool base_first) {
+                             const MaybeTensor& adapter_index, const std::vector<bool>& needs,
+                             const fastpeft::Plan& plan) {
     const PlainDispatch plain;
     return fastpeft::lora_linear_backward(dy, x, weight, {A, B, scaling, thresholds, seed, adapter_index}, u, needs,
-                                          base_first);
+                                          plan);
 }
 
 std::vector<std::string> isas() {
@@ -49,6 +49,9 @@ void set_isa(const std::string& name) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+    pybind11::class_<fastpeft::Plan>(m, "Plan", "How a call is computed.")
+        .def(pybind11::init<bool, bool, bool>(), pybind11::kw_only(), pybind11::arg("few_tokens"),
+             pybind11::arg("base_first"), pybind11::arg("widen_base"));
     m.def("lora_linear", &lora_linear, release());
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),

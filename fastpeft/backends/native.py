@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -20,8 +21,16 @@ except ImportError as error:
 
 NAME = "native"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FEW_TOKENS = 4
-BASE_FIRST = True
+
+# Up to so many tokens, dot products with the rows of W beat the vendor's product (docs/kernels.md has the measurements).
+FEW_TOKENS = {torch.bfloat16: 4, torch.float32: 8, torch.float16: 16}
+# With AMX the vendor's product adds onto the low-rank part at no cost; elsewhere our own pass adds for less.
+LOW_RANK_FIRST = ("amx",)
+
+
+def _float16_products() -> bool:
+    """Whether the vendor's float16 product is fast here; without the instructions it is slower than float32's."""
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def unavailable() -> str | None:
@@ -67,7 +76,7 @@ def lora_linear(
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
     few = seed is None and _few_tokens(x, weight, A, B)
-    return _C.lora_linear(x, weight, bias, A, B, scaling, thresholds, seed, adapter_index, few, BASE_FIRST)
+    return _C.lora_linear(x, weight, bias, A, B, scaling, thresholds, seed, adapter_index, _plan(x.dtype, few))
 
 
 def lora_linear_backward(
@@ -86,7 +95,8 @@ def lora_linear_backward(
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
-    return _C.lora_linear_backward(dy, x, weight, A, B, u, scaling, thresholds, seed, adapter_index, needs, BASE_FIRST)
+    plan = _plan(dy.dtype, False)
+    return _C.lora_linear_backward(dy, x, weight, A, B, u, scaling, thresholds, seed, adapter_index, needs, plan)
 
 
 def _dropout(
@@ -100,6 +110,18 @@ def _dropout(
 
 
 def _few_tokens(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
-    """Whether one sweep of dot products over the rows of W beats a matrix product: generation."""
+    """Whether one sweep of dot products over the rows of W serves the call best: generation."""
     rows = x.numel() // weight.shape[1]
-    return 0 < rows <= FEW_TOKENS and all(t.is_contiguous() for t in (weight, *A, *B))
+    return 0 < rows <= FEW_TOKENS[x.dtype] and all(t.is_contiguous() for t in (weight, *A, *B))
+
+
+def _plan(dtype: torch.dtype, few_tokens: bool) -> object:
+    assert _C is not None
+    return _make_plan(few_tokens, _C.isa() not in LOW_RANK_FIRST, dtype == torch.float16)
+
+
+@lru_cache
+def _make_plan(few_tokens: bool, base_first: bool, half: bool) -> object:
+    assert _C is not None
+    widen = half and not _float16_products()
+    return _C.Plan(few_tokens=few_tokens, base_first=base_first, widen_base=widen)
