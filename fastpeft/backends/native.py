@@ -22,7 +22,7 @@ except ImportError as error:
 NAME = "native"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Up to so many tokens, dot products with the rows of W beat the vendor's product (docs/kernels.md has the measurements).
+# Up to so many tokens, dot products with the rows of W beat the vendor's product (docs/kernels.md).
 FEW_TOKENS = {torch.bfloat16: 4, torch.float32: 8, torch.float16: 16}
 # With AMX the vendor's product adds onto the low-rank part at no cost; elsewhere our own pass adds for less.
 LOW_RANK_FIRST = ("amx",)
