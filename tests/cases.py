@@ -136,9 +136,9 @@ _MATRIX = covering(
 _EDGES = [
     {"M": 0},
     {"M": 0, "ranks": (8, 3), "dropout_p": 0.1, "bias": False},
-    {"M": 4096, "K": 3, "N": 5, "dropout_p": 0.1},
-    {"M": 3, "K": 4096, "N": 5, "dropout_p": 0.1},
-    {"M": 3, "K": 5, "N": 4096, "dropout_p": 0.1},
+    {"M": 2000, "K": 3, "N": 5, "dropout_p": 0.1},
+    {"M": 3, "K": 2000, "N": 5, "dropout_p": 0.1},
+    {"M": 3, "K": 5, "N": 2000, "dropout_p": 0.1},
     {"ranks": (1, 17, 16), "dropout_p": 0.5},
     {"ranks": (1, 17, 16), "dropout_p": 0.5, "mixed": True},
     {"x_layout": "expanded", "ranks": (64,), "dropout_p": 0.1},

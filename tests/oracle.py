@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fastpeft.dropout import dropout_keep, dropout_scale, dropout_seeds
 from fastpeft.reference import lora_linear_backward_reference, lora_linear_reference
 
 Results = dict[str, Tensor]
-POOL = 64  # independent rounding errors that the comparison of two errors is based on
+POOL = 32  # independent rounding errors that the comparison of two errors is based on
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class LoraInputs:
             named["bias"] = self.bias
         named |= {f"A[{i}]": a for i, a in enumerate(self.A)}
         return named | {f"B[{i}]": b for i, b in enumerate(self.B)}
+
+    def contiguous(self) -> LoraInputs:
+        """The same numbers without strides of their own."""
+        return replace(self, x=self.x.contiguous(), weight=self.weight.contiguous(), dy=self.dy.contiguous())
 
     def keep(self) -> list[Tensor | None]:
         """Each adapter's boolean dropout mask ``[M, K]``, None where nothing is dropped."""
@@ -210,7 +214,11 @@ def assert_close_as_eager(
 
 @dataclass(frozen=True)
 class Expected:
-    """Draws of the same kind of inputs, enough to judge by, with the oracle's and eager's results."""
+    """Draws of the same kind of inputs, enough to judge by, with the oracle's and eager's results.
+
+    Strides choose the vendor's algorithm, and with it the order of sums and the size of eager's error: eager runs on
+    the inputs as they are and on contiguous ones, and each element counts where it is worse.
+    """
 
     inputs: list[LoraInputs]
     oracle: list[Results]
@@ -221,8 +229,14 @@ class Expected:
         """Draws by ``make()``."""
         inputs = [make()]
         inputs += [make() for _ in range(draws_needed(inputs[0]) - 1)]
-        oracles, eagers = zip(*((oracle(i), eager(i)) for i in inputs), strict=True)
-        return cls(inputs, list(oracles), list(eagers))
+        oracles = [oracle(i) for i in inputs]
+        eagers = [
+            {name: _worse(strided[name], contiguous[name], exact) for name, exact in truth.items()}
+            for truth, strided, contiguous in zip(
+                oracles, map(eager, inputs), (eager(i.contiguous()) for i in inputs), strict=True
+            )
+        ]
+        return cls(inputs, oracles, eagers)
 
     def assert_met_by(self, function: Callable[[LoraInputs], Results]) -> None:
         """Every entry of ``function(inputs)`` has eager's dtype and is as close to the oracle as eager's is."""
@@ -254,6 +268,10 @@ def _keep(seed: int, rows: int, columns: int, p: float) -> Tensor:
 
 def _random(shape: Sequence[int]) -> Tensor:
     return (torch.rand(*shape) / 2 + 0.5) * torch.randint(2, tuple(shape)).mul(2).sub(1)
+
+
+def _worse(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
+    return a.where((a - exact).abs() >= (b - exact).abs(), b)
 
 
 def _max_norm(error: Tensor) -> float:
