@@ -16,7 +16,7 @@ from .rows import Row
 
 _NOTHING = "–"
 _COLUMNS = {contestant.name: contestant.label for contestant in CONTESTANTS}
-_CAPTION = (
+CAPTION = (
     "Wall time as a multiple of the frozen base layer's in the same round: median [quartiles]. Less is better; "
     "1.00 would be an adapter for free. Kept: what autograd holds from forward to backward."
 )
@@ -44,15 +44,16 @@ def sections(rows: Sequence[Row]) -> list[Section]:
         for shape, phases in shapes.items():
             label = shape
             for phase, contestants in phases.items():
-                lines.append([label, phase, *(_time(contestants.get(name)) for name in _COLUMNS)])
+                lines.append([label, phase, *(time_cell(contestants.get(name)) for name in _COLUMNS)])
                 label = ""
             kept = phases.get("step", {})
-            lines.append([label, "kept, MiB", *(_kept(kept.get(name)) for name in _COLUMNS)])
+            lines.append([label, "kept, MiB", *(kept_cell(kept.get(name)) for name in _COLUMNS)])
         found.append(Section(title, lines))
     return found
 
 
-def _time(row: Row | None) -> str:
+def time_cell(row: Row | None) -> str:
+    """The base's time; the others' as a multiple of it, median and quartiles."""
     if row is None or row.seconds is None:
         return _NOTHING
     if row.contestant == BASE.name:
@@ -74,7 +75,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s"
 
 
-def _kept(row: Row | None) -> str:
+def kept_cell(row: Row | None) -> str:
+    """MiB that autograd keeps for the backward pass."""
     return _NOTHING if row is None or row.kept_bytes is None else f"{row.kept_bytes / 2**20:.2f}"
 
 
@@ -129,20 +131,24 @@ def show(rows: Sequence[Row], console: Console) -> None:
             cells = [Text(cell, style="bold red") if cell == "parity fails" else cell for cell in line]
             table.add_row(*cells, end_section=last_of_shape)
         console.print(table)
-    for note in (_CAPTION, *notes(rows)):
+    for note in (CAPTION, *notes(rows)):
         console.print(note, style="dim", markup=False, highlight=False)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown."""
-    parts = ["# fastpeft bench", _CAPTION]
+    parts = ["# fastpeft bench", CAPTION]
     for section in sections(rows):
-        header = ["M×K×N", "phase", *_COLUMNS.values()]
-        rule = ["---", "---", *["---:"] * len(_COLUMNS)]
         parts.append(f"## {section.title}")
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *section.lines)))
+        parts.append(markdown_table(["M×K×N", "phase"], list(_COLUMNS.values()), section.lines))
     parts.append("\n".join(f"- {note}" for note in notes(rows)))
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(labels: Sequence[str], numbers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """``lines`` under columns of text and, aligned to the right, of numbers."""
+    rule = ["---"] * len(labels) + ["---:"] * len(numbers)
+    return "\n".join("| " + " | ".join(line) + " |" for line in ([*labels, *numbers], rule, *lines))
 
 
 def show_findings(findings: Sequence[Finding], console: Console) -> None:
