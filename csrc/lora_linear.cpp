@@ -20,10 +20,14 @@ using cpu::Sweep;
 
 DType dtype_of(const Tensor& t) {
     switch (t.scalar_type()) {
-        case at::kFloat: return DType::f32;
-        case at::kBFloat16: return DType::bf16;
-        case at::kHalf: return DType::f16;
-        default: TORCH_CHECK(false, "expected float32, bfloat16 or float16, got ", t.scalar_type());
+        case at::kFloat:
+            return DType::f32;
+        case at::kBFloat16:
+            return DType::bf16;
+        case at::kHalf:
+            return DType::f16;
+        default:
+            TORCH_CHECK(false, "expected float32, bfloat16 or float16, got ", t.scalar_type());
     }
 }
 
@@ -45,7 +49,7 @@ Tensor floats(at::IntArrayRef shape) { return at::empty(shape, at::dtype(at::kFl
 
 // Where each adapter's ranks lie: those without a mask side by side in the first group, each other in its own.
 class Layout {
-public:
+  public:
     explicit Layout(const Adapters& adapters) : adapters_(adapters), first_rank(adapters.A.size()) {
         int64_t unmasked = 0;
         for (size_t i = 0; i < adapters.A.size(); ++i)
@@ -107,10 +111,10 @@ public:
     std::vector<RankGroup> groups;
     int64_t ranks = 0;
 
-private:
+  private:
     const Adapters& adapters_;
 
-public:
+  public:
     std::vector<int64_t> first_rank;
 };
 
@@ -311,10 +315,13 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
     if (needs[2]) grads.push_back(dy2.sum(at::IntArrayRef{0}, false, at::kFloat).to(dy.scalar_type()));
     for (size_t i = 0; i < count; ++i)
         if (needs[3 + i])
-            grads.push_back(dA.narrow(0, layout.first_rank[i], layout.rank(i)).narrow(1, 0, K).to(adapters.A[i].scalar_type(), false, true, at::MemoryFormat::Contiguous));
+            grads.push_back(dA.narrow(0, layout.first_rank[i], layout.rank(i))
+                                .narrow(1, 0, K)
+                                .to(adapters.A[i].scalar_type(), false, true, at::MemoryFormat::Contiguous));
     for (size_t i = 0; i < count; ++i)
         if (needs[3 + count + i]) {
-            const Tensor scaled = dB.narrow(0, layout.first_rank[i], layout.rank(i)).narrow(1, 0, N) * adapters.scaling[i];
+            const Tensor scaled =
+                dB.narrow(0, layout.first_rank[i], layout.rank(i)).narrow(1, 0, N) * adapters.scaling[i];
             grads.push_back(scaled.t().to(adapters.B[i].scalar_type()).contiguous());
         }
     return grads;

@@ -16,8 +16,8 @@ struct PlainDispatch {
     c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
-                                       const Tensors& A, const Tensors& B, const std::vector<double>& scaling,
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& A,
+                                       const Tensors& B, const std::vector<double>& scaling,
                                        const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
                                        const MaybeTensor& adapter_index, const fastpeft::Plan& plan) {
     const PlainDispatch plain;

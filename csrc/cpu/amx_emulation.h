@@ -31,8 +31,7 @@ inline void emulated_load(int t, const void* p, int64_t stride) {
 inline void emulated_store(int t, void* p, int64_t stride) {
     if (emulated_tiles.config.palette != 1) std::abort();
     for (int i = 0; i < emulated_tiles.config.rows[t]; ++i)
-        std::memcpy(static_cast<char*>(p) + i * stride, emulated_tiles.data[t][i],
-                    emulated_tiles.config.row_bytes[t]);
+        std::memcpy(static_cast<char*>(p) + i * stride, emulated_tiles.data[t][i], emulated_tiles.config.row_bytes[t]);
 }
 inline float emulated_bf16(const unsigned char* p) {
     uint16_t half;

@@ -120,16 +120,21 @@ void stage_float(const void* src, DType dtype, int64_t ld, int64_t rows, int64_t
 }
 
 // ---- the three skinny products ----------------------------------------------------------------------------------
+// A tile, or a part of it, is summed by itself and then added to the total: the rounding errors of a long sum grow with
+// the length of the parts and with their number, not with the product of the two.
 
 template <int Rows>
 inline void multiply_rows(const float* tile, int64_t columns, const float* panel, float* out, int64_t ld_out) {
-    V16 sums[Rows];
-    for (int i = 0; i < Rows; ++i) sums[i] = load(out + i * ld_out);
-    for (int64_t c = 0; c < columns; ++c) {
-        const V16 p = load(panel + c * kLanes);
-        for (int i = 0; i < Rows; ++i) sums[i] = fma(splat(tile[i * kColumns + c]), p, sums[i]);
+    constexpr int64_t kChain = 64;  // columns that are summed by themselves
+    for (int64_t begin = 0; begin < columns; begin += kChain) {
+        V16 sums[Rows];
+        for (int i = 0; i < Rows; ++i) sums[i] = zero();
+        for (int64_t c = begin; c < smaller(begin + kChain, columns); ++c) {
+            const V16 p = load(panel + c * kLanes);
+            for (int i = 0; i < Rows; ++i) sums[i] = fma(splat(tile[i * kColumns + c]), p, sums[i]);
+        }
+        for (int i = 0; i < Rows; ++i) store(out + i * ld_out, add(load(out + i * ld_out), sums[i]));
     }
-    for (int i = 0; i < Rows; ++i) store(out + i * ld_out, sums[i]);
 }
 
 void multiply_float(const void* tile, bool, int64_t rows, int64_t columns, const void* panel, int64_t panel_stride,
@@ -151,12 +156,12 @@ void left_outer_float(const float* q, int64_t ld_q, int64_t rows, int64_t ranks,
 template <int Ranks>
 inline void outer_ranks(const float* tile, int64_t rows, const float* q, int64_t ld_q, float* out, int64_t ld_out) {
     V16 sums[Ranks];
-    for (int r = 0; r < Ranks; ++r) sums[r] = load(out + r * ld_out);
+    for (int r = 0; r < Ranks; ++r) sums[r] = zero();
     for (int64_t m = 0; m < rows; ++m) {
         const V16 t = load(tile + m * kColumns);
         for (int r = 0; r < Ranks; ++r) sums[r] = fma(splat(q[m * ld_q + r]), t, sums[r]);
     }
-    for (int r = 0; r < Ranks; ++r) store(out + r * ld_out, sums[r]);
+    for (int r = 0; r < Ranks; ++r) store(out + r * ld_out, add(load(out + r * ld_out), sums[r]));
 }
 
 void outer_float(const void* tile, bool, int64_t rows, int64_t columns, const void* q, int64_t blocks, float* out,

@@ -36,7 +36,8 @@ inline void keep_words(const __m512i* key0, const __m512i* key1, uint32_t row, u
     constexpr int kXor3 = 0x96;
     for (int round = 0; round < kPhiloxRounds; ++round)
         for (int i = 0; i < Chains; ++i) {
-            const __m512i product0 = _mm512_mul_epu32(c0[i], multiplier0), product1 = _mm512_mul_epu32(c2[i], multiplier1);
+            const __m512i product0 = _mm512_mul_epu32(c0[i], multiplier0),
+                          product1 = _mm512_mul_epu32(c2[i], multiplier1);
             c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c1[i], key0[round], kXor3);
             c2[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c3[i], key1[round], kXor3);
             c1[i] = product1;
@@ -73,8 +74,7 @@ void keep_vector(uint64_t seed, uint32_t threshold, int64_t row, int64_t column,
 }
 
 // A tile of bfloat16, zero-padded to 32 columns and to two rows.
-void stage_pairs(const uint16_t* src, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep,
-                 uint16_t* tile) {
+void stage_pairs(const uint16_t* src, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep, uint16_t* tile) {
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t c = 0; c < columns; c += 32) {
             uint32_t wanted = columns - c >= 32 ? ~0u : (1u << (columns - c)) - 1;

@@ -4,9 +4,9 @@
 
 namespace {
 
-constexpr int64_t kPairStep = 32;               // elements of the contracted dimension that one instruction takes
-constexpr int64_t kTileStride = kColumns * 2;   // bytes
-constexpr int64_t kPanelStride = kLanes * 4;    // bytes: sixteen pairs
+constexpr int64_t kPairStep = 32;              // elements of the contracted dimension that one instruction takes
+constexpr int64_t kTileStride = kColumns * 2;  // bytes
+constexpr int64_t kPanelStride = kLanes * 4;   // bytes: sixteen pairs
 static_assert(kRows == 2 * kLanes, "two tile registers hold the rows of a tile");
 
 // Registers: 0, 1 sums; 2, 3 left operands [16, 32] and 4 the right one; 5, 6 and 7 the same with half the depth.
@@ -25,8 +25,7 @@ struct TileScope {
 };
 
 // sums (registers 0 and 1, 32 x 16) += left [32, depth] · right, depth a multiple of 16.
-inline void accumulate(const uint16_t* left_rows, int64_t left_bytes, const uint16_t* right, int64_t depth,
-                       bool both) {
+inline void accumulate(const uint16_t* left_rows, int64_t left_bytes, const uint16_t* right, int64_t depth, bool both) {
     int64_t k = 0;
     for (; k + kPairStep <= depth; k += kPairStep) {
         _tile_loadd(4, right + k * kLanes, kPanelStride);

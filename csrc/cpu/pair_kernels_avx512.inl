@@ -17,7 +17,7 @@ inline void multiply_pair_rows(const uint16_t* tile, int64_t columns, const uint
                                float* out, int64_t ld_out) {
     __m512 sums[Rows][Blocks];
     for (int i = 0; i < Rows; ++i)
-        for (int b = 0; b < Blocks; ++b) sums[i][b] = load(out + i * ld_out + b * kLanes);
+        for (int b = 0; b < Blocks; ++b) sums[i][b] = zero();
     for (int64_t c = 0; c < columns; c += 2) {
         __m512i p[Blocks];
         for (int b = 0; b < Blocks; ++b) p[b] = load_pairs(panel + b * panel_stride + c * kLanes);
@@ -27,7 +27,10 @@ inline void multiply_pair_rows(const uint16_t* tile, int64_t columns, const uint
         }
     }
     for (int i = 0; i < Rows; ++i)
-        for (int b = 0; b < Blocks; ++b) store(out + i * ld_out + b * kLanes, sums[i][b]);
+        for (int b = 0; b < Blocks; ++b) {
+            float* o = out + i * ld_out + b * kLanes;
+            store(o, add(load(o), sums[i][b]));
+        }
 }
 
 template <int Blocks>
@@ -70,13 +73,13 @@ void outer_pairs(const void* tile, int64_t rows, int64_t columns, const void* q,
             const uint16_t* left_q = static_cast<const uint16_t*>(q) + b * kRows * kLanes;
             float* o = out + b * kLanes * ld_out + c;
             __m512 sums[kLanes];
-            for (int r = 0; r < kLanes; ++r) sums[r] = load(o + r * ld_out);
+            for (int r = 0; r < kLanes; ++r) sums[r] = zero();
             for (int64_t m = 0; m < rows; m += 2) {
                 const __m512i pair = interleave(t + m * kColumns + c, t + (m + 1) * kColumns + c);
                 for (int r = 0; r < kLanes; ++r)
                     sums[r] = dot_pairs(sums[r], splat_pair(left_q + m * kLanes + 2 * r), pair);
             }
-            for (int r = 0; r < kLanes; ++r) store(o + r * ld_out, sums[r]);
+            for (int r = 0; r < kLanes; ++r) store(o + r * ld_out, add(load(o + r * ld_out), sums[r]));
         }
 }
 

@@ -21,7 +21,8 @@ struct Grid {
     int64_t row_tiles, column_tiles, row_parts, column_parts;
 
     explicit Grid(const Sweep& s)
-        : row_tiles(ceil_div(s.rows, kRows)), column_tiles(ceil_div(s.columns, kColumns)) {
+        : row_tiles(std::max<int64_t>(1, ceil_div(s.rows, kRows))),  // without rows there are sums to clear still
+          column_tiles(ceil_div(s.columns, kColumns)) {
         const int64_t threads = at::get_num_threads();
         const bool rows_first = !s.gradient && s.rows >= s.columns / 8;
         if (rows_first) {
@@ -37,7 +38,7 @@ struct Grid {
 };
 
 class Task {
-public:
+  public:
     Task(const Kernels& kernels, const Sweep& sweep, float* product, float* gradient)
         : k_(kernels),
           s_(sweep),
@@ -63,7 +64,7 @@ public:
         }
     }
 
-private:
+  private:
     struct Free {
         void operator()(char* p) const { std::free(p); }
     };
@@ -138,6 +139,10 @@ void add_parts(float* total, const float* parts, int64_t count, int64_t n) {
 }  // namespace
 
 void run(const Kernels& kernels, const Sweep& s) {
+    if (s.rows == 0) {
+        if (s.gradient) std::memset(s.gradient, 0, s.ranks * s.ld_gradient * sizeof(float));
+        return;
+    }
     const Grid grid(s);
     // The first part of a partial sum is the result itself.
     const int64_t product_size = s.rows * s.ranks, gradient_size = s.ranks * s.ld_gradient;

@@ -44,12 +44,14 @@ inline void transpose(V16 (&v)[16]) {
     }
     for (int i = 0; i < 16; i += 4)  // fours: 64-bit elements; v[i + j] holds columns j, j + 4, j + 8, j + 12
         for (int j = 0; j < 2; ++j) {
-            v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + j + 2])));
+            v[i + 2 * j] =
+                _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + j + 2])));
             v[i + 2 * j + 1] =
                 _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + j + 2])));
         }
     for (int j = 0; j < 4; ++j) {  // eights and sixteens: 128-bit elements
-        const V16 low = _mm512_shuffle_f32x4(v[j], v[j + 4], 0x88), low_odd = _mm512_shuffle_f32x4(v[j], v[j + 4], 0xdd);
+        const V16 low = _mm512_shuffle_f32x4(v[j], v[j + 4], 0x88),
+                  low_odd = _mm512_shuffle_f32x4(v[j], v[j + 4], 0xdd);
         const V16 high = _mm512_shuffle_f32x4(v[j + 8], v[j + 12], 0x88),
                   high_odd = _mm512_shuffle_f32x4(v[j + 8], v[j + 12], 0xdd);
         t[j] = _mm512_shuffle_f32x4(low, high, 0x88);
