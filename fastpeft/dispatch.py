@@ -31,7 +31,7 @@ def check_backend_name(backend: str | None) -> None:
 
 def refusals(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> dict[str, str | None]:
     """Every backend in order of preference with the reason why it refuses this call, None when it takes it."""
-    return {backend.NAME: backend.refuses(op, x, weight, A, B) for backend in BACKENDS}
+    return {backend.NAME: _refusal(backend, op, x, weight, A, B) for backend in BACKENDS}
 
 
 def choose(
@@ -44,15 +44,22 @@ def choose(
     """
     if requested is not None:
         backend = _BY_NAME[requested]
-        reason = backend.refuses(op, x, weight, A, B)
+        reason = _refusal(backend, op, x, weight, A, B)
         if reason is not None:
             raise BackendRefusal(f"backend={requested!r} cannot run {op}: {reason}")
         return backend
     for backend in BACKENDS:
-        reason = backend.refuses(op, x, weight, A, B)
+        reason = _refusal(backend, op, x, weight, A, B)
         if reason is None:
             return backend
         if backend.NAME not in _warned and backend.worth_a_warning(x):
             _warned.add(backend.NAME)
             warnings.warn(f"fastpeft runs without its {backend.NAME} kernels: {reason}", stacklevel=2)
     raise AssertionError("the reference backend takes every call")
+
+
+def _refusal(
+    backend: ModuleType, op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]
+) -> str | None:
+    reason = backend.refuses(op, x, weight, A, B)
+    return f"it has no {op}" if reason is None and not hasattr(backend, op) else reason

@@ -48,6 +48,14 @@ def test_each_refusal_says_what_was_expected_and_what_it_was(op: str) -> None:
             dispatch.choose(op, x, weight, [A], [B], "native")
 
 
+def test_a_backend_refuses_an_op_that_it_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, A, B = operands(torch.float32)
+    monkeypatch.setattr(reference, "other_linear", reference.lora_linear, raising=False)
+    refusals = dispatch.refusals("other_linear", x, weight, [A], [B])
+    assert refusals == {"native": "it has no other_linear", "reference": None}
+    assert dispatch.choose("other_linear", x, weight, [A], [B], None) is reference
+
+
 def test_an_explicit_backend_is_asked_again_in_the_backward_pass() -> None:
     x, weight, A, B = operands(torch.float64)
     with pytest.raises(fastpeft.BackendRefusal, match="cannot run lora_linear_backward"):
