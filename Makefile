@@ -7,7 +7,7 @@ REVIEWS := data/vaderSentiment-3.3.2.tar.gz
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test lint format bench microbench clean
+.PHONY: setup demo test lint format bench tables microbench clean
 
 setup: $(VENV)/native.stamp $(REVIEWS)
 
@@ -30,6 +30,10 @@ format: $(VENV)/packages.stamp
 
 bench: setup
 	$(BIN)/python -m fastpeft bench $(ARGS)
+
+tables: setup
+	$(BIN)/python -m fastpeft bench --plot-only
+	$(BIN)/python -m fastpeft.bench.readme
 
 microbench: setup
 	$(BIN)/python -m pytest bench/microbench $(ARGS)

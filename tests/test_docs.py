@@ -1,0 +1,84 @@
+"""What the documentation says is so: its snippets run, its numbers are the recorded ones, what it names exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from fastpeft.bench import readme
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("bench", "csrc", "docs", "examples", "fastpeft", "kernels", "tests")
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
+FILE = re.compile(r"`([\w./*-]+\.(?:py|md|cpp|h|inl|toml|txt|yaml))(?:::(\w+))?`")
+
+
+def named_files(pattern: str) -> list[Path]:
+    """Files of the repository that a name (its last parts, perhaps with ``*``) stands for."""
+    files = [*ROOT.glob("*"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
+    return [path for path in files if path.is_file() and path.match(pattern)]
+
+
+def tiny_model() -> LlamaForCausalLM:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape))
+
+
+def test_readmes_numbers_are_the_recorded_ones() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.rewritten(text, readme.block(ROOT)) == text, "`make tables` draws them anew"
+
+
+def test_readmes_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, with the names that a reader brings along."""
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    tokens = torch.randint(32, (8,)).tolist()
+    names: dict[str, Any] = {
+        "peft_model": peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear")),
+        "base_model": tiny_model(),
+        "another_base_model": tiny_model(),
+        "dataset": [{"input_ids": tokens, "labels": tokens}] * 2,
+    }
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert names["report"].fused and not names["report"].left_to_peft
+    assert (tmp_path / "runs/lora/adapter/adapter_model.safetensors").is_file()
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@every_page
+def test_files_and_what_they_hold_are_named_right(page: Path) -> None:
+    """``file.py`` stands for a file, ``file.py::name`` for one with this name in it."""
+    for pattern, name in FILE.findall(page.read_text(encoding="utf-8")):
+        files = named_files(pattern)
+        assert files, f"{pattern} does not exist"
+        if name:
+            found = [path for path in files if re.search(rf"\b{name}\b", path.read_text(encoding="utf-8"))]
+            assert found, f"{name} is not in {pattern}"
+
+
+def test_numbers_stand_between_the_marks_alone() -> None:
+    assert readme.rewritten(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb", "new") == (
+        f"a\n{readme.BEGIN}\nnew\n{readme.END}\nb"
+    )
+    for text in ("", readme.BEGIN, readme.END, readme.END + readme.BEGIN, f"{readme.BEGIN}{readme.END}{readme.END}"):
+        with pytest.raises(ValueError, match="README"):
+            readme.rewritten(text, "new")
+
+
+def test_without_rows_the_block_says_so(tmp_path: Path) -> None:
+    assert readme.block(tmp_path) == readme.NO_ROWS
