@@ -62,7 +62,8 @@ class Layout {
         for (size_t i = 0; i < adapters.A.size(); ++i)
             if (adapters.thresholds[i]) {
                 first_rank[i] = ranks;
-                const auto seed = static_cast<uint64_t>(adapters.seed->const_data_ptr<int64_t>()[i]);
+                const int64_t* seeds = adapters.seed->const_data_ptr<int64_t>();
+                const auto seed = static_cast<uint64_t>(seeds[i * adapters.seed->stride(0)]);
                 groups.push_back({ranks, padded(rank(i)), seed, static_cast<uint32_t>(adapters.thresholds[i])});
                 ranks += padded(rank(i));
             }

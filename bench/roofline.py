@@ -1,0 +1,150 @@
+"""The native kernels against this machine's floor: ``python -m fastpeft.bench.roofline``.
+
+Each sweep of docs/kernels.md is timed beside the base product it accompanies, and compared with the larger of two
+times: its operations at the rate that the vendor's large product reaches here, and its bytes at the rate of a copy.
+Rows are appended to ``bench/results/<machine>-kernels.jsonl``, the table beside them is drawn from the newest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from fastpeft.backends import native
+from fastpeft.dropout import dropout_threshold
+
+from . import rows
+from .measure import Run
+from .timing import interleave, summary
+
+TOKENS, WIDTH, RANK, DROPOUT = 512, 2048, 16, 0.05
+PEAK_SIZE, COPY_BYTES = 2048, 1 << 28
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def sweeps(dtype: torch.dtype, tokens: int, width: int, rank: int) -> dict[str, tuple[Callable[[], Any], int, int]]:
+    """Name → (call, operations, bytes that have to move) of every sweep over a ``[tokens, width]`` matrix.
+
+    The other side of the layer has one feature, so that a call's time is the sweep's. The part of dx comes with the
+    product ``dy W`` of that one feature, which the floor counts.
+    """
+    assert native._C is not None
+    C, size = native._C, dtype.itemsize
+    seed = torch.tensor([1])
+    plan = C.Plan(few_tokens=False, base_first=True, widen_base=False)
+    wide, narrow, u = (
+        torch.randn(tokens, width, dtype=dtype),
+        torch.randn(tokens, 1, dtype=dtype),
+        torch.randn(tokens, rank),
+    )
+    A_wide, A_one, B_wide, B_one = (torch.randn(s) for s in ((rank, width), (rank, 1), (width, rank), (1, rank)))
+    W_wide, W_tall = torch.randn(1, width, dtype=dtype), torch.randn(width, 1, dtype=dtype)
+
+    def backward(dy: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, p: float, dx: bool, dA: bool, dB: bool) -> Any:
+        needs = [dx, False, False, dA, dB]
+        return lambda: C.lora_linear_backward(
+            dy, x, W, [A], [B], u, [1.0], [dropout_threshold(p)], seed, None, needs, plan
+        )
+
+    product, matrix = 2 * tokens * width * rank, tokens * width * size
+    found = {
+        "v": (backward(wide, narrow, W_tall, A_one, B_wide, 0, False, True, False), product, matrix),
+        "dB": (backward(wide, narrow, W_tall, A_one, B_wide, 0, False, False, True), product, matrix),
+        "v, dB": (backward(wide, narrow, W_tall, A_one, B_wide, 0, False, True, True), 2 * product, matrix),
+    }
+    for name, p in (("", 0.0), (", dropout", DROPOUT)):
+        side = (narrow, wide, W_wide, A_wide, B_one, p)
+        found |= {
+            f"dA{name}": (backward(*side, False, True, False), product, matrix),
+            f"dx{name}": (backward(*side, True, False, False), product + 2 * tokens * width, 3 * matrix),
+            f"dA, dx{name}": (backward(*side, True, True, False), 2 * product + 2 * tokens * width, 4 * matrix),
+        }
+    return found
+
+
+def measure(dtype_name: str, rounds: int, run: Run) -> list[dict[str, Any]]:
+    """One row for each sweep, with the rates of this machine that its floor is made of."""
+    dtype = DTYPES[dtype_name]
+    side = torch.randn(PEAK_SIZE, PEAK_SIZE, dtype=dtype)
+    source, target = (torch.zeros(COPY_BYTES // 4) for _ in range(2))
+    timed = sweeps(dtype, TOKENS, WIDTH, RANK)
+    calls = {name: call for name, (call, _, _) in timed.items()}
+    samples = interleave({"product": lambda: side @ side.t(), "copy": lambda: target.copy_(source), **calls}, rounds)
+    rate = 2 * PEAK_SIZE**3 / summary(samples["product"].wall)["min"]
+    bandwidth = 2 * COPY_BYTES / summary(samples["copy"].wall)["min"]
+    found = []
+    for name, (_, operations, moved) in timed.items():
+        seconds = summary(samples[name].wall)
+        floor = max(operations / rate, moved / bandwidth)
+        found.append(
+            {
+                "run": run.start,
+                "machine": run.machine,
+                "versions": run.versions,
+                "commit": run.commit,
+                "dirty": run.dirty,
+                "threads": torch.get_num_threads(),
+                "instruction_set": native._C.isa() if native._C else None,
+                "sweep": name,
+                "dtype": dtype_name,
+                "shape": [TOKENS, WIDTH],
+                "rank": RANK,
+                "operations": operations,
+                "bytes": moved,
+                "operations_per_second": rate,
+                "bytes_per_second": bandwidth,
+                "seconds": seconds,
+                "floor_seconds": floor,
+                "share_of_floor": floor / seconds["median"],
+            }
+        )
+    return found
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """The table of one run's rows."""
+    first = found[0]
+    lines = [
+        f"{first['machine']['cpu']}, {first['threads']} threads, {first['instruction_set']} kernels, "
+        f"x [{TOKENS}, {WIDTH}], rank {RANK}, {first['run'][:10]}, commit {str(first['commit'])[:9]}.",
+        "",
+        "| sweep | dtype | MFLOP | MiB | ms, median | floor, ms | share of the floor |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in found:
+        lines.append(
+            f"| {row['sweep']} | {row['dtype']} | {row['operations'] / 1e6:.1f} | {row['bytes'] / 2**20:.1f} | "
+            f"{row['seconds']['median'] * 1e3:.3f} | {row['floor_seconds'] * 1e3:.3f} | {row['share_of_floor']:.0%} |"
+        )
+    rates = {row["dtype"]: row for row in found}
+    peaks = ", ".join(f"{name} {row['operations_per_second'] / 1e9:.0f} GFLOP/s" for name, row in rates.items())
+    lines += ["", f"Floors from: {peaks}; copy {first['bytes_per_second'] / 2**30:.1f} GiB/s."]
+    return "\n".join(lines) + "\n"
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(min=2), default=31, show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
+def command(rounds: int, out: Path) -> None:
+    """Times the native kernels against this machine's floor."""
+    reason = native.unavailable()
+    if reason is not None:
+        raise click.ClickException(reason)
+    run = Run.begin()
+    found = [row for dtype in DTYPES for row in measure(dtype, rounds, run)]
+    path = out / f"{rows.machine()['name']}-kernels.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in found)
+    path.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+    click.echo(markdown(found))
+
+
+if __name__ == "__main__":
+    command()
