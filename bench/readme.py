@@ -14,6 +14,7 @@ from .rows import Row
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 RESULTS = Path("bench", "results")
+KERNELS = "*-kernels.jsonl"  # roofline.py's rows, which lie beside those of layers and models
 NO_ROWS = "No rows recorded yet: `make bench` records them."
 _PHASES = {"step": "training step", "generate": "one token"}
 
@@ -37,8 +38,9 @@ def rewritten(text: str, new: str) -> str:
 
 def block(root: Path) -> str:
     """Markdown for the newest rows of each machine in ``root/bench/results``; links are relative to ``root``."""
-    recorded = {path: rows.latest(rows.load(path)) for path in sorted((root / RESULTS).glob("*.jsonl"))}
-    parts = [_machine(path.relative_to(root), found) for path, found in recorded.items() if found]
+    paths = sorted(path for path in (root / RESULTS).glob("*.jsonl") if not path.match(KERNELS))
+    recorded = {path.relative_to(root): rows.latest(rows.load(path)) for path in paths}
+    parts = [_machine(path, found) for path, found in recorded.items() if found]
     return "\n\n".join([table.CAPTION, *parts]) if parts else NO_ROWS
 
 

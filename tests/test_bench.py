@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from fastpeft.bench import bounds, cli, contestants, parity, plot, rows, table, timing
+from fastpeft.bench import bounds, cli, contestants, parity, plot, readme, rows, table, timing
 from fastpeft.bench.cases import LayerCase, ModelCase
 from fastpeft.bench.contestants import BASE, CONTESTANTS, FASTPEFT, PEFT, PEFT_AUTOCAST, PEFT_COMPILED
 from fastpeft.bench.measure import Run, measure
@@ -250,6 +250,26 @@ def test_table_shows_every_row_in_the_terminal_and_in_markdown() -> None:
     assert "1.50 [1.25, 12.0]" in shown
     assert "median [quartiles]" in shown
     assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_readmes_block_shows_the_newest_rows_of_each_machine(tmp_path: Path) -> None:
+    results = tmp_path / readme.RESULTS
+    quarter = {"min": 0.9, "q1": 1.25, "median": 1.5, "q3": 12.0}
+    slow, fast = ({"base": {**quarter, "median": median}, "peft": quarter} for median in (3.0, 1.5))
+    wide = LayerCase(512, 2048, 2048, "bf16", rank=64, dropout=0.05)
+    found = [row("base"), row(against=slow), row("peft", against=slow), row(against=fast), row(phase="forward")]
+    found.append(row(case={"kind": "layer", "shape": wide.shape, **vars(wide)}, against=None))
+    rows.append(results / "cpu-2-cores.jsonl", found)
+    rows.append(results / "other.jsonl", [row("peft-compiled", kept_bytes=None), row()])
+    (results / "cpu-2-cores-kernels.jsonl").write_text('{"another": "kind of row"}\n', encoding="utf-8")
+
+    first, second = readme.block(tmp_path).split("![Wall time over the frozen base]")[:2]
+    assert "| phase | PEFT | fastpeft | PEFT keeps, MiB | fastpeft keeps, MiB |" in first
+    assert "| 512×2048×2048, bf16 | training step | 3.00 [1.25, 12.0] | 1.50 [1.25, 12.0] | 2.03 | 2.03 |" in first
+    assert "| 512×2048×2048, bf16, dropout 0.05, rank 64 | training step | – | parity fails | – | 2.03 |" in first
+    assert "CPU, 2 cores, 2 threads; python 3.11, torch 2.13; backend native; commit 01234567; 2026-01-01" in first
+    assert "(bench/results/cpu-2-cores.md)" in first and "(bench/results/cpu-2-cores.png)" in second
+    assert "| phase | PEFT, compiled | fastpeft |" in second and "another" not in first + second
 
 
 def test_plot_is_drawn_from_rows_alone(tmp_path: Path) -> None:
