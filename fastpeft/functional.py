@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from . import ops
 from .dispatch import check_backend_name
 from .dropout import dropout_seeds
+
+BASE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def lora_linear(
@@ -52,22 +55,21 @@ def lora_linear(
         TypeError: an argument's type or dtype does not fit; ValueError: a shape, device or number does not.
         fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot take the call.
     """
-    As = [A] if isinstance(A, Tensor) else list(A)
-    Bs = [B] if isinstance(B, Tensor) else list(B)
+    As, Bs = _tensors("A", A), _tensors("B", B)
     count = len(As)
     scalings = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
     ps = list(dropout_p) if isinstance(dropout_p, Sequence) else [dropout_p] * count
     check_backend_name(backend)
     _check_base(x, weight, bias)
     _check_adapters(x, weight, As, Bs, scalings, ps)
-    _check_adapter_index(x, adapter_index)
+    _check_adapter_index(x, adapter_index, count)
 
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
     elif x.dtype != weight.dtype:
-        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast is off)")
+        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     for i, s in enumerate(scalings):
@@ -78,23 +80,43 @@ def lora_linear(
     return ops.lora_linear(x, weight, bias, As, Bs, scalings, ps, seed, adapter_index, backend)[0]
 
 
+def _tensors(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(value, (list, tuple)):
+        for i, element in enumerate(value):
+            _check_tensor(f"{name}[{i}]", element)
+        return list(value)
+    _check_tensor(name, value)
+    return [value]  # type: ignore[list-item]
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (Real, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    _check_tensor("x", x)
+    _check_tensor("weight", weight)
     if x.device.type == "meta":
         raise ValueError("x is a meta tensor and holds no data; move the model and its input to a real device first")
     if not x.is_floating_point():
         raise TypeError(f"x must have a floating dtype, got {x.dtype}")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must have a floating dtype, got {weight.dtype}")
+    if weight.dtype not in BASE_DTYPES:
+        raise TypeError(f"weight must be float64, float32, float16 or bfloat16, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape [N, K], got {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must have shape [..., K={weight.shape[1]}], got {list(x.shape)}")
     _check_device("weight", weight, x)
     if bias is not None:
+        _check_tensor("bias", bias)
+        if not bias.is_floating_point():
+            raise TypeError(f"bias must have a floating dtype, got {bias.dtype}")
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape [N={weight.shape[0]}], got {list(bias.shape)}")
         _check_device("bias", bias, x)
@@ -121,6 +143,7 @@ def _check_adapters(
         _check_device(f"A{at}", A, x)
         _check_device(f"B{at}", B, x)
         _check_scaling(f"scaling{at}", s)
+        _check_number(f"dropout_p{at}", p)
         if not 0.0 <= p < 1.0:
             raise ValueError(f"dropout_p{at} must be in [0, 1), got {p}")
 
@@ -129,16 +152,18 @@ def _check_scaling(name: str, s: float | Tensor) -> None:
     if isinstance(s, Tensor):
         if s.numel() != 1:
             raise ValueError(f"{name} must hold one number, got a tensor of shape {list(s.shape)}")
-        if s.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # its value is not read: that would synchronise, or break the graph
+        if not _is_readable(s):
+            return
         s = s.item()
+    _check_number(name, s)
     if not -math.inf < s < math.inf:  # traces where torch.compile holds s as a symbol; math.isfinite does not
         raise ValueError(f"{name} must be finite, got {s}")
 
 
-def _check_adapter_index(x: Tensor, adapter_index: Tensor | None) -> None:
+def _check_adapter_index(x: Tensor, adapter_index: Tensor | None, count: int) -> None:
     if adapter_index is None:
         return
+    _check_tensor("adapter_index", adapter_index)
     if adapter_index.is_floating_point() or adapter_index.is_complex() or adapter_index.dtype == torch.bool:
         raise TypeError(f"adapter_index must have an integer dtype, got {adapter_index.dtype}")
     if adapter_index.shape != x.shape[:-1]:
@@ -146,6 +171,15 @@ def _check_adapter_index(x: Tensor, adapter_index: Tensor | None) -> None:
             f"adapter_index must have the leading shape of x, {list(x.shape[:-1])}, got {list(adapter_index.shape)}"
         )
     _check_device("adapter_index", adapter_index, x)
+    if _is_readable(adapter_index) and adapter_index.numel():
+        least, most = (int(bound) for bound in adapter_index.aminmax())
+        if least < -1 or most >= count:
+            raise ValueError(f"adapter_index must be from -1 to {count - 1}, got {least} to {most}")
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether reading values neither waits for a device nor breaks a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:

@@ -135,6 +135,7 @@ _MATRIX = covering(
 )
 _EDGES = [
     {"M": 0},
+    {"M": 0, "K": 5, "N": 4},
     {"M": 0, "ranks": (8, 3), "dropout_p": 0.1, "bias": False},
     {"M": 2000, "K": 3, "N": 5, "dropout_p": 0.1},
     {"M": 3, "K": 2000, "N": 5, "dropout_p": 0.1},
@@ -144,7 +145,7 @@ _EDGES = [
     {"x_layout": "expanded", "ranks": (64,), "dropout_p": 0.1},
     {"dy_layout": "expanded", "ranks": (64,), "dropout_p": 0.1},
     {"M": 1, "K": 1, "N": 1, "ranks": (1,)},
-    {"M": 512, "K": 256, "N": 384, "ranks": (16,), "dropout_p": 0.1},
+    {"M": 300, "K": 130, "N": 270, "ranks": (16,), "dropout_p": 0.1},
 ]
 _COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -220,7 +220,7 @@ LARGE = {
     "large_M": Case(M=1000, K=33, N=70, ranks=(16,), dropout_p=0.1),
     "large_K": Case(M=5, K=3000, N=70, ranks=(16,), dropout_p=0.1),
     "large_N": Case(M=5, K=33, N=3000, ranks=(16,), dropout_p=0.1),
-    "square": Case(M=256, K=512, N=512, ranks=(16,), dropout_p=0.1),
+    "square": Case(M=200, K=300, N=300, ranks=(16,), dropout_p=0.1),
 }
 
 
@@ -275,6 +275,15 @@ def test_no_graph_without_grad_mode(backend: str, mode: Any) -> None:
         y, _ = ops.lora_linear(*forward_args(i, backend))
     assert not y.requires_grad
     assert torch.equal(y, fused(i, backend)["y"])
+
+
+@every_backend
+def test_settings_in_tensors_may_have_strides(backend: str) -> None:
+    i = Case(ranks=(8, 3), dropout_p=0.5, mixed=True).inputs()
+    assert i.seed is not None
+    assert i.adapter_index is not None
+    seed, index = (torch.stack((t, t + 1), dim=1)[:, 0] for t in (i.seed, i.adapter_index.to(torch.int32)))
+    assert_same_bits(fused(replace(i, seed=seed, adapter_index=index), backend), fused(i, backend))
 
 
 @every_backend
