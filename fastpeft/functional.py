@@ -72,12 +72,13 @@ def lora_linear(
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
+    factors: list[float] = []
     for i, s in enumerate(scalings):
         if isinstance(s, Tensor):  # stays on its device, so that it may change without a recompile or a synchronisation
             Bs[i] = Bs[i] * s.detach().to(device=x.device, dtype=torch.promote_types(Bs[i].dtype, torch.float32))
-            scalings[i] = 1.0
+        factors.append(1.0 if isinstance(s, Tensor) else s)
     seed = dropout_seeds(count, x.device) if training and any(ps) else None
-    return ops.lora_linear(x, weight, bias, As, Bs, scalings, ps, seed, adapter_index, backend)[0]
+    return ops.call_lora_linear(x, weight, bias, As, Bs, factors, ps, seed, adapter_index, backend)[0]
 
 
 def _tensors(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -222,25 +222,28 @@ def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operan
     lora_A, lora_B, lora_dropout = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
     if not type(lora_A) is type(lora_B) is type(lora_dropout) is nn.ModuleDict:
         return "the containers of its adapters are wrapped"
-    operands = Operands(weight.t() if type(base) is Conv1D else weight, bias, [], [], [], [])
+    A_modules: dict[str, Any] = lora_A._modules
+    B_modules: dict[str, Any] = lora_B._modules
+    dropout_modules: dict[str, Any] = lora_dropout._modules
+    As, Bs, scalings, ps = [], [], [], []
     for name in adapters:
-        if name not in lora_A._modules:  # an adapter of other layers
+        A = A_modules.get(name)
+        if A is None:  # an adapter of other layers
             continue
-        adapter: tuple[Any, ...] = tuple(container._modules.get(name) for container in (lora_A, lora_B, lora_dropout))
-        A, B, dropout = adapter
-        scaling = layer.scaling.get(name)
+        B, dropout, scaling = B_modules.get(name), dropout_modules.get(name), layer.scaling.get(name)
         reason = _adapter_reason(layer, name, A, B, dropout, scaling, weight)
         if reason is not None:
             return f"its adapter {name!r} {reason}"
-        operands.A.append(A._parameters["weight"])
-        operands.B.append(B._parameters["weight"])
-        operands.scaling.append(scaling)
-        operands.dropout_p.append(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
+        As.append(A._parameters["weight"])
+        Bs.append(B._parameters["weight"])
+        scalings.append(scaling)
+        ps.append(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
         lora_bias = B._parameters["bias"]
         if lora_bias is not None:
-            total = lora_bias * scaling if operands.bias is None else operands.bias + lora_bias * scaling
-            operands = operands._replace(bias=total)
-    return operands if operands.A else "none of the active adapters is in this layer"
+            bias = lora_bias * scaling if bias is None else bias + lora_bias * scaling
+    if not As:
+        return "none of the active adapters is in this layer"
+    return Operands(weight.t() if type(base) is Conv1D else weight, bias, As, Bs, scalings, ps)
 
 
 def is_peft_layer(module: nn.Module) -> TypeGuard[BaseTunerLayer]:
@@ -296,7 +299,7 @@ def _adapter_reason(
         return f"drops everything (p = {dropout.p})"
     A_weight: Any = A._parameters["weight"]
     B_weight: Any = B._parameters["weight"]
-    if not _is_plain(A_weight) or not _is_plain(B_weight) or A._parameters["bias"] is not None:
+    if not (_is_plain(A_weight) and _is_plain(B_weight)) or A._parameters["bias"] is not None:
         return f"has weights of {type(A_weight).__qualname__} and {type(B_weight).__qualname__}, or a bias in lora_A"
     if A_weight.dtype != B_weight.dtype:
         return f"is {A_weight.dtype} in lora_A and {B_weight.dtype} in lora_B"
@@ -327,12 +330,13 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
+    state = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # put there by accelerate, among others
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state  # put there by accelerate, among others
     )
 
 

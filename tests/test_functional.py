@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import make_inputs, run
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
@@ -259,3 +260,31 @@ def test_function_transforms_say_that_they_are_not_supported(backend: str, trans
     x = made.pop("x")
     with pytest.raises(RuntimeError):
         transform(lambda x: lora_linear(x, **made, backend=backend).sum())(x)
+
+
+class _OpsSeen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_op_and_changes_no_bit():
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 20, requires_grad=True), torch.randn(9, 20)
+    A, B = torch.randn(4, 20, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+
+    def run():
+        torch.manual_seed(1)
+        y = lora_linear(x, weight, None, A, B, 0.5, 0.25)
+        return y, *torch.autograd.grad(y.square().sum(), (x, A, B))
+
+    unseen = run()
+    with _OpsSeen() as seen:
+        watched = run()
+    assert "fastpeft::lora_linear" in seen.names
+    assert "fastpeft::lora_linear_backward" in seen.names
+    assert all(torch.equal(a, b) for a, b in zip(unseen, watched, strict=True))
