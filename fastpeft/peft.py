@@ -222,15 +222,14 @@ def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operan
     lora_A, lora_B, lora_dropout = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
     if not type(lora_A) is type(lora_B) is type(lora_dropout) is nn.ModuleDict:
         return "the containers of its adapters are wrapped"
-    A_modules: dict[str, Any] = lora_A._modules
-    B_modules: dict[str, Any] = lora_B._modules
-    dropout_modules: dict[str, Any] = lora_dropout._modules
     As, Bs, scalings, ps = [], [], [], []
     for name in adapters:
-        A = A_modules.get(name)
+        A: Any = lora_A._modules.get(name)
+        B: Any = lora_B._modules.get(name)
+        dropout: Any = lora_dropout._modules.get(name)
         if A is None:  # an adapter of other layers
             continue
-        B, dropout, scaling = B_modules.get(name), dropout_modules.get(name), layer.scaling.get(name)
+        scaling = layer.scaling.get(name)
         reason = _adapter_reason(layer, name, A, B, dropout, scaling, weight)
         if reason is not None:
             return f"its adapter {name!r} {reason}"
