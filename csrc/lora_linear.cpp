@@ -37,7 +37,7 @@ int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 int64_t gradient_stride(int64_t columns) { return padded(columns) + kLanes; }
 
 Tensor flat_rows(const Tensor& t) {  // [..., C] as [M, C] with contiguous rows; a copy only where a view cannot be
-    const Tensor rows = t.reshape({-1, t.size(-1)});
+    const Tensor rows = t.dim() == 2 ? t : t.reshape({-1, t.size(-1)});
     return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
 }
 
@@ -171,7 +171,8 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
                         const Tensor& u, const Tensor& y) {
     const cpu::Kernels& kernels = cpu::kernels();
     const int64_t tokens = x.size(0), columns = x.size(1);
-    Tensor wide;  // x in float32, zero-padded
+    const bool fits = x.scalar_type() == at::kFloat && columns == padded(columns);
+    Tensor wide = fits ? x : Tensor();  // x in float32, zero-padded
     const auto dot = [&](const Tensor& w, const Tensor& q, const Tensor& b, const Tensor& out) {
         const bool pairs = kernels.pairs(dtype_of(w)) && w.scalar_type() == x.scalar_type();
         if (!pairs && !wide.defined()) {
@@ -191,10 +192,13 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
     int64_t offset = 0;
     for (size_t i = 0; i < adapters.A.size(); ++i) {
         const int64_t rank = adapters.A[i].size(0);
-        const Tensor part = u.narrow(1, offset, rank);
+        const Tensor part = adapters.A.size() == 1 ? u : u.narrow(1, offset, rank);
         dot(adapters.A[i], {}, {}, part);
         if (adapters.index) part.masked_fill_(adapters.index->reshape({-1, 1}).ne(static_cast<int64_t>(i)), 0);
-        q.narrow(1, offset, rank).copy_(part).mul_(adapters.scaling[i]);
+        const float scaling = static_cast<float>(adapters.scaling[i]);
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t r = offset; r < offset + rank; ++r)
+                q.mutable_data_ptr<float>()[t * u.size(1) + r] = scaling * u.const_data_ptr<float>()[t * u.size(1) + r];
         offset += rank;
     }
     dot(weight, q, adapters.B.size() == 1 ? adapters.B[0] : at::cat(adapters.B, 1), y);
@@ -208,7 +212,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = weight.size(0);
     const Tensor y = at::empty(shape, x.options());
-    const Tensor y2 = y.view({-1, weight.size(0)});
+    const Tensor y2 = y.dim() == 2 ? y : y.view({-1, weight.size(0)});
     const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
 
     if (plan.few_tokens) {

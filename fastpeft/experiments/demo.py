@@ -70,7 +70,7 @@ class Settings:
     "--dropout",
     type=click.FloatRange(0.0, 1.0, max_open=True),
     default=0.05,
-    help="Of the adapters' inputs. With 0 the two losses agree up to rounding.",
+    help="Of the adapters' inputs. With 0 the two losses differ by rounding alone.",
 )
 @click.option("--seed", type=int, default=0, help="Of the split, the order of the data, the new weights, the dropout.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Sentences in a step.")
@@ -191,9 +191,9 @@ def _notes(settings: Settings, results: Sequence[Result]) -> str:
     standard_error = (accuracy * (1.0 - accuracy) / settings.test_size) ** 0.5
     agreement = (
         "The two draw different dropout masks from the same seed, so their losses agree as those of two seeds do, not "
-        "digit by digit; with --dropout 0 they agree up to rounding."
+        "digit by digit; with --dropout 0 they differ by rounding alone."
         if settings.dropout
-        else "Without dropout the losses of the two differ by rounding alone."
+        else "Without dropout the losses of the two differ by rounding alone, which training amplifies."
     )
     return (
         f"{agreement} The accuracy has a standard error of {standard_error:.1%}.\n"

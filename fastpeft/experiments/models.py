@@ -85,8 +85,8 @@ def llama_classifier(causal: LlamaForCausalLM, pad_token_id: int) -> LlamaForSeq
 
 
 MODELS = {
-    "minilm": ModelSource("MiniLM-L6, a BERT encoder", load_minilm, 1e-3),
-    "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", load_smollm2, 5e-4),
+    "minilm": ModelSource("MiniLM-L6, a BERT encoder", load_minilm, 3e-4),
+    "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", load_smollm2, 3e-4),
 }
 
 
