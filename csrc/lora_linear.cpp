@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/kernels.h"
 #include "cpu/skinny.h"
@@ -71,6 +72,9 @@ class Layout {
 
     int64_t rank(size_t i) const { return adapters_.A[i].size(0); }
 
+    // All adapters as one group: masks are on x and dx alone, not on y and dy.
+    RankGroup unmasked() const { return {0, ranks, 0, 0}; }
+
     // All A (or Bᵀ) one below the other [ranks, columns], zeros in between; a view where there is one adapter.
     Tensor stacked(const std::vector<Tensor>& parts, bool transposed) const {
         if (parts.size() == 1) return transposed ? parts[0].t() : parts[0];
@@ -83,25 +87,31 @@ class Layout {
         return stack;
     }
 
-    // Between the padded layout q [M, ranks] of the kernels and the dense one u [M, Σ r] of the op.
-    Tensor dense(const Tensor& q) const {
-        std::vector<Tensor> parts;
-        for (size_t i = 0; i < first_rank.size(); ++i) parts.push_back(q.narrow(1, first_rank[i], rank(i)));
-        return at::cat(parts, 1);
+    // Between the padded layout q [M, ranks] of the kernels and the dense one u [M, Σ r] of the op; every adapter's
+    // columns of q are multiplied with its scaling once u is taken from them.
+    Tensor dense_then_scale_(const Tensor& q) const {
+        const Tensor u = floats({q.size(0), dense_ranks()});
+        float* out = u.mutable_data_ptr<float>();
+        each_run(q, [&](float* run, int64_t at, int64_t n, float scaling) {
+            std::memcpy(out + at, run, n * sizeof(float));
+            for (int64_t r = 0; r < n; ++r) run[r] *= scaling;
+        });
+        return u;
+    }
+    void scale_(const Tensor& q) const {
+        each_run(q, [](float* run, int64_t, int64_t n, float scaling) {
+            for (int64_t r = 0; r < n; ++r) run[r] *= scaling;
+        });
     }
     Tensor padded_from(const Tensor& u) const {
-        if (u.size(1) == ranks && first_rank.size() == 1) return u.contiguous();
-        Tensor q = at::zeros({u.size(0), ranks}, at::dtype(at::kFloat));
-        int64_t offset = 0;
-        for (size_t i = 0; i < first_rank.size(); offset += rank(i), ++i)
-            q.narrow(1, first_rank[i], rank(i)).copy_(u.narrow(1, offset, rank(i)));
+        if (dense_ranks() == ranks && first_rank.size() == 1) return u.contiguous();
+        const Tensor source = u.contiguous(), q = at::zeros({u.size(0), ranks}, at::dtype(at::kFloat));
+        const float* in = source.const_data_ptr<float>();
+        each_run(q, [&](float* run, int64_t at, int64_t n, float) { std::memcpy(run, in + at, n * sizeof(float)); });
         return q;
     }
 
-    // Multiplies each adapter's columns with its scaling, and clears tokens that it does not serve.
-    void scale_(const Tensor& q) const {
-        for (size_t i = 0; i < first_rank.size(); ++i) q.narrow(1, first_rank[i], rank(i)).mul_(adapters_.scaling[i]);
-    }
+    // Clears the tokens that an adapter does not serve.
     void select_(const Tensor& q) const {
         if (!adapters_.index) return;
         const Tensor index = adapters_.index->reshape({-1, 1});
@@ -109,13 +119,52 @@ class Layout {
             q.narrow(1, first_rank[i], rank(i)).masked_fill_(index.ne(static_cast<int64_t>(i)), 0);
     }
 
+    // One adapter's gradient from the sums [ranks, columns + …] of a sweep: dA [r, columns], or dB [columns, r] scaled.
+    Tensor rows_of(const Tensor& sums, size_t i, int64_t columns) const {
+        const Tensor grad = floats({rank(i), columns});
+        for (int64_t r = 0; r < rank(i); ++r)
+            std::memcpy(grad.mutable_data_ptr<float>() + r * columns,
+                        sums.const_data_ptr<float>() + (first_rank[i] + r) * sums.size(1), columns * sizeof(float));
+        return grad.to(adapters_.A[i].scalar_type());
+    }
+    Tensor scaled_columns_of(const Tensor& sums, size_t i, int64_t columns) const {
+        const int64_t n = rank(i), ld = sums.size(1);
+        const Tensor grad = floats({columns, n});
+        const float* in = sums.const_data_ptr<float>() + first_rank[i] * ld;
+        float* out = grad.mutable_data_ptr<float>();
+        const auto scaling = static_cast<float>(adapters_.scaling[i]);
+        for (int64_t c = 0; c < columns; ++c)
+            for (int64_t r = 0; r < n; ++r) out[c * n + r] = scaling * in[r * ld + c];
+        return grad.to(adapters_.B[i].scalar_type());
+    }
+
     std::vector<RankGroup> groups;
     int64_t ranks = 0;
 
   private:
-    const Adapters& adapters_;
+    int64_t dense_ranks() const {
+        int64_t total = 0;
+        for (size_t i = 0; i < first_rank.size(); ++i) total += rank(i);
+        return total;
+    }
 
-  public:
+    // Calls f(an adapter's columns in a row of q, where they lie in the dense layout, how many, its scaling).
+    template <typename F>
+    void each_run(const Tensor& q, F f) const {
+        constexpr int64_t kGrainElements = 1 << 14;
+        const int64_t total = dense_ranks();
+        float* data = q.mutable_data_ptr<float>();
+        at::parallel_for(0, q.size(0), std::max<int64_t>(1, kGrainElements / ranks), [&](int64_t begin, int64_t end) {
+            for (int64_t m = begin; m < end; ++m) {
+                int64_t offset = 0;
+                for (size_t i = 0; i < first_rank.size(); offset += rank(i), ++i)
+                    f(data + m * ranks + first_rank[i], m * total + offset, rank(i),
+                      static_cast<float>(adapters_.scaling[i]));
+            }
+        });
+    }
+
+    const Adapters& adapters_;
     std::vector<int64_t> first_rank;
 };
 
@@ -236,12 +285,11 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     down.product = q.mutable_data_ptr<float>();
     cpu::run(kernels, down);
     layout.select_(q);
-    Tensor u = layout.dense(q);
+    Tensor u = layout.dense_then_scale_(q);
 
-    layout.scale_(q);
     Sweep up = sweep_over(y2, layout);
     const Tensor panel_B = panel(kernels, layout.stacked(adapters.B, true), pairs);
-    for (RankGroup& group : up.groups) group.threshold = 0;  // the mask is on x alone
+    up.groups = {layout.unmasked()};
     up.q = q.const_data_ptr<float>();
     up.panel_out = panel_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
@@ -267,7 +315,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
     Tensor v, dA, dB, dx;
     if (need_x || need_A || need_B) {  // dy is read once for v and dB
         Sweep sweep = sweep_over(dy2, layout);
-        for (RankGroup& group : sweep.groups) group.threshold = 0;
+        sweep.groups = {layout.unmasked()};
         sweep.input = dy2.const_data_ptr();
         sweep.ld_input = dy2.stride(0);
         Tensor panel_B, q;
@@ -319,16 +367,9 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
     if (needs[1]) grads.push_back(at::mm(dy2.t(), x2).to(weight.scalar_type()));
     if (needs[2]) grads.push_back(dy2.sum(at::IntArrayRef{0}, false, at::kFloat).to(dy.scalar_type()));
     for (size_t i = 0; i < count; ++i)
-        if (needs[3 + i])
-            grads.push_back(dA.narrow(0, layout.first_rank[i], layout.rank(i))
-                                .narrow(1, 0, K)
-                                .to(adapters.A[i].scalar_type(), false, true, at::MemoryFormat::Contiguous));
+        if (needs[3 + i]) grads.push_back(layout.rows_of(dA, i, K));
     for (size_t i = 0; i < count; ++i)
-        if (needs[3 + count + i]) {
-            const Tensor scaled =
-                dB.narrow(0, layout.first_rank[i], layout.rank(i)).narrow(1, 0, N) * adapters.scaling[i];
-            grads.push_back(scaled.t().to(adapters.B[i].scalar_type()).contiguous());
-        }
+        if (needs[3 + count + i]) grads.push_back(layout.scaled_columns_of(dB, i, N));
     return grads;
 }
 

@@ -182,7 +182,7 @@ def _introduction(settings: Settings, train: Sequence[Review], test: Sequence[Re
         f"It is frozen and learns through LoRA adapters on its linear layers (rank {settings.rank}, dropout "
         f"{settings.dropout:g}): once by PEFT {version('peft')}, once by fastpeft {fastpeft.__version__}.\n"
         f"Both start from the same weights and take turns on the same {settings.steps} batches of "
-        f"{settings.batch_size} × {settings.length} tokens, on {torch.get_num_threads()} threads."
+        f"{settings.batch_size} × {settings.length} tokens (threads: {torch.get_num_threads()})."
     )
 
 
