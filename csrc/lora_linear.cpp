@@ -32,6 +32,8 @@ DType dtype_of(const Tensor& t) {
     }
 }
 
+constexpr int64_t kColumnGrain = 512;  // columns of a gradient a thread should copy, at least
+
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // Row stride of a [ranks, columns] sum: one line more than whole vectors, so that rows do not share a cache set.
@@ -120,11 +122,16 @@ class Layout {
     }
 
     // One adapter's gradient from the sums [ranks, columns + …] of a sweep: dA [r, columns], or dB [columns, r] scaled.
+    // The threads that summed the columns copy them: their caches hold them.
     Tensor rows_of(const Tensor& sums, size_t i, int64_t columns) const {
-        const Tensor grad = floats({rank(i), columns});
-        for (int64_t r = 0; r < rank(i); ++r)
-            std::memcpy(grad.mutable_data_ptr<float>() + r * columns,
-                        sums.const_data_ptr<float>() + (first_rank[i] + r) * sums.size(1), columns * sizeof(float));
+        const int64_t n = rank(i), ld = sums.size(1);
+        const Tensor grad = floats({n, columns});
+        const float* in = sums.const_data_ptr<float>() + first_rank[i] * ld;
+        float* out = grad.mutable_data_ptr<float>();
+        at::parallel_for(0, columns, kColumnGrain, [&](int64_t begin, int64_t end) {
+            for (int64_t r = 0; r < n; ++r)
+                std::memcpy(out + r * columns + begin, in + r * ld + begin, (end - begin) * sizeof(float));
+        });
         return grad.to(adapters_.A[i].scalar_type());
     }
     Tensor scaled_columns_of(const Tensor& sums, size_t i, int64_t columns) const {
@@ -133,8 +140,10 @@ class Layout {
         const float* in = sums.const_data_ptr<float>() + first_rank[i] * ld;
         float* out = grad.mutable_data_ptr<float>();
         const auto scaling = static_cast<float>(adapters_.scaling[i]);
-        for (int64_t c = 0; c < columns; ++c)
-            for (int64_t r = 0; r < n; ++r) out[c * n + r] = scaling * in[r * ld + c];
+        at::parallel_for(0, columns, kColumnGrain, [&](int64_t begin, int64_t end) {
+            for (int64_t c = begin; c < end; ++c)
+                for (int64_t r = 0; r < n; ++r) out[c * n + r] = scaling * in[r * ld + c];
+        });
         return grad.to(adapters_.B[i].scalar_type());
     }
 

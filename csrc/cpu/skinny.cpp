@@ -10,7 +10,7 @@
 namespace fastpeft::cpu {
 namespace {
 
-constexpr int64_t kPackGrain = 256;     // 16 x 16 blocks a thread should have, at least
+constexpr int64_t kPackGrain = 64;      // 16 x 16 blocks a thread should have, at least
 constexpr int64_t kSumGrain = 1 << 15;  // elements, likewise
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
