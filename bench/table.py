@@ -116,19 +116,25 @@ def origin(rows: Sequence[Row]) -> str:
     return "; ".join(parts)
 
 
+_WIDTH_WITH_QUARTILES = 120
+
+
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Prints the table."""
+    """Prints the table; in a narrow terminal medians alone, so that every contestant is seen."""
+    narrow = console.width < _WIDTH_WITH_QUARTILES
     for section in sections(rows):
         table = Table(title=section.title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+        table.collapse_padding = narrow
         table.add_column("M×K×N", min_width=14, max_width=14)
         table.add_column("phase", min_width=9)
         for name, label in _COLUMNS.items():
-            width = 8 if name == BASE.name else 17
+            width = 8 if narrow or name == BASE.name else 17
             style = "bold green" if name == FASTPEFT.name else ""
-            table.add_column(label, justify="right", min_width=width, style=style)
+            table.add_column(label, justify="right", min_width=width, max_width=width, style=style)
         for i, line in enumerate(section.lines):
             last_of_shape = i + 1 == len(section.lines) or bool(section.lines[i + 1][0])
-            cells = [Text(cell, style="bold red") if cell == "parity fails" else cell for cell in line]
+            texts = [line[0], *(cell.partition(" [")[0] for cell in line[1:])] if narrow else line
+            cells = [Text(cell, style="bold red") if cell == "parity fails" else cell for cell in texts]
             table.add_row(*cells, end_section=last_of_shape)
         console.print(table)
     for note in (CAPTION, *notes(rows)):
