@@ -50,6 +50,10 @@ Matrix matrix(const Tensor& t) {
 
 Tensor floats(at::IntArrayRef shape) { return at::empty(shape, at::dtype(at::kFloat)); }
 
+int64_t seed_of(const Adapters& adapters, size_t i) {
+    return adapters.seed->const_data_ptr<int64_t>()[static_cast<int64_t>(i) * adapters.seed->stride(0)];
+}
+
 // Where each adapter's ranks lie: those without a mask side by side in the first group, each other in its own.
 class Layout {
   public:
@@ -65,8 +69,7 @@ class Layout {
         for (size_t i = 0; i < adapters.A.size(); ++i)
             if (adapters.thresholds[i]) {
                 first_rank[i] = ranks;
-                const int64_t* seeds = adapters.seed->const_data_ptr<int64_t>();
-                const auto seed = static_cast<uint64_t>(seeds[i * adapters.seed->stride(0)]);
+                const auto seed = static_cast<uint64_t>(seed_of(adapters, i));
                 groups.push_back({ranks, padded(rank(i)), seed, static_cast<uint32_t>(adapters.thresholds[i])});
                 ranks += padded(rank(i));
             }
@@ -231,13 +234,14 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
     const int64_t tokens = x.size(0), columns = x.size(1);
     const bool fits = x.scalar_type() == at::kFloat && columns == padded(columns);
     Tensor wide = fits ? x : Tensor();  // x in float32, zero-padded
-    const auto dot = [&](const Tensor& w, const Tensor& q, const Tensor& b, const Tensor& out) {
-        const bool pairs = kernels.pairs(dtype_of(w)) && w.scalar_type() == x.scalar_type();
-        if (!pairs && !wide.defined()) {
+    const auto widened = [&]() -> const Tensor& {
+        if (!wide.defined()) {
             wide = at::zeros({tokens, padded(columns)}, at::dtype(at::kFloat));
             wide.narrow(1, 0, columns).copy_(x);
         }
-        const Tensor& input = pairs ? x : wide;
+        return wide;
+    };
+    const auto dot = [&](const Tensor& input, const Tensor& w, const Tensor& q, const Tensor& b, const Tensor& out) {
         constexpr int64_t kGrainElements = 1 << 15;  // of w a thread should have, at least
         at::parallel_for(0, w.size(0), std::max<int64_t>(1, kGrainElements / columns), [&](int64_t begin, int64_t end) {
             kernels.dot(input.const_data_ptr(), input.stride(0), tokens, matrix(w),
@@ -246,12 +250,23 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
                         dtype_of(out), out.stride(0), begin, end);
         });
     };
-    Tensor q = at::empty_like(u);
+    const auto pairs = [&](const Tensor& w) {
+        return kernels.pairs(dtype_of(w)) && w.scalar_type() == x.scalar_type();
+    };
+    const Tensor q = at::empty_like(u);
     int64_t offset = 0;
     for (size_t i = 0; i < adapters.A.size(); ++i) {
-        const int64_t rank = adapters.A[i].size(0);
+        const Tensor& A = adapters.A[i];
+        const int64_t rank = A.size(0);
+        Tensor input = pairs(A) ? x : widened();
+        if (adapters.thresholds[i]) {
+            const Tensor dropped =
+                dropout_keep(seed_of(adapters, i), tokens, columns, adapters.thresholds[i]).logical_not_();
+            input = input.clone();
+            input.narrow(1, 0, columns).masked_fill_(dropped, 0);
+        }
         const Tensor part = adapters.A.size() == 1 ? u : u.narrow(1, offset, rank);
-        dot(adapters.A[i], {}, {}, part);
+        dot(input, A, {}, {}, part);
         if (adapters.index) part.masked_fill_(adapters.index->reshape({-1, 1}).ne(static_cast<int64_t>(i)), 0);
         const float scaling = static_cast<float>(adapters.scaling[i]);
         for (int64_t t = 0; t < tokens; ++t)
@@ -259,7 +274,7 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
                 q.mutable_data_ptr<float>()[t * u.size(1) + r] = scaling * u.const_data_ptr<float>()[t * u.size(1) + r];
         offset += rank;
     }
-    dot(weight, q, adapters.B.size() == 1 ? adapters.B[0] : at::cat(adapters.B, 1), y);
+    dot(pairs(weight) ? x : widened(), weight, q, adapters.B.size() == 1 ? adapters.B[0] : at::cat(adapters.B, 1), y);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct Adapters {
 
 // How a call is computed; backends/native.py chooses from measurements.
 struct Plan {
-    bool few_tokens;  // dot products with the rows of W instead of a matrix product; no dropout, contiguous tensors
+    bool few_tokens;  // dot products with the rows of W instead of a matrix product; contiguous tensors
     bool base_first;  // the low-rank part is added onto the base product, or the other way round
     bool widen_base;  // the base product in float32, stripe by stripe of W: for processors without float16 products
 };

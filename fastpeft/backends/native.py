@@ -24,8 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Up to so many tokens, dot products with the rows of W beat the vendor's product (docs/kernels.md).
 FEW_TOKENS = {torch.bfloat16: 4, torch.float32: 8, torch.float16: 16}
-# With AMX the vendor's product adds onto the low-rank part at no cost; elsewhere our own pass adds for less.
-LOW_RANK_FIRST = ("amx",)
+# With AMX the vendor's bfloat16 product adds onto the low-rank part at no cost; elsewhere our own pass adds for less.
+LOW_RANK_FIRST = ("amx", "emulated_amx")
 
 
 def _float16_products() -> bool:
@@ -75,7 +75,7 @@ def lora_linear(
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
-    few = seed is None and _few_tokens(x, weight, A, B)
+    few = _few_tokens(x, weight, A, B)
     return _C.lora_linear(x, weight, bias, A, B, scaling, thresholds, seed, adapter_index, _plan(x.dtype, few))
 
 
@@ -117,11 +117,12 @@ def _few_tokens(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tens
 
 def _plan(dtype: torch.dtype, few_tokens: bool) -> object:
     assert _C is not None
-    return _make_plan(few_tokens, _C.isa() not in LOW_RANK_FIRST, dtype == torch.float16)
+    return _make_plan(few_tokens, _C.isa(), dtype)
 
 
 @lru_cache
-def _make_plan(few_tokens: bool, base_first: bool, half: bool) -> object:
+def _make_plan(few_tokens: bool, isa: str, dtype: torch.dtype) -> object:
     assert _C is not None
-    widen = half and not _float16_products()
+    base_first = isa not in LOW_RANK_FIRST or dtype != torch.bfloat16
+    widen = dtype == torch.float16 and not _float16_products()
     return _C.Plan(few_tokens=few_tokens, base_first=base_first, widen_base=widen)
