@@ -104,8 +104,8 @@ def _choice(refusals: Mapping[str, str | None], requested: str | None) -> str:
         return f"{requested}: asked for by name" + ("" if reason is None else f", and raises: {reason}")
     chosen = next(name for name, reason in refusals.items() if reason is None)
     others = [
-        f"{name} {'comes later in the order' if reason is None else f'refuses: {reason}'}"
+        f"{name} {'comes later in the order of preference' if reason is None else f'refuses: {reason}'}"
         for name, reason in refusals.items()
         if name != chosen
     ]
-    return f"{chosen}: {'; '.join(others)}"
+    return f"{chosen} runs it; {'; '.join(others)}"

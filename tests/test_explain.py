@@ -21,8 +21,10 @@ def expected_verdict(weight: torch.Tensor) -> str:
     A, B = torch.empty(2, weight.shape[1]), torch.empty(weight.shape[0], 2)
     reasons = dispatch.refusals("lora_linear", one, weight, [A], [B])
     chosen = next(name for name, reason in reasons.items() if reason is None)
-    words = {name: f"refuses: {why}" if why else "comes later in the order" for name, why in reasons.items()}
-    return f"{chosen}: " + "; ".join(f"{name} {word}" for name, word in words.items() if name != chosen)
+    words = {
+        name: f"refuses: {why}" if why else "comes later in the order of preference" for name, why in reasons.items()
+    }
+    return f"{chosen} runs it; " + "; ".join(f"{name} {word}" for name, word in words.items() if name != chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -35,7 +37,7 @@ def test_layer_without_peft(dtype: torch.dtype) -> None:
 
 def test_native_refuses_float64_and_reference_takes_it() -> None:
     layer = LoRALinear.from_linear(nn.Linear(8, 12, dtype=torch.float64), r=2)
-    assert str(fastpeft.explain(layer)).startswith("1 × reference: native refuses: ")
+    assert str(fastpeft.explain(layer)).startswith("1 × reference runs it; native refuses: ")
 
 
 def test_backend_asked_for_by_name() -> None:
