@@ -33,10 +33,10 @@ def linear(dtype: torch.dtype, bias: bool = True) -> nn.Linear:
 
 
 def several(dtype: torch.dtype, adapter_dtype: torch.dtype, **config: Any) -> peft.PeftModel:
-    """Adapters ``default`` (r 4), ``second`` (r 7), ``third`` (r 1), all active and trained, as heavy as the base."""
+    """Adapters ``default`` (r 4), ``second`` (r 7), ``third`` (r 1), all active, all trained; ``third`` is heavy."""
     model = lora_model(linear(dtype), adapter_dtype, **config)
     for name, rank in (("second", 7), ("third", 1)):
-        settings = {"r": rank, "lora_alpha": rank, "init_lora_weights": False, "target_modules": ["0"]} | config
+        settings = {"r": rank, "lora_alpha": 5, "init_lora_weights": False, "target_modules": ["0"]} | config
         model.add_adapter(name, peft.LoraConfig(**settings), autocast_adapter_dtype=False)
     model.base_model.set_adapter(["default", "second", "third"])
     for name, parameter in model.named_parameters():

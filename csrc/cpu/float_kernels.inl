@@ -71,30 +71,26 @@ inline void load_block(const Matrix& s, int64_t row, int64_t column, V16 (&v)[16
     if (transposed) transpose(v);
 }
 
-void pack(const Matrix& s, bool pairs, void* panel, int64_t begin, int64_t end) {
+// Calls put(sixteen rows, element of the panel at which they start) for the 16 x 16 blocks [begin, end).
+template <typename Put>
+inline void pack_blocks(const Matrix& s, int64_t begin, int64_t end, Put put) {
     const int64_t row_blocks = (s.rows + kLanes - 1) / kLanes;
     for (int64_t block = begin; block < end; ++block) {
         V16 v[16];
         load_block(s, block % row_blocks * kLanes, block / row_blocks * kLanes, v);
-        const int64_t offset = block * kLanes * kLanes;
-        for (int64_t i = 0; i < kLanes; i += pairs ? 2 : 1) {
-            if (pairs)
-                store_pair(static_cast<uint16_t*>(panel) + offset + i * kLanes, v[i], v[i + 1]);
-            else
-                store(static_cast<float*>(panel) + offset + i * kLanes, v[i]);
-        }
+        put(v, block * kLanes * kLanes);
     }
 }
 
-void left(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs, void* out) {
+void pack_float(const Matrix& s, bool, void* panel, int64_t begin, int64_t end) {
+    pack_blocks(s, begin, end, [&](const V16(&v)[16], int64_t offset) {
+        for (int64_t i = 0; i < kLanes; ++i) store(static_cast<float*>(panel) + offset + i * kLanes, v[i]);
+    });
+}
+
+void left_float(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool, void* out) {
     for (int64_t m = 0; m < rows; ++m)
-        for (int64_t r = 0; r < ranks; r += kLanes) {
-            const V16 v = load(q + m * ld_q + r);
-            if (pairs)
-                store_bf16(static_cast<uint16_t*>(out) + m * ranks + r, v);
-            else
-                store(static_cast<float*>(out) + m * ranks + r, v);
-        }
+        std::memcpy(static_cast<float*>(out) + m * ranks, q + m * ld_q, ranks * sizeof(float));
 }
 
 // ---- dropout and staging ----------------------------------------------------------------------------------------
@@ -125,7 +121,7 @@ void stage_float(const void* src, DType dtype, int64_t ld, int64_t rows, int64_t
 
 template <int Rows>
 inline void multiply_rows(const float* tile, int64_t columns, const float* panel, float* out, int64_t ld_out) {
-    constexpr int64_t kChain = 64;  // columns that are summed by themselves
+    constexpr int64_t kChain = 16;  // columns that are summed by themselves
     for (int64_t begin = 0; begin < columns; begin += kChain) {
         V16 sums[Rows];
         for (int i = 0; i < Rows; ++i) sums[i] = zero();
@@ -147,10 +143,6 @@ void multiply_float(const void* tile, bool, int64_t rows, int64_t columns, const
             multiply_rows<kFloatRows>(t + m * kColumns, columns, p, out + m * ld_out + b * kLanes, ld_out);
         for (; m < rows; ++m) multiply_rows<1>(t + m * kColumns, columns, p, out + m * ld_out + b * kLanes, ld_out);
     }
-}
-
-void left_outer_float(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool, void* out) {
-    left(q, ld_q, rows, ranks, false, out);
 }
 
 template <int Ranks>

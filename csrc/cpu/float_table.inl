@@ -20,9 +20,9 @@ constexpr Kernels float_table(const char* name) {
     return Kernels{
         .name = name,
         .pairs = no_pairs,
-        .pack = pack,
-        .left = left,
-        .left_outer = left_outer_float,
+        .pack = pack_float,
+        .left = left_float,
+        .left_outer = left_float,  // the same: rows of q
         .keep = keep_scalar,
         .stage = stage_float,
         .multiply = multiply_float,

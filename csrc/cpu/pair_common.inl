@@ -18,6 +18,30 @@ inline __m512i interleave(const uint16_t* even, const uint16_t* odd) {
 
 bool bf16_pairs(DType dtype) { return dtype == DType::bf16; }
 
+// ---- packing ----------------------------------------------------------------------------------------------------
+
+inline void store_pair(uint16_t* p, V16 even, V16 odd) {  // bfloat16, element by element side by side
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(reinterpret_cast<const __m512i&>(rounded)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(reinterpret_cast<const __m512i&>(rounded), 1));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+void pack(const Matrix& s, bool pairs, void* panel, int64_t begin, int64_t end) {
+    if (!pairs) return pack_float(s, pairs, panel, begin, end);
+    pack_blocks(s, begin, end, [&](const V16(&v)[16], int64_t offset) {
+        for (int64_t i = 0; i < kLanes; i += 2)
+            store_pair(static_cast<uint16_t*>(panel) + offset + i * kLanes, v[i], v[i + 1]);
+    });
+}
+
+void left(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs, void* out) {
+    if (!pairs) return left_float(q, ld_q, rows, ranks, pairs, out);
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t r = 0; r < ranks; r += kLanes)
+            store_bf16(static_cast<uint16_t*>(out) + m * ranks + r, load(q + m * ld_q + r));
+}
+
 // ---- dropout and staging ----------------------------------------------------------------------------------------
 
 // Eight counters in 64-bit lanes whose upper halves are never read, so that a product needs no shuffle: 64 columns of

@@ -8,7 +8,7 @@ void multiply(const void* tile, bool pairs, int64_t rows, int64_t columns, const
 }
 
 void left_outer(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs, void* out) {
-    if (!pairs) return left_outer_float(q, ld_q, rows, ranks, pairs, out);
+    if (!pairs) return left_float(q, ld_q, rows, ranks, pairs, out);
     PAIR(left_outer)(q, ld_q, rows, ranks, static_cast<uint16_t*>(out));
 }
 

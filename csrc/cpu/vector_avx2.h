@@ -52,15 +52,6 @@ inline void store_bf16(uint16_t* p, V16 v) {
     const __m256i packed = _mm256_packus_epi32(round_bf16(v.low), round_bf16(v.high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
-inline void store_pair(uint16_t* p, V16 even, V16 odd) {  // bfloat16, element by element side by side
-    uint16_t a[16], b[16];
-    store_bf16(a, even);
-    store_bf16(b, odd);
-    for (int i = 0; i < 16; ++i) {
-        p[2 * i] = a[i];
-        p[2 * i + 1] = b[i];
-    }
-}
 inline V16 load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};

@@ -24,12 +24,6 @@ inline void store_bf16(uint16_t* p, V16 v) {
     const __m256bh rounded = _mm512_cvtneps_pbh(v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<const __m256i&>(rounded));
 }
-inline void store_pair(uint16_t* p, V16 even, V16 odd) {  // bfloat16, element by element side by side
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(reinterpret_cast<const __m512i&>(rounded)));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(reinterpret_cast<const __m512i&>(rounded), 1));
-    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
 inline V16 load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

@@ -58,15 +58,6 @@ inline void store_bf16(uint16_t* p, V16 v) {
         p[i] = static_cast<uint16_t>(std::isnan(v.lane[i]) ? 0x7fc0 : rounded);
     }
 }
-inline void store_pair(uint16_t* p, V16 even, V16 odd) {  // bfloat16, element by element side by side
-    uint16_t a[16], b[16];
-    store_bf16(a, even);
-    store_bf16(b, odd);
-    for (int i = 0; i < 16; ++i) {
-        p[2 * i] = a[i];
-        p[2 * i + 1] = b[i];
-    }
-}
 inline V16 load_f16(const uint16_t* p) {
     V16 v;
     for (int i = 0; i < 16; ++i) {
