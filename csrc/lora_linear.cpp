@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/base_product.h"
 #include "cpu/kernels.h"
 #include "cpu/skinny.h"
 
@@ -198,33 +199,39 @@ Sweep sweep_over(const Tensor& wide, const Layout& layout) {
 }
 
 // y = x W (added onto y where `add`), W [K, N]
-void base_product(Tensor y, const Tensor& x, const Tensor& weight, bool add, bool widen) {
-    if (!widen) {
-        if (add)
-            y.addmm_(x, weight);
-        else
-            at::mm_out(y, x, weight);
-        return;
-    }
-    constexpr int64_t kStripe = 256;  // columns of W that are widened at a time
+void vendor_product(Tensor y, const Tensor& x, const Tensor& weight, bool add) {
+    if (add)
+        y.addmm_(x, weight);
+    else
+        at::mm_out(y, x, weight);
+}
+
+// The same in float32, stripe by stripe of W.
+void vendor_product_float32(const Tensor& y, const Tensor& x, const Tensor& weight) {
+    constexpr int64_t kColumns = 256;
     const Tensor wide = x.to(at::kFloat);
-    for (int64_t n = 0; n < y.size(1); n += kStripe) {
-        const int64_t columns = std::min(kStripe, y.size(1) - n);
-        const Tensor stripe = y.narrow(1, n, columns);
-        const Tensor product = at::mm(wide, weight.narrow(1, n, columns).to(at::kFloat));
-        stripe.copy_(add ? product.add_(stripe) : product);
+    for (int64_t n = 0; n < y.size(1); n += kColumns) {
+        const int64_t columns = std::min(kColumns, y.size(1) - n);
+        y.narrow(1, n, columns).copy_(at::mm(wide, weight.narrow(1, n, columns).to(at::kFloat)));
     }
 }
 
-// The base product x W, W [K, N], and the low-rank part, whichever comes first: the later one adds onto the earlier.
+// y = x W + the output of the sweep, W [K, N]; what else the sweep does is done too.
 void base_and_low_rank(const cpu::Kernels& kernels, Sweep& sweep, const Tensor& y, const Tensor& x,
-                       const Tensor& weight, const Plan& plan) {
+                       const Tensor& weight, Plan plan) {
     sweep.output = y.mutable_data_ptr();
     sweep.ld_output = y.stride(0);
-    sweep.add = plan.base_first;
-    if (plan.base_first) base_product(y, x, weight, false, plan.widen_base);
+    if (plan == Plan::one_accumulator) {
+        cpu::base_product(kernels, sweep, x.const_data_ptr(), x.stride(0), matrix(weight));
+        sweep.output = nullptr;
+        if (sweep.product || sweep.gradient) cpu::run(kernels, sweep);
+        return;
+    }
+    sweep.add = plan != Plan::vendor_last;
+    if (plan == Plan::vendor_first) vendor_product(y, x, weight, false);
+    if (plan == Plan::vendor_float32) vendor_product_float32(y, x, weight);
     cpu::run(kernels, sweep);
-    if (!plan.base_first) base_product(y, x, weight, true, plan.widen_base);
+    if (plan == Plan::vendor_last) vendor_product(y, x, weight, true);
 }
 
 // A few tokens: u and y as dot products with the rows of A and of W, every row read once.
@@ -280,7 +287,7 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
 }  // namespace
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                       const Adapters& adapters, const Plan& plan) {
+                                       const Adapters& adapters, Plan plan) {
     const Tensor x2 = flat_rows(x);
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = weight.size(0);
@@ -288,7 +295,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     const Tensor y2 = y.dim() == 2 ? y : y.view({-1, weight.size(0)});
     const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
 
-    if (plan.few_tokens) {
+    if (plan == Plan::dots) {
         int64_t ranks = 0;
         for (const Tensor& A : adapters.A) ranks += A.size(0);
         const Tensor u = floats({x2.size(0), ranks});
@@ -323,7 +330,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
 
 std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
                                          const Adapters& adapters, const std::optional<Tensor>& u,
-                                         const std::vector<bool>& needs, const Plan& plan) {
+                                         const std::vector<bool>& needs, Plan plan) {
     const size_t count = adapters.A.size();
     const auto any = [&](size_t begin, size_t end) {
         return std::any_of(needs.begin() + begin, needs.begin() + end, [](bool need) { return need; });

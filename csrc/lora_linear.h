@@ -18,22 +18,24 @@ struct Adapters {
 };
 
 // How a call is computed; backends/native.py chooses from measurements.
-struct Plan {
-    bool few_tokens;  // dot products with the rows of W instead of a matrix product; contiguous tensors
-    bool base_first;  // the low-rank part is added onto the base product, or the other way round
-    bool widen_base;  // the base product in float32, stripe by stripe of W: for processors without float16 products
+enum class Plan {
+    dots,             // dot products with the rows of W: a few tokens, contiguous tensors, forward alone
+    vendor_first,     // the vendor's product, the low-rank part added onto it
+    vendor_last,      // the vendor's product added onto the low-rank part
+    vendor_float32,   // vendor_first in float32, stripe by stripe of W: for processors without float16 products
+    one_accumulator,  // both in the same accumulators (cpu/base_product.h): bfloat16
 };
 
 // y [..., N] and u [M, Σ r] in float32.
 std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight,
                                                const std::optional<at::Tensor>& bias, const Adapters& adapters,
-                                               const Plan& plan);
+                                               Plan plan);
 
 // The gradients of x, weight, bias, *A, *B that `needs` asks for, in this order.
 std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                                              const at::Tensor& weight, const Adapters& adapters,
                                              const std::optional<at::Tensor>& u, const std::vector<bool>& needs,
-                                             const Plan& plan);
+                                             Plan plan);
 
 // Boolean [rows, columns], true where an element is kept: the mask that the kernels draw.
 at::Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold);

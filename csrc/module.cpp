@@ -19,7 +19,7 @@ struct PlainDispatch {
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& A,
                                        const Tensors& B, const std::vector<double>& scaling,
                                        const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                                       const MaybeTensor& adapter_index, const fastpeft::Plan& plan) {
+                                       const MaybeTensor& adapter_index, fastpeft::Plan plan) {
     const PlainDispatch plain;
     return fastpeft::lora_linear(x, weight, bias, {A, B, scaling, thresholds, seed, adapter_index}, plan);
 }
@@ -28,7 +28,7 @@ Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tenso
                              const Tensors& B, const MaybeTensor& u, const std::vector<double>& scaling,
                              const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
                              const MaybeTensor& adapter_index, const std::vector<bool>& needs,
-                             const fastpeft::Plan& plan) {
+                             fastpeft::Plan plan) {
     const PlainDispatch plain;
     return fastpeft::lora_linear_backward(dy, x, weight, {A, B, scaling, thresholds, seed, adapter_index}, u, needs,
                                           plan);
@@ -49,9 +49,12 @@ void set_isa(const std::string& name) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
-    pybind11::class_<fastpeft::Plan>(m, "Plan", "How a call is computed.")
-        .def(pybind11::init<bool, bool, bool>(), pybind11::kw_only(), pybind11::arg("few_tokens"),
-             pybind11::arg("base_first"), pybind11::arg("widen_base"));
+    pybind11::enum_<fastpeft::Plan>(m, "Plan", "How the base product and the low-rank part are computed.")
+        .value("dots", fastpeft::Plan::dots)
+        .value("vendor_first", fastpeft::Plan::vendor_first)
+        .value("vendor_last", fastpeft::Plan::vendor_last)
+        .value("vendor_float32", fastpeft::Plan::vendor_float32)
+        .value("one_accumulator", fastpeft::Plan::one_accumulator);
     m.def("lora_linear", &lora_linear, release());
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),

@@ -13,6 +13,7 @@ using fastpeft::cpu::Kernels;
 using fastpeft::cpu::kKeepWords;
 using fastpeft::cpu::kLanes;
 using fastpeft::cpu::kRows;
+using fastpeft::cpu::kStripe;
 using fastpeft::cpu::Matrix;
 
 // ---- elements of any dtype --------------------------------------------------------------------------------------

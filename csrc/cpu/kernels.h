@@ -15,6 +15,7 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kRows = 32;
 constexpr int64_t kColumns = 256;
 constexpr int64_t kKeepWords = kColumns / 64;  // one bit a column
+constexpr int64_t kStripe = 64;                // columns of the base product's right operand that are packed at a time
 
 // A matrix S [rows, columns] in any dtype and strides (one of them 1), in elements.
 struct Matrix {
@@ -59,6 +60,13 @@ struct Kernels {
     void (*expand)(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
                    int64_t panel_stride, const uint64_t* keep, const float* bias, bool add, void* y, DType dtype,
                    int64_t ld_y);
+
+    // For the base product in bfloat16 pairs; null where the instruction set has none.
+    // Rows [row, row + rows) and columns [column, column + kStripe) of S (bfloat16), as [rows / 2][kStripe][2], with
+    // zeros beyond the edges of S.
+    void (*pack_stripe)(const Matrix& s, int64_t row, int64_t rows, int64_t column, void* out);
+    // y [rows, columns] = sums, rounded to bfloat16; columns at most kStripe.
+    void (*round)(const float* sums, int64_t ld_sums, int64_t rows, int64_t columns, void* y, int64_t ld_y);
 
     // A few tokens against rows [begin, end) of W, each row read once: y = x Wᵀ + q Bᵀ + bias, summed in float32.
     // x [tokens, K] is bfloat16 where W's dtype computes in pairs, else float32 and zero-padded to a multiple of 16;

@@ -35,6 +35,61 @@ void pack(const Matrix& s, bool pairs, void* panel, int64_t begin, int64_t end) 
     });
 }
 
+inline uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0u; }
+
+// Neighbouring rows lie side by side already: 16 pairs of 16 columns are a transposition of 32-bit elements.
+void pack_stripe_columns(const Matrix& s, int64_t row, int64_t rows, int64_t column, uint16_t* out) {
+    const int64_t stop = smaller(row + rows, s.rows);
+    for (int64_t c = 0; c < kStripe; c += kLanes)
+        for (int64_t k = 0; k < rows; k += 2 * kLanes) {  // along the rows of W: sixteen streams to prefetch
+            const uint32_t here = first_bits(stop - row - k);
+            V16 v[16];
+            for (int64_t i = 0; i < kLanes; ++i) {
+                const uint16_t* p = static_cast<const uint16_t*>(s.data) + (column + c + i) * s.column_stride + row + k;
+                v[i] = column + c + i < s.columns ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(here, p)) : zero();
+            }
+            transpose(v);
+            const int64_t pairs = smaller(kLanes, (rows - k + 1) / 2);
+            for (int64_t i = 0; i < pairs; ++i) _mm512_storeu_ps(out + ((k / 2 + i) * kStripe + c) * 2, v[i]);
+        }
+}
+
+void pack_stripe_rows(const Matrix& s, int64_t row, int64_t rows, int64_t column, uint16_t* out) {
+    alignas(64) uint16_t order[2][32];
+    for (uint16_t i = 0; i < 32; ++i) {
+        order[0][i] = i / 2 + i % 2 * 32;
+        order[1][i] = 16 + i / 2 + i % 2 * 32;
+    }
+    const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+    for (int64_t k = 0; k < rows; k += 2)
+        for (int64_t c = 0; c < kStripe; c += 2 * kLanes) {
+            const uint16_t* p = static_cast<const uint16_t*>(s.data) + (row + k) * s.row_stride + column + c;
+            const uint32_t here = first_bits(s.columns - column - c);
+            _mm_prefetch(reinterpret_cast<const char*>(p + 32 * s.row_stride), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(p + 33 * s.row_stride), _MM_HINT_T1);
+            const __m512i even = _mm512_maskz_loadu_epi16(row + k < s.rows ? here : 0, p);
+            const __m512i odd = _mm512_maskz_loadu_epi16(row + k + 1 < s.rows ? here : 0, p + s.row_stride);
+            uint16_t* pair = out + (k * kStripe / 2 + c) * 2;
+            _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_storeu_si512(pair + 2 * kLanes, _mm512_permutex2var_epi16(even, high, odd));
+        }
+}
+
+void pack_stripe(const Matrix& s, int64_t row, int64_t rows, int64_t column, void* out) {
+    const auto pack_as = s.row_stride == 1 ? pack_stripe_columns : pack_stripe_rows;
+    pack_as(s, row, rows, column, static_cast<uint16_t*>(out));
+}
+
+void round(const float* sums, int64_t ld_sums, int64_t rows, int64_t columns, void* y, int64_t ld_y) {
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t c = 0; c < columns; c += 2 * kLanes) {
+            const float* p = sums + m * ld_sums + c;
+            const __m512bh rounded = _mm512_cvtne2ps_pbh(load(p + kLanes), load(p));
+            _mm512_mask_storeu_epi16(static_cast<uint16_t*>(y) + m * ld_y + c, first_bits(columns - c),
+                                     reinterpret_cast<const __m512i&>(rounded));
+        }
+}
+
 void left(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs, void* out) {
     if (!pairs) return left_float(q, ld_q, rows, ranks, pairs, out);
     for (int64_t m = 0; m < rows; ++m)
@@ -45,16 +100,16 @@ void left(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs,
 // ---- dropout and staging ----------------------------------------------------------------------------------------
 
 // Eight counters in 64-bit lanes whose upper halves are never read, so that a product needs no shuffle: 64 columns of
-// a row. Chains of them run side by side to hide the multiplier's latency.
+// a row. Chains of them, along a row or down the rows, run side by side to hide the multiplier's latency.
 template <int Chains>
-inline void keep_words(const __m512i* key0, const __m512i* key1, uint32_t row, uint32_t group, __m512i threshold,
-                       uint64_t* words) {
+inline void keep_words(const __m512i* key0, const __m512i* key1, uint32_t row, uint32_t group, bool down,
+                       __m512i threshold, uint64_t* words) {
     const __m512i multiplier0 = _mm512_set1_epi64(kPhiloxMultiplier0);
     const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
     __m512i c0[Chains], c1[Chains], c2[Chains], c3[Chains];
     for (int i = 0; i < Chains; ++i) {
-        c0[i] = _mm512_add_epi64(_mm512_set1_epi64(group + 8 * i), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-        c1[i] = _mm512_set1_epi64(row);
+        c0[i] = _mm512_add_epi64(_mm512_set1_epi64(down ? group : group + 8 * i), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+        c1[i] = _mm512_set1_epi64(down ? row + i : row);
         c2[i] = c3[i] = _mm512_setzero_si512();
     }
     constexpr int kXor3 = 0x96;
@@ -73,7 +128,7 @@ inline void keep_words(const __m512i* key0, const __m512i* key1, uint32_t row, u
         const __m512i words23 = _mm512_mask_mov_epi32(c2[i], kUpper, _mm512_slli_epi64(c3[i], 32));
         const uint64_t low = _mm512_cmpge_epu16_mask(words01, threshold);   // four bits a counter: columns 0 … 3
         const uint64_t high = _mm512_cmpge_epu16_mask(words23, threshold);  // columns 4 … 7
-        words[i] = _pdep_u64(low, 0x0f0f0f0f0f0f0f0f) | _pdep_u64(high, 0xf0f0f0f0f0f0f0f0);
+        words[down ? i * kKeepWords : i] = _pdep_u64(low, 0x0f0f0f0f0f0f0f0f) | _pdep_u64(high, 0xf0f0f0f0f0f0f0f0);
     }
 }
 
@@ -85,23 +140,25 @@ void keep_vector(uint64_t seed, uint32_t threshold, int64_t row, int64_t column,
         key1[round] = _mm512_set1_epi64(static_cast<uint32_t>(seed >> 32) + round * kPhiloxKeyStep1);
     }
     const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(threshold));
-    const uint32_t group = static_cast<uint32_t>(column / 8);
-    for (int64_t m = 0; m < rows; ++m) {
-        const uint32_t r = static_cast<uint32_t>(row + m);
-        uint64_t* w = words + m * kKeepWords;
-        if (columns > kColumns - 64)
-            keep_words<kKeepWords>(key0, key1, r, group, limit, w);
-        else
-            for (int64_t c = 0; c < columns; c += 64)
-                keep_words<1>(key0, key1, r, group + static_cast<uint32_t>(c / 8), limit, w + c / 64);
-    }
+    const auto group = static_cast<uint32_t>(column / 8), first_row = static_cast<uint32_t>(row);
+    constexpr int kChains = kKeepWords;
+    int64_t m = 0;
+    if (columns > kColumns - 64)
+        for (; m < rows; ++m)
+            keep_words<kChains>(key0, key1, first_row + m, group, false, limit, words + m * kKeepWords);
+    for (; m + kChains <= rows; m += kChains)
+        for (int64_t c = 0; c < columns; c += 64)
+            keep_words<kChains>(key0, key1, first_row + m, group + c / 8, true, limit, words + m * kKeepWords + c / 64);
+    for (; m < rows; ++m)
+        for (int64_t c = 0; c < columns; c += 64)
+            keep_words<1>(key0, key1, first_row + m, group + c / 8, true, limit, words + m * kKeepWords + c / 64);
 }
 
 // A tile of bfloat16, zero-padded to 32 columns and to two rows.
 void stage_pairs(const uint16_t* src, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep, uint16_t* tile) {
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t c = 0; c < columns; c += 32) {
-            uint32_t wanted = columns - c >= 32 ? ~0u : (1u << (columns - c)) - 1;
+            uint32_t wanted = first_bits(columns - c);
             if (keep) wanted &= static_cast<uint32_t>(keep[m * kKeepWords + c / 64] >> (c % 64));
             _mm512_storeu_si512(tile + m * kColumns + c, _mm512_maskz_loadu_epi16(wanted, src + m * ld + c));
         }
@@ -131,7 +188,7 @@ inline void dot_pair_row(const uint16_t* x, int64_t ld_x, const uint16_t* w, int
         }
     }
     for (; c < columns; c += kStep) {
-        const uint32_t here = columns - c >= kStep ? ~0u : (1u << (columns - c)) - 1;
+        const uint32_t here = first_bits(columns - c);
         const __m512i w0 = _mm512_maskz_loadu_epi16(here, w + c);
         for (int t = 0; t < Tokens; ++t)
             sums[t] = dot_pairs(sums[t], w0, _mm512_maskz_loadu_epi16(here, x + t * ld_x + c));
@@ -153,21 +210,30 @@ void dot(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const flo
 
 // Two vectors of columns; where all 32 are there, bfloat16 is masked and stored at once.
 struct PairEpilogue : Epilogue {
-    bool whole(int64_t c) const { return dtype == DType::bf16 && !bias && c + 2 * kLanes <= columns; }
+    bool whole(int64_t c) const { return c + 2 * kLanes <= columns; }
 
     void put_whole(V16 first, V16 last, int64_t m, int64_t c) const {
-        uint16_t* out = static_cast<uint16_t*>(y) + m * ld_y + c;
         if (keep) {
             const uint32_t bits = static_cast<uint32_t>(keep[m * kKeepWords + c / 64] >> (c % 64));
             first = where_kept(first, static_cast<uint16_t>(bits));
             last = where_kept(last, static_cast<uint16_t>(bits >> 16));
         }
+        if (bias) {
+            first = add(first, load(bias + c));
+            last = add(last, load(bias + c + kLanes));
+        }
+        if (dtype == DType::f32) return put_floats(first, last, static_cast<float*>(y) + m * ld_y + c);
+        uint16_t* out = static_cast<uint16_t*>(y) + m * ld_y + c;
         if (add_onto) {
             first = add(first, load_bf16(out));
             last = add(last, load_bf16(out + kLanes));
         }
         const __m512bh rounded = _mm512_cvtne2ps_pbh(last, first);
         _mm512_storeu_si512(out, reinterpret_cast<const __m512i&>(rounded));
+    }
+    void put_floats(V16 first, V16 last, float* out) const {
+        store(out, add_onto ? add(first, load(out)) : first);
+        store(out + kLanes, add_onto ? add(last, load(out + kLanes)) : last);
     }
     void put_both(V16 first, V16 last, int64_t m, int64_t c) const {
         put(first, m, c);

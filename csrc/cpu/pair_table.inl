@@ -38,6 +38,8 @@ constexpr Kernels pair_table(const char* name) {
         .multiply = multiply,
         .outer = outer,
         .expand = expand,
+        .pack_stripe = pack_stripe,
+        .round = round,
         .dot = dot,
     };
 }
