@@ -222,7 +222,9 @@ void base_and_low_rank(const cpu::Kernels& kernels, Sweep& sweep, const Tensor& 
     sweep.output = y.mutable_data_ptr();
     sweep.ld_output = y.stride(0);
     if (plan == Plan::one_accumulator) {
-        cpu::base_product(kernels, sweep, x.const_data_ptr(), x.stride(0), matrix(weight));
+        const Tensor rows = x.stride(0) >= x.size(1) ? x : x.contiguous();
+        const int64_t ld = rows.size(0) > 1 ? rows.stride(0) : rows.size(1);
+        cpu::base_product(kernels, sweep, rows.const_data_ptr(), ld, matrix(weight));
         sweep.output = nullptr;
         if (sweep.product || sweep.gradient) cpu::run(kernels, sweep);
         return;

@@ -1,6 +1,7 @@
 // The pybind11 module fastpeft._C: thin.
 #include <torch/extension.h>
 
+#include "cpu/base_product.h"
 #include "cpu/kernels.h"
 #include "lora_linear.h"
 
@@ -27,8 +28,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
 Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& weight, const Tensors& A,
                              const Tensors& B, const MaybeTensor& u, const std::vector<double>& scaling,
                              const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                             const MaybeTensor& adapter_index, const std::vector<bool>& needs,
-                             fastpeft::Plan plan) {
+                             const MaybeTensor& adapter_index, const std::vector<bool>& needs, fastpeft::Plan plan) {
     const PlainDispatch plain;
     return fastpeft::lora_linear_backward(dy, x, weight, {A, B, scaling, thresholds, seed, adapter_index}, u, needs,
                                           plan);
@@ -59,6 +59,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),
           pybind11::arg("columns"), pybind11::arg("threshold"), "Boolean [rows, columns], true where kept.");
+    m.def("has_base_product", &fastpeft::cpu::has_base_product, "Whether Plan.one_accumulator runs on this machine.");
     m.def("isa", [] { return fastpeft::cpu::kernels().name; }, "The instruction set whose kernels run.");
     m.def("isas", &isas, "The instruction sets that this processor has kernels for, fastest first.");
     m.def("set_isa", &set_isa, pybind11::arg("name"), "Overrides the choice for tests: a name of isas(), or \"auto\".");

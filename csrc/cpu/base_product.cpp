@@ -13,9 +13,9 @@
 namespace fastpeft::cpu {
 namespace {
 
-constexpr int64_t kBlock = 64;       // rows of x that a micro-kernel takes
-constexpr int64_t kPart = 512;       // rows whose sums wait in scratch, at most
-constexpr int64_t kDepth = 3072;     // of the contracted dimension that is packed at a time, at most
+constexpr int64_t kBlock = 64;    // rows of x that a micro-kernel takes
+constexpr int64_t kPart = 512;    // rows whose sums wait in scratch, at most
+constexpr int64_t kDepth = 3072;  // of the contracted dimension that is packed at a time, at most
 constexpr int64_t kTasksAThread = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -7,8 +7,9 @@ namespace fastpeft::cpu {
 // Whether torch's micro-kernels for bfloat16 run on this machine.
 bool has_base_product();
 
-// output [rows, columns] = x S + D'(q · panel_out) + bias, where `low_rank` says all but x [rows, S.rows] and S. bfloat16,
-// S.rows even, one stride of S is 1, rows of x at least S.rows apart. S is packed stripe by stripe, nothing outlives it.
+// output [rows, columns] = x S + D'(q · panel_out) + bias, where `low_rank` says all but x [rows, S.rows] and S.
+// bfloat16, S.rows even, one stride of S is 1, rows of x at least S.rows apart. S is packed stripe by stripe, nothing
+// outlives it.
 void base_product(const Kernels& kernels, const Sweep& low_rank, const void* x, int64_t ld_x, const Matrix& s);
 
 }  // namespace fastpeft::cpu

@@ -35,6 +35,23 @@ void pack(const Matrix& s, bool pairs, void* panel, int64_t begin, int64_t end) 
     });
 }
 
+// 32 columns of two rows side by side: the pairs of the lower 16 columns, and of the higher 16.
+struct Interleave {
+    Interleave() {
+        alignas(64) uint16_t order[2][32];
+        for (uint16_t i = 0; i < 32; ++i) {
+            order[0][i] = i / 2 + i % 2 * 32;
+            order[1][i] = order[0][i] + 16;
+        }
+        low_ = _mm512_load_si512(order[0]);
+        high_ = _mm512_load_si512(order[1]);
+    }
+    __m512i low(__m512i even, __m512i odd) const { return _mm512_permutex2var_epi16(even, low_, odd); }
+    __m512i high(__m512i even, __m512i odd) const { return _mm512_permutex2var_epi16(even, high_, odd); }
+
+    __m512i low_, high_;
+};
+
 inline uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0u; }
 
 // Neighbouring rows lie side by side already: 16 pairs of 16 columns are a transposition of 32-bit elements.
@@ -55,12 +72,7 @@ void pack_stripe_columns(const Matrix& s, int64_t row, int64_t rows, int64_t col
 }
 
 void pack_stripe_rows(const Matrix& s, int64_t row, int64_t rows, int64_t column, uint16_t* out) {
-    alignas(64) uint16_t order[2][32];
-    for (uint16_t i = 0; i < 32; ++i) {
-        order[0][i] = i / 2 + i % 2 * 32;
-        order[1][i] = 16 + i / 2 + i % 2 * 32;
-    }
-    const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
+    const Interleave interleave;
     for (int64_t k = 0; k < rows; k += 2)
         for (int64_t c = 0; c < kStripe; c += 2 * kLanes) {
             const uint16_t* p = static_cast<const uint16_t*>(s.data) + (row + k) * s.row_stride + column + c;
@@ -70,8 +82,8 @@ void pack_stripe_rows(const Matrix& s, int64_t row, int64_t rows, int64_t column
             const __m512i even = _mm512_maskz_loadu_epi16(row + k < s.rows ? here : 0, p);
             const __m512i odd = _mm512_maskz_loadu_epi16(row + k + 1 < s.rows ? here : 0, p + s.row_stride);
             uint16_t* pair = out + (k * kStripe / 2 + c) * 2;
-            _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(even, low, odd));
-            _mm512_storeu_si512(pair + 2 * kLanes, _mm512_permutex2var_epi16(even, high, odd));
+            _mm512_storeu_si512(pair, interleave.low(even, odd));
+            _mm512_storeu_si512(pair + 2 * kLanes, interleave.high(even, odd));
         }
 }
 
@@ -108,7 +120,8 @@ inline void keep_words(const __m512i* key0, const __m512i* key1, uint32_t row, u
     const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
     __m512i c0[Chains], c1[Chains], c2[Chains], c3[Chains];
     for (int i = 0; i < Chains; ++i) {
-        c0[i] = _mm512_add_epi64(_mm512_set1_epi64(down ? group : group + 8 * i), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+        c0[i] = _mm512_add_epi64(_mm512_set1_epi64(down ? group : group + 8 * i),
+                                 _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
         c1[i] = _mm512_set1_epi64(down ? row + i : row);
         c2[i] = c3[i] = _mm512_setzero_si512();
     }
@@ -159,6 +172,8 @@ void stage_pairs(const uint16_t* src, int64_t ld, int64_t rows, int64_t columns,
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t c = 0; c < columns; c += 32) {
             uint32_t wanted = first_bits(columns - c);
+            // The next tile of these rows: a row is too short a stream for the processor to foresee it.
+            _mm_prefetch(reinterpret_cast<const char*>(src + m * ld + c + kColumns), _MM_HINT_T1);
             if (keep) wanted &= static_cast<uint32_t>(keep[m * kKeepWords + c / 64] >> (c % 64));
             _mm512_storeu_si512(tile + m * kColumns + c, _mm512_maskz_loadu_epi16(wanted, src + m * ld + c));
         }

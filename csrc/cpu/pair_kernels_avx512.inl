@@ -33,13 +33,12 @@ inline void multiply_pair_rows(const uint16_t* tile, int64_t columns, const uint
         }
 }
 
-template <int Blocks>
+template <int Rows, int Blocks>
 inline void multiply_pair_blocks(const uint16_t* tile, int64_t rows, int64_t columns, const uint16_t* panel,
                                  int64_t panel_stride, float* out, int64_t ld_out) {
     int64_t m = 0;
-    for (; m + kPairRows <= rows; m += kPairRows)
-        multiply_pair_rows<kPairRows, Blocks>(tile + m * kColumns, columns, panel, panel_stride, out + m * ld_out,
-                                              ld_out);
+    for (; m + Rows <= rows; m += Rows)
+        multiply_pair_rows<Rows, Blocks>(tile + m * kColumns, columns, panel, panel_stride, out + m * ld_out, ld_out);
     for (; m < rows; ++m)
         multiply_pair_rows<1, Blocks>(tile + m * kColumns, columns, panel, panel_stride, out + m * ld_out, ld_out);
 }
@@ -50,9 +49,9 @@ void multiply_pairs(const void* tile, int64_t rows, int64_t columns, const void*
     const uint16_t* p = static_cast<const uint16_t*>(panel);
     int64_t b = 0;
     for (; b + 2 <= blocks; b += 2)
-        multiply_pair_blocks<2>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes, ld_out);
+        multiply_pair_blocks<8, 2>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes, ld_out);
     if (b < blocks)
-        multiply_pair_blocks<1>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes, ld_out);
+        multiply_pair_blocks<16, 1>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes, ld_out);
 }
 
 // [blocks][kRows / 2][16][2]
@@ -65,21 +64,31 @@ void left_outer_pairs(const float* q, int64_t ld_q, int64_t rows, int64_t ranks,
         }
 }
 
+// Two vectors of columns and half a block of ranks at once.
 void outer_pairs(const void* tile, int64_t rows, int64_t columns, const void* q, int64_t blocks, float* out,
                  int64_t ld_out) {
+    constexpr int kHalf = kLanes / 2;
     const uint16_t* t = static_cast<const uint16_t*>(tile);
-    for (int64_t c = 0; c < columns; c += kLanes)
-        for (int64_t b = 0; b < blocks; ++b) {
-            const uint16_t* left_q = static_cast<const uint16_t*>(q) + b * kRows * kLanes;
-            float* o = out + b * kLanes * ld_out + c;
-            __m512 sums[kLanes];
-            for (int r = 0; r < kLanes; ++r) sums[r] = zero();
+    const Interleave interleave;
+    for (int64_t c = 0; c < columns; c += 2 * kLanes)
+        for (int64_t r0 = 0; r0 < blocks * kLanes; r0 += kHalf) {
+            const uint16_t* left_q = static_cast<const uint16_t*>(q) + r0 / kLanes * kRows * kLanes + r0 % kLanes * 2;
+            __m512 sums[kHalf][2];
+            for (int r = 0; r < kHalf; ++r) sums[r][0] = sums[r][1] = zero();
             for (int64_t m = 0; m < rows; m += 2) {
-                const __m512i pair = interleave(t + m * kColumns + c, t + (m + 1) * kColumns + c);
-                for (int r = 0; r < kLanes; ++r)
-                    sums[r] = dot_pairs(sums[r], splat_pair(left_q + m * kLanes + 2 * r), pair);
+                const __m512i even = load_pairs(t + m * kColumns + c), odd = load_pairs(t + (m + 1) * kColumns + c);
+                const __m512i low = interleave.low(even, odd), high = interleave.high(even, odd);
+                for (int r = 0; r < kHalf; ++r) {
+                    const __m512i pair = splat_pair(left_q + m * kLanes + 2 * r);
+                    sums[r][0] = dot_pairs(sums[r][0], pair, low);
+                    sums[r][1] = dot_pairs(sums[r][1], pair, high);
+                }
             }
-            for (int r = 0; r < kLanes; ++r) store(o + r * ld_out, add(load(o + r * ld_out), sums[r]));
+            float* o = out + r0 * ld_out + c;
+            for (int r = 0; r < kHalf; ++r, o += ld_out) {
+                store(o, add(load(o), sums[r][0]));
+                if (c + kLanes < columns) store(o + kLanes, add(load(o + kLanes), sums[r][1]));
+            }
         }
 }
 

@@ -22,12 +22,16 @@ except ImportError as error:
 NAME = "native"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Up to so many tokens, dot products with the rows of W beat the vendor's product (docs/kernels.md).
+# Up to so many tokens, and while they fit half a first-level cache, dot products with the rows of W beat any other plan.
 FEW_TOKENS = {torch.bfloat16: 4, torch.float32: 8, torch.float16: 16}
-# With AMX the vendor's bfloat16 product adds onto the low-rank part at no cost; elsewhere our own pass adds for less.
+FEW_TOKENS_BYTES = 16384
+# Where the base product and the low-rank part share their accumulators (docs/kernels.md): at every measured shape.
+ONE_ACCUMULATOR = ("avx512",)
+# With AMX the vendor's bfloat16 product adds onto the low-rank part at no cost.
 LOW_RANK_FIRST = ("amx", "emulated_amx")
 
 
+@lru_cache
 def _float16_products() -> bool:
     """Whether the vendor's float16 product is fast here; without the instructions it is slower than float32's."""
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
@@ -75,8 +79,8 @@ def lora_linear(
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
-    few = _few_tokens(x, weight, A, B)
-    return _C.lora_linear(x, weight, bias, A, B, scaling, thresholds, seed, adapter_index, _plan(x.dtype, few))
+    plan = _C.Plan.dots if _few_tokens(x, weight, A, B) else _plan(x.dtype, weight, weight.shape[1])
+    return _C.lora_linear(x, weight, bias, A, B, scaling, thresholds, seed, adapter_index, plan)
 
 
 def lora_linear_backward(
@@ -95,7 +99,7 @@ def lora_linear_backward(
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
-    plan = _plan(dy.dtype, False)
+    plan = _plan(dy.dtype, weight, weight.shape[0])
     return _C.lora_linear_backward(dy, x, weight, A, B, u, scaling, thresholds, seed, adapter_index, needs, plan)
 
 
@@ -111,18 +115,20 @@ def _dropout(
 
 def _few_tokens(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
     """Whether one sweep of dot products over the rows of W serves the call best: generation."""
-    rows = x.numel() // weight.shape[1]
-    return 0 < rows <= FEW_TOKENS[x.dtype] and all(t.is_contiguous() for t in (weight, *A, *B))
+    rows, few = x.numel() // weight.shape[1], FEW_TOKENS[x.dtype]
+    fits = rows == 1 or rows <= few and x.numel() * x.itemsize <= FEW_TOKENS_BYTES
+    return rows > 0 and fits and all(t.is_contiguous() for t in (weight, *A, *B))
 
 
-def _plan(dtype: torch.dtype, few_tokens: bool) -> object:
+def _plan(dtype: torch.dtype, weight: Tensor, contracted: int) -> object:
+    """How the product with W, contracted over so many elements, and the low-rank part are computed."""
     assert _C is not None
-    return _make_plan(few_tokens, _C.isa(), dtype)
-
-
-@lru_cache
-def _make_plan(few_tokens: bool, isa: str, dtype: torch.dtype) -> object:
-    assert _C is not None
-    base_first = isa not in LOW_RANK_FIRST or dtype != torch.bfloat16
-    widen = dtype == torch.float16 and not _float16_products()
-    return _C.Plan(few_tokens=few_tokens, base_first=base_first, widen_base=widen)
+    isa = _C.isa()
+    if dtype == torch.bfloat16:
+        if isa in ONE_ACCUMULATOR and contracted % 2 == 0 and 1 in weight.stride() and _C.has_base_product():
+            return _C.Plan.one_accumulator
+        if isa in LOW_RANK_FIRST:
+            return _C.Plan.vendor_last
+    if dtype == torch.float16 and not _float16_products():
+        return _C.Plan.vendor_float32
+    return _C.Plan.vendor_first
