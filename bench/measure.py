@@ -34,6 +34,19 @@ class Run:
     def begin(cls) -> Run:
         return cls(_now(), rows.machine(), rows.versions(), *rows.commit())
 
+    def facts(self) -> dict[str, Any]:
+        """What a row of the native kernels starts with."""
+        instruction_set = native._C.isa() if native._C is not None else None
+        return {
+            "run": self.start,
+            "machine": self.machine,
+            "versions": self.versions,
+            "commit": self.commit,
+            "dirty": self.dirty,
+            "threads": torch.get_num_threads(),
+            "instruction_set": instruction_set,
+        }
+
 
 def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run) -> Iterator[Row]:
     """Checks parity, then times every phase of ``case``; yields a row for each contestant in each phase.

@@ -14,7 +14,7 @@ from .rows import Row
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 RESULTS = Path("bench", "results")
-KERNELS = "*-kernels.jsonl"  # roofline.py's rows, which lie beside those of layers and models
+KERNELS = ("*-kernels.jsonl", "*-plans.jsonl")  # rows of roofline.py and plans.py, beside those of layers and models
 NO_ROWS = "No rows recorded yet: `make bench` records them."
 _PHASES = {"step": "training step", "generate": "one token"}
 
@@ -38,7 +38,7 @@ def rewritten(text: str, new: str) -> str:
 
 def block(root: Path) -> str:
     """Markdown for the newest rows of each machine in ``root/bench/results``; links are relative to ``root``."""
-    paths = sorted(path for path in (root / RESULTS).glob("*.jsonl") if not path.match(KERNELS))
+    paths = sorted(path for path in (root / RESULTS).glob("*.jsonl") if not any(map(path.match, KERNELS)))
     recorded = {path.relative_to(root): rows.latest(rows.load(path)) for path in paths}
     parts = [_machine(path, found) for path, found in recorded.items() if found]
     return "\n\n".join([table.CAPTION, *parts]) if parts else NO_ROWS

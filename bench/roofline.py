@@ -7,7 +7,6 @@ Rows are appended to ``bench/results/<machine>-kernels.jsonl``, the table beside
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def sweeps(dtype: torch.dtype, tokens: int, width: int, rank: int) -> dict[str, 
     assert native._C is not None
     C, size = native._C, dtype.itemsize
     seed = torch.tensor([1])
-    plan = C.Plan(few_tokens=False, base_first=True, widen_base=False)
+    plan = C.Plan.vendor_first
     wide, narrow, u = (
         torch.randn(tokens, width, dtype=dtype),
         torch.randn(tokens, 1, dtype=dtype),
@@ -84,13 +83,7 @@ def measure(dtype_name: str, rounds: int, run: Run) -> list[dict[str, Any]]:
         floor = max(operations / rate, moved / bandwidth)
         found.append(
             {
-                "run": run.start,
-                "machine": run.machine,
-                "versions": run.versions,
-                "commit": run.commit,
-                "dirty": run.dirty,
-                "threads": torch.get_num_threads(),
-                "instruction_set": native._C.isa() if native._C else None,
+                **run.facts(),
                 "sweep": name,
                 "dtype": dtype_name,
                 "shape": [TOKENS, WIDTH],
@@ -138,11 +131,7 @@ def command(rounds: int, out: Path) -> None:
         raise click.ClickException(reason)
     run = Run.begin()
     found = [row for dtype in DTYPES for row in measure(dtype, rounds, run)]
-    path = out / f"{rows.machine()['name']}-kernels.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in found)
-    path.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+    rows.write(out / f"{run.machine['name']}-kernels.jsonl", found, markdown(found))
     click.echo(markdown(found))
 
 

@@ -94,6 +94,14 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         file.writelines(row.to_json() + "\n" for row in rows)
 
 
+def write(path: Path, found: Iterable[dict[str, Any]], table: str) -> None:
+    """Adds rows of the native kernels to the JSON lines in ``path`` and puts their table beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in found)
+    path.with_suffix(".md").write_text(table, encoding="utf-8")
+
+
 def load(path: Path) -> list[Row]:
     """All rows of ``path``, oldest first. Raises ValueError naming the line that is no row."""
     rows = []

@@ -222,6 +222,9 @@ void base_and_low_rank(const cpu::Kernels& kernels, Sweep& sweep, const Tensor& 
     sweep.output = y.mutable_data_ptr();
     sweep.ld_output = y.stride(0);
     if (plan == Plan::one_accumulator) {
+        TORCH_CHECK(
+            cpu::has_base_product(kernels) && y.scalar_type() == at::kBFloat16 && x.size(1) % 2 == 0,
+            "Plan.one_accumulator needs has_base_product(), bfloat16 and an even number of contracted elements");
         const Tensor rows = x.stride(0) >= x.size(1) ? x : x.contiguous();
         const int64_t ld = rows.size(0) > 1 ? rows.stride(0) : rows.size(1);
         cpu::base_product(kernels, sweep, rows.const_data_ptr(), ld, matrix(weight));

@@ -59,7 +59,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),
           pybind11::arg("columns"), pybind11::arg("threshold"), "Boolean [rows, columns], true where kept.");
-    m.def("has_base_product", &fastpeft::cpu::has_base_product, "Whether Plan.one_accumulator runs on this machine.");
+    m.def(
+        "has_base_product", [] { return fastpeft::cpu::has_base_product(fastpeft::cpu::kernels()); },
+        "Whether Plan.one_accumulator runs here, with the instruction set of isa().");
     m.def("isa", [] { return fastpeft::cpu::kernels().name; }, "The instruction set whose kernels run.");
     m.def("isas", &isas, "The instruction sets that this processor has kernels for, fastest first.");
     m.def("set_isa", &set_isa, pybind11::arg("name"), "Overrides the choice for tests: a name of isas(), or \"auto\".");

@@ -83,9 +83,10 @@ def test_forward_and_every_gradient_are_as_close_as_eager(isa: str, case: Case) 
 def whole_numbers(case: Case) -> LoraInputs:
     """Digits so small that every product, sum and intermediate is exact in the case's dtype, in any order."""
     i = case.inputs()
+    density = min(0.25, 64 / max(case.M, case.K, case.N))
 
     def draw(tensor: torch.Tensor) -> torch.Tensor:
-        digits = torch.randint(-1, 2, tensor.shape) * (torch.rand(tensor.shape) < 0.25)
+        digits = torch.randint(-1, 2, tensor.shape) * (torch.rand(tensor.shape) < density)
         return digits.to(tensor.dtype)
 
     scaling = [2.0, -1.0, 0.5][: len(i.A)]
@@ -116,6 +117,61 @@ def test_whole_numbers_come_out_exactly(isa: str, case: Case, dtype: torch.dtype
     for name, exact in oracle(i).items():
         assert torch.equal(exact, exact.to(actual[name].dtype).double()), f"{name} is not exact in {dtype}"
         assert torch.equal(actual[name].double(), exact), name
+
+
+# Half a dozen stripes, parts of rows, depths and blocks, and the tails of each.
+WIDE_CASES = [
+    Case(M=1, K=66, N=2),
+    Case(M=577, K=66, N=130, ranks=(3,), dropout_p=0.5),
+    Case(M=97, K=3202, N=66, ranks=(17,), bias=False),
+    Case(M=35, K=130, N=3202, ranks=(16, 3), dropout_p=0.5, mixed=True),
+    Case(M=70, K=96, N=98, x_layout="row_stride", weight_layout="transposed", dy_layout="transposed"),
+]
+PLANS = ("vendor_first", "vendor_last", "one_accumulator")
+PAIRS = tuple(isa for isa in ISAS if isa in ("amx", "avx512", EMULATED))
+
+
+@pytest.fixture(params=PLANS)
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each plan of the base product in bfloat16, in place of the one that would be chosen."""
+    monkeypatch.setattr(native, "FEW_TOKENS", dict.fromkeys(DTYPES, 0))
+    monkeypatch.setattr(native, "_plan", lambda dtype, weight, contracted: getattr(extension().Plan, request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("isa", PAIRS or ISAS[:1], indirect=True)
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_every_plan_is_as_close_as_eager(isa: str, plan: str, case: Case) -> None:
+    if plan == "one_accumulator" and not extension().has_base_product():
+        with pytest.raises(RuntimeError, match="has_base_product"):
+            fused(replace(case, dtype=torch.bfloat16).inputs(), "native")
+        return
+    expected(replace(case, dtype=torch.bfloat16)).assert_met_by(lambda inputs: fused(inputs, "native"))
+
+
+@pytest.mark.parametrize("isa", PAIRS or ISAS[:1], indirect=True)
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_whole_numbers_come_out_exactly_from_every_plan(isa: str, plan: str, case: Case) -> None:
+    i = whole_numbers(replace(case, dtype=torch.bfloat16, adapter_dtype=torch.bfloat16))
+    if plan == "one_accumulator" and not extension().has_base_product():
+        return
+    actual = fused(i, "native")
+    for name, exact in oracle(i).items():
+        assert torch.equal(exact, exact.to(actual[name].dtype).double()), f"{name} is not exact"
+        assert torch.equal(actual[name].double(), exact), name
+
+
+def test_one_accumulator_is_chosen_where_it_runs() -> None:
+    weight = torch.empty(64, 64, dtype=torch.bfloat16)
+    possible = extension().has_base_product() and extension().isa() in native.ONE_ACCUMULATOR
+    wanted = extension().Plan.one_accumulator
+    assert (native._plan(torch.bfloat16, weight, 64) == wanted) == possible
+    assert native._plan(torch.bfloat16, weight, 63) != wanted
+    assert native._plan(torch.bfloat16, torch.empty(64, 64, 2)[..., 0], 64) != wanted
+    assert native._plan(torch.float32, weight, 64) != wanted
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not extension().has_base_product()
+        assert native._plan(torch.bfloat16, weight, 64) != wanted
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8), (2, 257), (63, 100), (2, 5000), (0, 5), (5, 0)])

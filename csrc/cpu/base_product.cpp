@@ -122,9 +122,10 @@ bool try_kernel() {
 
 }  // namespace
 
-bool has_base_product() {
-    static const bool works = at::globalContext().userEnabledMkldnn() && try_kernel();
-    return works && at::globalContext().userEnabledMkldnn();
+bool has_base_product(const Kernels& kernels) {
+    if (!kernels.pack_stripe || !at::globalContext().userEnabledMkldnn()) return false;
+    static const bool works = try_kernel();
+    return works;
 }
 
 void base_product(const Kernels& kernels, const Sweep& low_rank, const void* x, int64_t ld_x, const Matrix& s) {

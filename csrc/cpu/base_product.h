@@ -4,8 +4,8 @@
 
 namespace fastpeft::cpu {
 
-// Whether torch's micro-kernels for bfloat16 run on this machine.
-bool has_base_product();
+// Whether these kernels can pack for torch's bfloat16 micro-kernels, and those run here: false without oneDNN.
+bool has_base_product(const Kernels& kernels);
 
 // output [rows, columns] = x S + D'(q · panel_out) + bias, where `low_rank` says all but x [rows, S.rows] and S.
 // bfloat16, S.rows even, one stride of S is 1, rows of x at least S.rows apart. S is packed stripe by stripe, nothing

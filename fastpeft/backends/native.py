@@ -22,7 +22,7 @@ except ImportError as error:
 NAME = "native"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Up to so many tokens, and while they fit half a first-level cache, dot products with the rows of W beat any other plan.
+# Up to so many tokens, while they fit half a first-level cache, dot products with the rows of W beat any other plan.
 FEW_TOKENS = {torch.bfloat16: 4, torch.float32: 8, torch.float16: 16}
 FEW_TOKENS_BYTES = 16384
 # Where the base product and the low-rank part share their accumulators (docs/kernels.md): at every measured shape.
@@ -116,7 +116,7 @@ def _dropout(
 def _few_tokens(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
     """Whether one sweep of dot products over the rows of W serves the call best: generation."""
     rows, few = x.numel() // weight.shape[1], FEW_TOKENS[x.dtype]
-    fits = rows == 1 or rows <= few and x.numel() * x.itemsize <= FEW_TOKENS_BYTES
+    fits = rows == 1 or (rows <= few and x.numel() * x.itemsize <= FEW_TOKENS_BYTES)
     return rows > 0 and fits and all(t.is_contiguous() for t in (weight, *A, *B))
 
 
