@@ -112,7 +112,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(min=2), default=11, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=2), default=7, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
 def command(rounds: int, out: Path) -> None:
     """Times the plans of the native backend against the frozen base."""
