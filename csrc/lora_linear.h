@@ -12,6 +12,7 @@ namespace fastpeft {
 // turned into the mask's threshold.
 struct Adapters {
     std::vector<at::Tensor> A, B;  // [r, K], [N, r]
+    std::vector<at::Tensor> c;     // DoRA: [N], float32, contiguous, one an adapter; empty for LoRA
     std::vector<double> scaling;
     std::vector<int64_t> thresholds;  // 0: nothing is dropped
     std::optional<at::Tensor> seed, index;
@@ -26,16 +27,16 @@ enum class Plan {
     one_accumulator,  // both in the same accumulators (cpu/base_product.h): bfloat16
 };
 
-// y [..., N] and u [M, Σ r] in float32.
-std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight,
-                                               const std::optional<at::Tensor>& bias, const Adapters& adapters,
-                                               Plan plan);
+// y [..., N], u [M, Σ r] in float32, and with keep_z each DoRA adapter's z [M, N].
+using Forward = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+Forward lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                    const Adapters& adapters, bool keep_z, Plan plan);
 
-// The gradients of x, weight, bias, *A, *B that `needs` asks for, in this order.
+// The gradients of x, weight, bias, *A, *B, *c that `needs` asks for, in this order.
 std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                                              const at::Tensor& weight, const Adapters& adapters,
-                                             const std::optional<at::Tensor>& u, const std::vector<bool>& needs,
-                                             Plan plan);
+                                             const std::optional<at::Tensor>& u, const std::vector<at::Tensor>& z,
+                                             const std::vector<bool>& needs, Plan plan);
 
 // Boolean [rows, columns], true where an element is kept: the mask that the kernels draw.
 at::Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold);

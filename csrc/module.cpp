@@ -17,21 +17,22 @@ struct PlainDispatch {
     c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& A,
-                                       const Tensors& B, const std::vector<double>& scaling,
-                                       const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                                       const MaybeTensor& adapter_index, fastpeft::Plan plan) {
+fastpeft::Forward lora_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& A,
+                              const Tensors& B, const Tensors& c, const std::vector<double>& scaling,
+                              const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
+                              const MaybeTensor& adapter_index, bool keep_z, fastpeft::Plan plan) {
     const PlainDispatch plain;
-    return fastpeft::lora_linear(x, weight, bias, {A, B, scaling, thresholds, seed, adapter_index}, plan);
+    return fastpeft::lora_linear(x, weight, bias, {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z, plan);
 }
 
 Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& weight, const Tensors& A,
-                             const Tensors& B, const MaybeTensor& u, const std::vector<double>& scaling,
-                             const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                             const MaybeTensor& adapter_index, const std::vector<bool>& needs, fastpeft::Plan plan) {
+                             const Tensors& B, const Tensors& c, const MaybeTensor& u, const Tensors& z,
+                             const std::vector<double>& scaling, const std::vector<int64_t>& thresholds,
+                             const MaybeTensor& seed, const MaybeTensor& adapter_index, const std::vector<bool>& needs,
+                             fastpeft::Plan plan) {
     const PlainDispatch plain;
-    return fastpeft::lora_linear_backward(dy, x, weight, {A, B, scaling, thresholds, seed, adapter_index}, u, needs,
-                                          plan);
+    return fastpeft::lora_linear_backward(dy, x, weight, {A, B, c, scaling, thresholds, seed, adapter_index}, u, z,
+                                          needs, plan);
 }
 
 std::vector<std::string> isas() {

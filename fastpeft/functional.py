@@ -78,7 +78,7 @@ def lora_linear(
             Bs[i] = Bs[i] * s.detach().to(device=x.device, dtype=torch.promote_types(Bs[i].dtype, torch.float32))
         factors.append(1.0 if isinstance(s, Tensor) else s)
     seed = dropout_seeds(count, x.device) if training and any(ps) else None
-    return ops.call_lora_linear(x, weight, bias, As, Bs, factors, ps, seed, adapter_index, backend)[0]
+    return ops.call_lora_linear(x, weight, bias, As, Bs, [], factors, ps, seed, adapter_index, False, backend)[0]
 
 
 def _tensors(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:

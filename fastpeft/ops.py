@@ -1,12 +1,14 @@
 """Each op's schema, fake and autograd formula, stated once. Shapes are checked before, in functional.py.
 
-``fastpeft::lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed, adapter_index, backend) -> (y, u)``
-    ``x [..., K]``, ``weight [N, K]`` (any strides), ``bias [N]``; lists ``A [r, K]``, ``B [N, r]``, ``scaling`` and
-    ``dropout_p``, one entry an adapter; ``seed`` int64, one entry an adapter, None when nothing is dropped;
+``fastpeft::lora_linear(x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend)``
+    ``-> (y, u, z)``. ``x [..., K]``, ``weight [N, K]`` (any strides), ``bias [N]``; lists ``A [r, K]``, ``B [N, r]``,
+    ``scaling`` and ``dropout_p``, one entry an adapter; ``c`` DoRA's factors ``m / norm``, ``[N]`` in float32 (float64
+    for float64), one an adapter, empty for LoRA; ``seed`` int64, one entry an adapter, None when nothing is dropped;
     ``adapter_index`` integers ``[...]``, the adapter that serves each token, -1 for none; ``backend`` a name or None.
-    ``y [..., N]`` in the dtype of ``x``; ``u [M, Σ r]`` in float32 (float64 for float64), not differentiable.
-``fastpeft::lora_linear_backward(dy, x, weight, A, B, u, …, needs, backend) -> Tensor[]``
-    the gradients of ``x, weight, bias, *A, *B`` that ``needs`` asks for, in this order.
+    ``y [..., N]`` in the dtype of ``x``; ``u [M, Σ r]`` in float32 (float64 for float64); ``z``, if ``keep_z``, one
+    ``[M, N]`` in the dtype of ``x`` for each ``c``: what it multiplies. ``u`` and ``z`` are not differentiable.
+``fastpeft::lora_linear_backward(dy, x, weight, A, B, c, u, z, …, needs, backend) -> Tensor[]``
+    the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for, in this order.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .reference import wide_dtype
+
+Forward = tuple[Tensor, Tensor, list[Tensor]]
 
 _LIBRARY = torch.library.Library("fastpeft", "DEF")
 _NEEDS_EXACT_STRIDES = (torch.Tag.needs_exact_strides,)
@@ -40,14 +44,16 @@ def _lora_linear_dispatch(
     bias: Tensor | None,
     A: list[Tensor],
     B: list[Tensor],
+    c: list[Tensor],
     scaling: list[float],
     dropout_p: list[float],
     seed: Tensor | None,
     adapter_index: Tensor | None,
+    keep_z: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> Forward:
     run = dispatch.choose("lora_linear", x, weight, A, B, backend)
-    return run.lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed, adapter_index)
+    return run.lora_linear(x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z)
 
 
 def _lora_linear_fake(
@@ -56,15 +62,18 @@ def _lora_linear_fake(
     bias: Tensor | None,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    c: Sequence[Tensor],
     scaling: Sequence[float],
     dropout_p: Sequence[float],
     seed: Tensor | None,
     adapter_index: Tensor | None,
+    keep_z: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> Forward:
     rows = math.prod(x.shape[:-1])  # Size.numel() would turn symbols into numbers
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, x.new_empty((rows, sum(a.shape[0] for a in A)), dtype=wide_dtype(x.dtype))
+    u = x.new_empty((rows, sum(a.shape[0] for a in A)), dtype=wide_dtype(x.dtype))
+    return y, u, [x.new_empty((rows, weight.shape[0])) for _ in c] if keep_z else []
 
 
 def _lora_linear_backward_dispatch(
@@ -73,7 +82,9 @@ def _lora_linear_backward_dispatch(
     weight: Tensor,
     A: list[Tensor],
     B: list[Tensor],
+    c: list[Tensor],
     u: Tensor | None,
+    z: list[Tensor],
     scaling: list[float],
     dropout_p: list[float],
     seed: Tensor | None,
@@ -82,7 +93,7 @@ def _lora_linear_backward_dispatch(
     backend: str | None,
 ) -> list[Tensor]:
     run = dispatch.choose("lora_linear_backward", dy, weight, A, B, backend)
-    return run.lora_linear_backward(dy, x, weight, A, B, u, scaling, dropout_p, seed, adapter_index, needs)
+    return run.lora_linear_backward(dy, x, weight, A, B, c, u, z, scaling, dropout_p, seed, adapter_index, needs)
 
 
 def _lora_linear_backward_fake(
@@ -91,7 +102,9 @@ def _lora_linear_backward_fake(
     weight: Tensor,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    c: Sequence[Tensor],
     u: Tensor | None,
+    z: Sequence[Tensor],
     scaling: Sequence[float],
     dropout_p: Sequence[float],
     seed: Tensor | None,
@@ -103,31 +116,32 @@ def _lora_linear_backward_fake(
         dy.new_empty((*dy.shape[:-1], weight.shape[1])) if needs[0] else None,
         weight.new_empty(weight.shape) if needs[1] else None,
         dy.new_empty(weight.shape[0]) if needs[2] else None,
-        *(a.new_empty(a.shape) if need else None for a, need in zip((*A, *B), needs[3:], strict=True)),
+        *(a.new_empty(a.shape) if need else None for a, need in zip((*A, *B, *c), needs[3:], strict=True)),
     ]
     return [grad for grad in like if grad is not None]
 
 
-_ADAPTERS = "Tensor[] A, Tensor[] B"
+_ADAPTERS = "Tensor[] A, Tensor[] B, Tensor[] c"
 _SETTINGS = "float[] scaling, float[] dropout_p, Tensor? seed, Tensor? adapter_index"
 
 lora_linear = _define(
-    f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, {_SETTINGS}, str? backend) -> (Tensor, Tensor)",
+    f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, {_SETTINGS}, bool keep_z, str? backend) "
+    "-> (Tensor, Tensor, Tensor[])",
     _lora_linear_dispatch,
     _lora_linear_fake,
 )
 lora_linear_backward = _define(
-    f"lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, {_ADAPTERS}, Tensor? u, {_SETTINGS}, bool[] needs, "
-    "str? backend) -> Tensor[]",
+    f"lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, {_ADAPTERS}, Tensor? u, Tensor[] z, {_SETTINGS}, "
+    "bool[] needs, str? backend) -> Tensor[]",
     _lora_linear_backward_dispatch,
     _lora_linear_backward_fake,
 )
 
 
 class _LoraLinearNode(torch.autograd.Function):
-    """Keeps ``x`` as it came, ``u`` and the seed; ``x`` only for ``dA`` (or ``dW``), ``u`` only for ``dB``.
+    """Keeps ``x`` as it came, for ``dA`` (or ``dW``), ``u``, for ``dB``, ``z``, for ``dc``, and the seed.
 
-    The arguments are the op's with the two lists of adapters unrolled at the end.
+    The arguments are the op's with the lists of adapters unrolled at the end; the results ``y, u, *z``.
     """
 
     @staticmethod
@@ -136,45 +150,46 @@ class _LoraLinearNode(torch.autograd.Function):
         keyset: torch._C.DispatchKeySet | None,
         scaling: list[float],
         dropout_p: list[float],
+        keep_z: bool,
         backend: str | None,
         seed: Tensor | None,
         adapter_index: Tensor | None,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        *AB: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        *ABc: Tensor,
+    ) -> tuple[Tensor, ...]:
         count = len(scaling)
-        y, u = _below_autograd(
-            keyset, x, weight, bias, AB[:count], AB[count:], scaling, dropout_p, seed, adapter_index, backend
+        A, B, c = ABc[:count], ABc[count : 2 * count], ABc[2 * count :]
+        y, u, z = _below_autograd(
+            keyset, x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend
         )
-        need_x, need_weight, need_bias, *need_AB = ctx.needs_input_grad[6:]
-        keep_x = need_weight or any(need_AB[:count])
-        keep_u = any(need_AB[count:])
-        ctx.save_for_backward(x if keep_x else None, weight, u if keep_u else None, seed, adapter_index, *AB)
+        need_x, need_weight, need_bias, *need_ABc = ctx.needs_input_grad[7:]
+        keep_x = need_weight or any(need_ABc[:count])
+        keep_u = any(need_ABc[count : 2 * count])
+        ctx.save_for_backward(x if keep_x else None, weight, u if keep_u else None, seed, adapter_index, *ABc, *z)
         ctx.settings = scaling, dropout_p, backend
-        ctx.needs = [need_x, need_weight, need_bias and bias is not None, *need_AB]
-        ctx.mark_non_differentiable(u)
+        ctx.needs = [need_x, need_weight, need_bias and bias is not None, *need_ABc]
+        ctx.mark_non_differentiable(u, *z)
         ctx.set_materialize_grads(False)
-        return y, u
+        return y, u, *z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        absent: tuple[None, ...] = (None,) * 6
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        absent: tuple[None, ...] = (None,) * 7
         if dy is None:
             return absent + (None,) * len(ctx.needs)
-        x, weight, u, seed, adapter_index, *AB = ctx.saved_tensors
+        x, weight, u, seed, adapter_index, *kept = ctx.saved_tensors
         scaling, dropout_p, backend = ctx.settings
-        count = len(scaling)
+        count, operands = len(scaling), len(ctx.needs) - 3
+        A, B, c, z = kept[:count], kept[count : 2 * count], kept[2 * count : operands], kept[operands:]
         run = lora_linear_backward if _is_watched(dy) else _lora_linear_backward_dispatch
-        grads = iter(
-            run(dy, x, weight, AB[:count], AB[count:], u, scaling, dropout_p, seed, adapter_index, ctx.needs, backend)
-        )
+        grads = iter(run(dy, x, weight, A, B, c, u, z, scaling, dropout_p, seed, adapter_index, ctx.needs, backend))
         return absent + tuple(next(grads) if need else None for need in ctx.needs)
 
 
-def _below_autograd(keyset: torch._C.DispatchKeySet | None, *args: Any) -> tuple[Tensor, Tensor]:
+def _below_autograd(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Forward:
     if keyset is None:
         return _lora_linear_dispatch(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -188,17 +203,21 @@ def _lora_linear_autograd(
     bias: Tensor | None,
     A: list[Tensor],
     B: list[Tensor],
+    c: list[Tensor],
     scaling: list[float],
     dropout_p: list[float],
     seed: Tensor | None,
     adapter_index: Tensor | None,
+    keep_z: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> Forward:
     """What ``torch.library.register_autograd`` would generate, without its per-call reflection; it matters for small
     layers. ``keyset`` is None where the op was not called through torch's dispatcher."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *A, *B)):
-        return _LoraLinearNode.apply(keyset, scaling, dropout_p, backend, seed, adapter_index, x, weight, bias, *A, *B)
-    return _below_autograd(keyset, x, weight, bias, A, B, scaling, dropout_p, seed, adapter_index, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *A, *B, *c)):
+        settings = scaling, dropout_p, keep_z, backend, seed, adapter_index
+        y, u, *z = _LoraLinearNode.apply(keyset, *settings, x, weight, bias, *A, *B, *c)
+        return y, u, z
+    return _below_autograd(keyset, x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend)
 
 
 _LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd", with_keyset=True)
@@ -222,14 +241,17 @@ def call_lora_linear(
     bias: Tensor | None,
     A: list[Tensor],
     B: list[Tensor],
+    c: list[Tensor],
     scaling: list[float],
     dropout_p: list[float],
     seed: Tensor | None,
     adapter_index: Tensor | None,
+    keep_z: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> Forward:
     """The op, without the way through torch's dispatcher where nobody is there to see it: that way is a third of a
     small layer's time."""
-    if _is_watched(x, weight, bias, *A, *B):
-        return lora_linear(x, weight, bias, A, B, scaling, dropout_p, seed, adapter_index, backend)
-    return _lora_linear_autograd(None, x, weight, bias, A, B, scaling, dropout_p, seed, adapter_index, backend)
+    args = x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend
+    if _is_watched(x, weight, bias, *A, *B, *c):
+        return lora_linear(*args)
+    return _lora_linear_autograd(None, *args)

@@ -1,10 +1,11 @@
 """The equations in plain PyTorch: the specification that every backend is tested against, and the last fallback.
 
 Notation of docs/equations.md: tokens ``x [M, K]``, frozen weight ``W [N, K]``, adapters ``A [r, K]``, ``B [N, r]``,
-scaling ``s``, bias ``b [N]``. Several adapters are lists; each may carry ``keep``, the boolean dropout mask
-``[M, K]``, and ``select [M]``, true for the tokens it serves (mixed batches). Dropout's factor 1 / (1 - p) multiplies
-``u`` and ``v`` alike, so the caller makes it part of ``s``.
-Products run in the dtype of ``x``; ``u``, ``v`` and the adapters' gradients are kept in float32 (float64 for float64).
+scaling ``s``, DoRA's factor ``c [N]``, bias ``b [N]``. Several adapters are lists; each may carry ``keep``, the
+boolean dropout mask ``[M, K]``, with ``factor`` 1 / (1 - p) that kept elements are multiplied with, and ``select [M]``,
+true for the tokens it serves (mixed batches). ``c`` has one entry an adapter, or none: plain LoRA.
+Products run in the dtype of ``x``; ``u``, ``v``, ``c`` and the adapters' gradients are kept in float32 (float64 for
+float64). ``u`` is kept without dropout's factor, which multiplies ``s`` in its place.
 """
 
 from __future__ import annotations
@@ -26,23 +27,34 @@ def lora_linear_reference(
     bias: Tensor | None,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    c: Sequence[Tensor],
     scaling: Sequence[float],
     keep: Sequence[Tensor | None],
+    factor: Sequence[float],
     select: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    """``u = D(x) Aᵀ`` and ``y = x Wᵀ + b + Σ s u Bᵀ``.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``u = D(x) Aᵀ``. LoRA: ``y = x Wᵀ + b + Σ s u Bᵀ``. DoRA, adapter by adapter from ``y = x Wᵀ``: without dropout
+    ``z = y + s u Bᵀ`` and ``y = c z``; with it ``z = D(x) Wᵀ + s u Bᵀ`` and ``y = y - D(x) Wᵀ + c z``; then ``+ b``.
 
     Returns:
-        ``y [M, N]`` in the dtype of ``x``, and ``u [M, Σ r]`` (the adapters' columns side by side).
+        ``y [M, N]`` in the dtype of ``x``, ``u [M, Σ r]`` (the adapters' columns side by side), and each ``z [M, N]``.
     """
-    y = torch.nn.functional.linear(x, weight, bias)
-    us = []
-    for A_i, B_i, s, keep_i, select_i in zip(A, B, scaling, keep, select, strict=True):
-        u = (_dropped(x, keep_i) @ A_i.to(x.dtype).t()).to(wide_dtype(x.dtype))
-        u = _selected(u, select_i)
-        y = torch.addmm(y, u.to(x.dtype), B_i.to(x.dtype).t(), alpha=s)
+    linear = torch.nn.functional.linear
+    y = linear(x, weight, None if c else bias)
+    us, zs = [], []
+    for i, (A_i, B_i) in enumerate(zip(A, B, strict=True)):
+        u = (_dropped(x, keep[i]) @ A_i.to(x.dtype).t()).to(wide_dtype(x.dtype))
+        u = _selected(u, select[i])
         us.append(u)
-    return y, torch.cat(us, dim=1)
+        before = y if not c or keep[i] is None else linear(_dropped(x, keep[i]) * factor[i], weight)
+        z = torch.addmm(before, u.to(x.dtype), B_i.to(x.dtype).t(), alpha=scaling[i] * factor[i])
+        if not c:
+            y = z
+            continue
+        zs.append(z)
+        scaled = (c[i] * z).to(x.dtype)
+        y = scaled if keep[i] is None else y - before + scaled
+    return y if not c or bias is None else y + bias, torch.cat(us, dim=1), zs
 
 
 def lora_linear_backward_reference(
@@ -51,52 +63,71 @@ def lora_linear_backward_reference(
     weight: Tensor,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    c: Sequence[Tensor],
     u: Tensor | None,
+    z: Sequence[Tensor],
     scaling: Sequence[float],
     keep: Sequence[Tensor | None],
+    factor: Sequence[float],
     select: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """``v = s dy B``, ``dA = vᵀ D(x)``, ``dB = s dyᵀ u``, ``dx = dy W + Σ D'(v A)``, ``dW = dyᵀ x``, ``db = Σ dy``.
 
+    DoRA, from the last adapter to the first: ``dc = Σ dy z``, then ``dz = c dy`` in the place of ``dy`` above. Without
+    dropout ``dz`` is the ``dy`` of what comes before; with it ``dy`` stays, and ``D(x) Wᵀ`` has the gradient
+    ``dz - dy``.
+
     Args:
-        needs: one flag for each of ``x, weight, bias, *A, *B``. ``x`` may be None when neither ``weight`` nor any
-            ``A`` is needed, ``u`` when no ``B`` is.
+        needs: one flag for each of ``x, weight, bias, *A, *B, *c``. ``x`` may be None when neither ``weight`` nor any
+            ``A`` is needed, ``u`` when no ``B`` is; ``z`` is empty when no ``c`` is.
 
     Returns:
         The gradients that ``needs`` asks for, in its order, each in the dtype of its parameter (``dx``: of ``dy``).
     """
     count = len(A)
     need_x, need_weight, need_bias = needs[:3]
-    need_A, need_B = needs[3 : 3 + count], needs[3 + count :]
-    dx = dy @ weight if need_x else None
-    dA: list[Tensor] = []
-    dB: list[Tensor] = []
-    offset = 0
-    for i, (A_i, B_i) in enumerate(zip(A, B, strict=True)):
-        rank = A_i.shape[0]
+    need_A, need_B, need_c = needs[3 : 3 + count], needs[3 + count : 3 + 2 * count], needs[3 + 2 * count :]
+    bias_grad = dy.sum(0, dtype=wide_dtype(dy.dtype)).to(dy.dtype)
+    dx = dy.new_zeros(dy.shape[0], weight.shape[1])
+    dW = weight.new_zeros(weight.shape)
+    dA, dB, dc = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
+    offset = sum(a.shape[0] for a in A)
+    for i in reversed(range(count)):
+        A_i, B_i, s = A[i], B[i], scaling[i] * factor[i]
+        offset -= A_i.shape[0]
+        dz = (c[i] * dy).to(dy.dtype) if c else dy
+        if c and need_c[i]:
+            dc[i] = (dy.to(c[i].dtype) * z[i]).sum(0)
         if need_x or need_A[i]:
-            v = (dy @ B_i.to(dy.dtype)).to(wide_dtype(dy.dtype)) * scaling[i]  # [M, r]
+            v = (dz @ B_i.to(dy.dtype)).to(wide_dtype(dy.dtype)) * s  # [M, r]
             v = _selected(v, select[i]).to(dy.dtype)
             if need_A[i]:
                 assert x is not None
-                dA.append((v.t() @ _dropped(x, keep[i])).to(A_i.dtype))
-            if dx is not None:
+                dA[i] = (v.t() @ _dropped(x, keep[i])).to(A_i.dtype)
+            if need_x:
                 dx = dx + _dropped(v @ A_i.to(dy.dtype), keep[i])
         if need_B[i]:
             assert u is not None
-            u_i = u[:, offset : offset + rank].to(dy.dtype)
-            dB.append(((dy.t() @ u_i).to(wide_dtype(dy.dtype)) * scaling[i]).to(B_i.dtype))
-        offset += rank
+            u_i = u[:, offset : offset + A_i.shape[0]].to(dy.dtype)
+            dB[i] = ((dz.t() @ u_i).to(wide_dtype(dy.dtype)) * s).to(B_i.dtype)
+        if c and keep[i] is None:
+            dy = dz
+        elif c:
+            if need_x:
+                dx = dx + _dropped((dz - dy) @ weight, keep[i]) * factor[i]
+            if need_weight:
+                assert x is not None
+                dW = dW + (dz - dy).t() @ (_dropped(x, keep[i]) * factor[i])
     grads: list[Tensor] = []
-    if dx is not None:
-        grads.append(dx)
+    if need_x:
+        grads.append(dx + dy @ weight)
     if need_weight:
         assert x is not None
-        grads.append((dy.t() @ x).to(weight.dtype))
+        grads.append((dW + dy.t() @ x).to(weight.dtype))
     if need_bias:
-        grads.append(dy.sum(0, dtype=wide_dtype(dy.dtype)).to(dy.dtype))
-    return grads + dA + dB
+        grads.append(bias_grad)
+    return grads + [grad for some in (dA, dB, dc) for _, grad in sorted(some.items())]
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ class Case:
     dropout_p: float = 0.0
     bias: bool = True
     mixed: bool = False
+    dora: bool = False
     x_layout: str = "contiguous"
     weight_layout: str = "contiguous"
     dy_layout: str = "contiguous"
@@ -44,6 +45,7 @@ class Case:
             bias=self.bias,
             dropout_p=[self.dropout_p / (i + 1) for i in range(len(self.ranks))],
             mixed=self.mixed,
+            dora=self.dora,
         )
         x = in_layout(made.x, self.x_layout)
         leading = x.shape[:-1]
@@ -54,7 +56,12 @@ class Case:
     def __str__(self) -> str:
         names = [f"{self.M}x{self.K}x{self.N}", f"r{'+'.join(map(str, self.ranks))}"]
         names += [str(self.dtype).removeprefix("torch."), str(self.adapter_dtype).removeprefix("torch.")]
-        names += [f"p{self.dropout_p}"] * (self.dropout_p > 0) + ["bias"] * self.bias + ["mixed"] * self.mixed
+        names += (
+            [f"p{self.dropout_p}"] * (self.dropout_p > 0)
+            + ["bias"] * self.bias
+            + ["mixed"] * self.mixed
+            + ["dora"] * self.dora
+        )
         layouts = {"x": self.x_layout, "weight": self.weight_layout, "dy": self.dy_layout}
         names += [f"{name}:{layout}" for name, layout in layouts.items() if layout != "contiguous"]
         return "-".join(names)
@@ -127,7 +134,7 @@ _MATRIX = covering(
         ),
         "dropout_p": (0.0, 0.1, 0.5),
         "bias": (True, False),
-        "mixed": (False, True),
+        "method": ("lora", "mixed batch", "dora"),
         "x_layout": ("contiguous", "transposed", "row_stride", "column_stride", "3d", "4d_permuted"),
         "weight_layout": ("contiguous", "transposed", "row_stride"),
         "dy_layout": ("contiguous", "transposed"),
@@ -146,10 +153,23 @@ _EDGES = [
     {"dy_layout": "expanded", "ranks": (64,), "dropout_p": 0.1},
     {"M": 1, "K": 1, "N": 1, "ranks": (1,)},
     {"M": 300, "K": 130, "N": 270, "ranks": (16,), "dropout_p": 0.1},
+    {"M": 0, "ranks": (8, 3), "dropout_p": 0.1, "dora": True},
+    {"M": 1, "dora": True},
+    {"M": 4, "ranks": (1,), "dropout_p": 0.5, "dora": True},
+    {"ranks": (1, 17, 16), "dora": True},
+    {"ranks": (1, 17, 16), "dropout_p": 0.5, "dora": True},
+    {"M": 300, "K": 130, "N": 270, "ranks": (16,), "dora": True},
+    {"M": 300, "K": 130, "N": 270, "ranks": (16,), "dropout_p": 0.1, "dora": True},
 ]
 _COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 CASES = [
-    Case(**{k: v for k, v in row.items() if k != "dtypes"}, dtype=row["dtypes"][0], adapter_dtype=row["dtypes"][1])
+    Case(
+        **{k: v for k, v in row.items() if k not in ("dtypes", "method")},
+        dtype=row["dtypes"][0],
+        adapter_dtype=row["dtypes"][1],
+        mixed=row["method"] == "mixed batch",
+        dora=row["method"] == "dora",
+    )
     for row in _MATRIX
 ] + [Case(**edge, dtype=dtype) for edge in _EDGES for dtype in _COMPUTE_DTYPES]

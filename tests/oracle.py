@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fastpeft import ops
 from fastpeft.dropout import dropout_keep, dropout_scale, dropout_seeds
-from fastpeft.reference import lora_linear_backward_reference, lora_linear_reference
+from fastpeft.reference import lora_linear_backward_reference, lora_linear_reference, wide_dtype
 
 Results = dict[str, Tensor]
 POOL = 32  # independent rounding errors that the comparison of two errors is based on
@@ -32,6 +32,7 @@ class LoraInputs:
     seed: Tensor | None
     adapter_index: Tensor | None
     dy: Tensor
+    c: list[Tensor] = field(default_factory=list)
 
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, by the names that :func:`oracle` gives their gradients."""
@@ -39,7 +40,8 @@ class LoraInputs:
         if self.bias is not None:
             named["bias"] = self.bias
         named |= {f"A[{i}]": a for i, a in enumerate(self.A)}
-        return named | {f"B[{i}]": b for i, b in enumerate(self.B)}
+        named |= {f"B[{i}]": b for i, b in enumerate(self.B)}
+        return named | {f"c[{i}]": c for i, c in enumerate(self.c)}
 
     def contiguous(self) -> LoraInputs:
         """The same numbers without strides of their own."""
@@ -72,6 +74,7 @@ def make_inputs(
     bias: bool = True,
     dropout_p: float | Sequence[float] = 0.0,
     mixed: bool = False,
+    dora: bool = False,
 ) -> LoraInputs:
     """Random inputs from torch's default generator, scaled so that base and adapters weigh alike in ``y``.
 
@@ -84,6 +87,7 @@ def make_inputs(
         dtype: of ``x``, ``weight``, ``bias``, ``dy``; also of the adapters unless ``adapter_dtype`` is given.
         dropout_p: for each adapter, or one for all.
         mixed: whether each token is served by one adapter or by none, at random.
+        dora: whether every adapter has a factor ``c``, about 1 as in training.
     """
     K, count = shape[-1], len(ranks)
     adapter_dtype = adapter_dtype or dtype
@@ -99,6 +103,7 @@ def make_inputs(
         seed=dropout_seeds(count, torch.device("cpu")) if any(ps) else None,
         adapter_index=torch.randint(-1, count, tuple(shape[:-1])) if mixed else None,
         dy=_random((*shape[:-1], N)).to(dtype),
+        c=[1 + _random((N,)).to(wide_dtype(dtype)) / 4 for _ in ranks] if dora else [],
     )
 
 
@@ -110,14 +115,13 @@ def oracle(inputs: LoraInputs) -> Results:
     weight = inputs.weight.double()
     bias = None if inputs.bias is None else inputs.bias.double()
     A, B = [a.double() for a in inputs.A], [b.double() for b in inputs.B]
+    c = [c.double() for c in inputs.c]
     keep, select = inputs.keep(), inputs.select()
-    scaling = [
-        s if mask is None else s * dropout_scale(p)
-        for s, p, mask in zip(inputs.scaling, inputs.dropout_p, keep, strict=True)
-    ]
-    y, u = lora_linear_reference(x, weight, bias, A, B, scaling, keep, select)
-    needs = [True, True, bias is not None] + [True] * (2 * len(A))
-    grads = lora_linear_backward_reference(dy, x, weight, A, B, u, scaling, keep, select, needs)
+    factor = [1.0 if mask is None else dropout_scale(p) for p, mask in zip(inputs.dropout_p, keep, strict=True)]
+    settings = inputs.scaling, keep, factor, select
+    y, u, z = lora_linear_reference(x, weight, bias, A, B, c, *settings)
+    needs = [True, True, bias is not None] + [True] * (2 * len(A) + len(c))
+    grads = lora_linear_backward_reference(dy, x, weight, A, B, c, u, z, *settings, needs)
     grads[0] = grads[0].reshape(inputs.x.shape)
     return {"y": y.reshape(inputs.dy.shape)} | dict(zip(inputs.differentiable(), grads, strict=True))
 
@@ -135,7 +139,7 @@ def fused(inputs: LoraInputs, backend: str | None) -> Results:
 
     def lora_linear(i: LoraInputs) -> Tensor:
         return ops.lora_linear(
-            i.x, i.weight, i.bias, i.A, i.B, i.scaling, i.dropout_p, i.seed, i.adapter_index, backend
+            i.x, i.weight, i.bias, i.A, i.B, i.c, i.scaling, i.dropout_p, i.seed, i.adapter_index, True, backend
         )[0]
 
     return run(lora_linear, inputs)
@@ -160,6 +164,7 @@ def run(function: Callable[[LoraInputs], Tensor], inputs: LoraInputs) -> Results
             seed=inputs.seed,
             adapter_index=inputs.adapter_index,
             dy=inputs.dy,
+            c=[leaves[f"c[{i}]"] for i in range(len(inputs.c))],
         )
     )
     grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
@@ -167,17 +172,24 @@ def run(function: Callable[[LoraInputs], Tensor], inputs: LoraInputs) -> Results
 
 
 def peft_linear(inputs: LoraInputs) -> Tensor:
-    """``result + lora_B(lora_A(dropout(x))) * scaling`` for each adapter; in a mixed batch for the tokens it serves."""
+    """``result + lora_B(lora_A(dropout(x))) * scaling`` for each adapter; in a mixed batch for the tokens it serves.
+
+    DoRA (peft/tuners/lora/dora.py): ``result + (c - 1) * base_result + c * lora_B(lora_A(x)) * scaling``, ``c`` wide.
+    """
     x, linear = inputs.x, torch.nn.functional.linear
     result = linear(x, inputs.weight, inputs.bias)
     settings = zip(inputs.A, inputs.B, inputs.scaling, inputs.dropout_p, inputs.keep(), inputs.select(), strict=True)
-    for A, B, scaling, p, keep, select in settings:
+    for i, (A, B, scaling, p, keep, select) in enumerate(settings):
         dropped = x if keep is None else x * keep.view(x.shape) * dropout_scale(p)
         delta = linear(linear(dropped, A.to(x.dtype)), B.to(x.dtype)) * scaling
         if select is not None:
             delta = delta.where(select.view(*x.shape[:-1], 1), 0)
+        if inputs.c:
+            below = result if inputs.bias is None else result - inputs.bias
+            base_result = below if keep is None else linear(dropped, inputs.weight)
+            delta = (inputs.c[i] - 1) * base_result + inputs.c[i] * delta
         result = result + delta
-    return result
+    return result.to(x.dtype)
 
 
 def assert_close_as_eager(

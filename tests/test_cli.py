@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import fastpeft
 from fastpeft import cli, dispatch
 from fastpeft.backends import reference
+from fastpeft.ops import Forward
 from fastpeft.selfcheck import DTYPES, self_check
 
 
@@ -99,9 +100,9 @@ def test_info_shows_versions_backends_and_the_check() -> None:
 def test_info_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     right = reference.lora_linear
 
-    def wrong(x: torch.Tensor, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
-        y, u = right(x, *args)  # type: ignore[arg-type]
-        return (y if x.dtype == torch.float64 else y * 1.25), u
+    def wrong(x: torch.Tensor, *args: object) -> Forward:
+        y, u, z = right(x, *args)  # type: ignore[arg-type]
+        return (y if x.dtype == torch.float64 else y * 1.25), u, z
 
     monkeypatch.setattr(reference, "lora_linear", wrong)
     code, output = run("info")
@@ -113,7 +114,7 @@ def test_info_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_check_reports_a_backend_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     right = reference.lora_linear
 
-    def breaks(x: torch.Tensor, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def breaks(x: torch.Tensor, *args: object) -> Forward:
         if x.dtype != torch.float64:
             raise RuntimeError("no luck")
         return right(x, *args)  # type: ignore[arg-type]

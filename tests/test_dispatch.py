@@ -60,7 +60,20 @@ def test_an_explicit_backend_is_asked_again_in_the_backward_pass() -> None:
     x, weight, A, B = operands(torch.float64)
     with pytest.raises(fastpeft.BackendRefusal, match="cannot run lora_linear_backward"):
         ops.lora_linear_backward(
-            x @ weight.t(), x, weight, [A], [B], x @ A.t(), [1.0], [0.0], None, None, [True] * 2 + [False] * 3, "native"
+            x @ weight.t(),
+            x,
+            weight,
+            [A],
+            [B],
+            [],
+            x @ A.t(),
+            [],
+            [1.0],
+            [0.0],
+            None,
+            None,
+            [True] * 2 + [False] * 3,
+            "native",
         )
 
 

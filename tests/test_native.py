@@ -93,8 +93,9 @@ def whole_numbers(case: Case) -> LoraInputs:
     bias = None if i.bias is None else draw(i.bias)
     A, B = ([draw(t) for t in tensors] for tensors in (i.A, i.B))
     p = [case.dropout_p] * len(A)
+    c = [torch.tensor([1.0, 2.0, -1.0, 0.5])[torch.randint(4, (case.N,))] for _ in i.c]
     return replace(
-        i, x=draw(i.x), weight=draw(i.weight), bias=bias, A=A, B=B, dy=draw(i.dy), scaling=scaling, dropout_p=p
+        i, c=c, x=draw(i.x), weight=draw(i.weight), bias=bias, A=A, B=B, dy=draw(i.dy), scaling=scaling, dropout_p=p
     )
 
 
@@ -126,21 +127,31 @@ WIDE_CASES = [
     Case(M=97, K=3202, N=66, ranks=(17,), bias=False),
     Case(M=35, K=130, N=3202, ranks=(16, 3), dropout_p=0.5, mixed=True),
     Case(M=70, K=96, N=98, x_layout="row_stride", weight_layout="transposed", dy_layout="transposed"),
+    Case(M=97, K=66, N=130, ranks=(17,), dora=True),
+    Case(M=577, K=130, N=66, ranks=(3,), dropout_p=0.5, dora=True),
+    Case(M=33, K=66, N=98, ranks=(3, 16, 1), dropout_p=0.5, bias=False, dora=True, weight_layout="transposed"),
 ]
 PLANS = ("vendor_first", "vendor_last", "one_accumulator")
 PAIRS = tuple(isa for isa in ISAS if isa in ("amx", "avx512", EMULATED))
 
 
-@pytest.fixture(params=PLANS)
+# vendor_last adds the base product last: DoRA cannot scale it.
+PLANNED = [(plan, case) for plan in PLANS for case in WIDE_CASES if not (plan == "vendor_last" and case.dora)]
+every_plan = pytest.mark.parametrize(("plan", "case"), PLANNED, ids=str, indirect=["plan"])
+
+
+@pytest.fixture
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each plan of the base product in bfloat16, in place of the one that would be chosen."""
     monkeypatch.setattr(native, "FEW_TOKENS", dict.fromkeys(DTYPES, 0))
-    monkeypatch.setattr(native, "_plan", lambda dtype, weight, contracted: getattr(extension().Plan, request.param))
+    monkeypatch.setattr(
+        native, "_plan", lambda dtype, weight, contracted, dora: getattr(extension().Plan, request.param)
+    )
     return request.param
 
 
 @pytest.mark.parametrize("isa", PAIRS or ISAS[:1], indirect=True)
-@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+@every_plan
 def test_every_plan_is_as_close_as_eager(isa: str, plan: str, case: Case) -> None:
     if plan == "one_accumulator" and not extension().has_base_product():
         with pytest.raises(RuntimeError, match="has_base_product"):
@@ -150,7 +161,7 @@ def test_every_plan_is_as_close_as_eager(isa: str, plan: str, case: Case) -> Non
 
 
 @pytest.mark.parametrize("isa", PAIRS or ISAS[:1], indirect=True)
-@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+@every_plan
 def test_whole_numbers_come_out_exactly_from_every_plan(isa: str, plan: str, case: Case) -> None:
     i = whole_numbers(replace(case, dtype=torch.bfloat16, adapter_dtype=torch.bfloat16))
     if plan == "one_accumulator" and not extension().has_base_product():
@@ -165,13 +176,13 @@ def test_one_accumulator_is_chosen_where_it_runs() -> None:
     weight = torch.empty(64, 64, dtype=torch.bfloat16)
     possible = extension().has_base_product() and extension().isa() in native.ONE_ACCUMULATOR
     wanted = extension().Plan.one_accumulator
-    assert (native._plan(torch.bfloat16, weight, 64) == wanted) == possible
-    assert native._plan(torch.bfloat16, weight, 63) != wanted
-    assert native._plan(torch.bfloat16, torch.empty(64, 64, 2)[..., 0], 64) != wanted
-    assert native._plan(torch.float32, weight, 64) != wanted
+    assert (native._plan(torch.bfloat16, weight, 64, False) == wanted) == possible
+    assert native._plan(torch.bfloat16, weight, 63, False) != wanted
+    assert native._plan(torch.bfloat16, torch.empty(64, 64, 2)[..., 0], 64, False) != wanted
+    assert native._plan(torch.float32, weight, 64, False) != wanted
     with torch.backends.mkldnn.flags(enabled=False):
         assert not extension().has_base_product()
-        assert native._plan(torch.bfloat16, weight, 64) != wanted
+        assert native._plan(torch.bfloat16, weight, 64, False) != wanted
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8), (2, 257), (63, 100), (2, 5000), (0, 5), (5, 0)])
@@ -195,11 +206,13 @@ def test_forward_dA_and_dx_see_the_references_mask(isa: str, M: int, K: int, dty
     eye = torch.eye(K, dtype=dtype)
     settings = [1.0], [p], seed, None
     x = torch.ones(M, K, dtype=dtype)
-    _, u = ops.lora_linear(x, weight, None, [eye], [torch.zeros(M, K, dtype=dtype)], *settings, "native")
+    _, u, _ = ops.lora_linear(x, weight, None, [eye], [torch.zeros(M, K, dtype=dtype)], [], *settings, False, "native")
     assert torch.equal(u, keep.to(u.dtype))
 
     A, B = torch.ones(M, K, dtype=dtype), torch.eye(M, dtype=dtype)
     needs = [True, False, False, True, False]
-    dx, dA = ops.lora_linear_backward(torch.eye(M, dtype=dtype), x, weight, [A], [B], None, *settings, needs, "native")
+    dx, dA = ops.lora_linear_backward(
+        torch.eye(M, dtype=dtype), x, weight, [A], [B], [], None, [], *settings, needs, "native"
+    )
     assert torch.equal(dx, keep.to(dtype) * dropout_scale(p))
     assert torch.equal(dA, keep.to(dtype) * dropout_scale(p))

@@ -26,16 +26,21 @@ TYPICAL = {
     "mixed": Case(ranks=(8, 3), dropout_p=0.5, mixed=True, x_layout="3d"),
     "strided": Case(x_layout="transposed", weight_layout="transposed"),
     "empty": Case(M=0, dropout_p=0.1),
+    "dora": Case(dora=True, dtype=torch.bfloat16),
+    "dora_dropout": Case(dora=True, ranks=(8, 3), dropout_p=0.5),
 }
 every_typical = pytest.mark.parametrize("case", TYPICAL.values(), ids=TYPICAL)
 
 
 def forward_args(i: LoraInputs, backend: str | None) -> tuple[Any, ...]:
-    return i.x, i.weight, i.bias, i.A, i.B, i.scaling, i.dropout_p, i.seed, i.adapter_index, backend
+    return i.x, i.weight, i.bias, i.A, i.B, i.c, i.scaling, i.dropout_p, i.seed, i.adapter_index, True, backend
 
 
-def backward_args(i: LoraInputs, u: torch.Tensor | None, needs: list[bool], backend: str | None) -> tuple[Any, ...]:
-    return i.dy, i.x, i.weight, i.A, i.B, u, i.scaling, i.dropout_p, i.seed, i.adapter_index, needs, backend
+def backward_args(
+    i: LoraInputs, u: torch.Tensor | None, z: list[torch.Tensor], needs: list[bool], backend: str | None
+) -> tuple[Any, ...]:
+    settings = i.scaling, i.dropout_p, i.seed, i.adapter_index
+    return i.dy, i.x, i.weight, i.A, i.B, i.c, u, z, *settings, needs, backend
 
 
 def requiring(i: LoraInputs, *names: str) -> tuple[LoraInputs, dict[str, torch.Tensor]]:
@@ -43,8 +48,8 @@ def requiring(i: LoraInputs, *names: str) -> tuple[LoraInputs, dict[str, torch.T
     leaves = {name: tensor.detach() for name, tensor in i.differentiable().items()}
     for name in names:
         leaves[name].requires_grad_()
-    A, B = ([leaves[f"{letter}[{n}]"] for n in range(len(i.A))] for letter in "AB")
-    return replace(i, x=leaves["x"], weight=leaves["weight"], bias=leaves.get("bias"), A=A, B=B), leaves
+    A, B, c = ([leaves[f"{s}[{n}]"] for n in range(len(getattr(i, s)))] for s in "ABc")
+    return replace(i, x=leaves["x"], weight=leaves["weight"], bias=leaves.get("bias"), A=A, B=B, c=c), leaves
 
 
 def assert_same_bits(actual: Results, expected: Results) -> None:
@@ -121,15 +126,15 @@ def test_opcheck_forward(backend: str, case: Case) -> None:
 @every_typical
 def test_opcheck_backward(backend: str, case: Case) -> None:
     i = case.inputs()
-    _, u = ops.lora_linear(*forward_args(i, backend))
-    needs = [True, True, i.bias is not None] + [True] * (2 * len(i.A))
-    torch.library.opcheck(ops.lora_linear_backward, backward_args(i, u, needs, backend))
+    _, u, z = ops.lora_linear(*forward_args(i, backend))
+    needs = [True, True, i.bias is not None] + [True] * (2 * len(i.A) + len(i.c))
+    torch.library.opcheck(ops.lora_linear_backward, backward_args(i, u, z, needs, backend))
 
 
 @every_backend
 def test_u_is_wide_and_not_differentiable(backend: str) -> None:
     i, _ = requiring(Case(ranks=(8, 3), dtype=torch.bfloat16).inputs(), "A[0]", "B[1]", "x")
-    y, u = ops.lora_linear(*forward_args(i, backend))
+    y, u, _ = ops.lora_linear(*forward_args(i, backend))
     assert y.requires_grad
     assert not u.requires_grad
     assert u.dtype == torch.float32
@@ -144,7 +149,7 @@ def test_u_is_wide_and_not_differentiable(backend: str) -> None:
 def test_only_the_gradients_asked_for_are_computed(backend: str, names: tuple[str, ...]) -> None:
     made = Case(ranks=(8, 3), dropout_p=0.5).inputs()
     i, leaves = requiring(made, *names)
-    y, _ = ops.lora_linear(*forward_args(i, backend))
+    y, _, _ = ops.lora_linear(*forward_args(i, backend))
     with BackwardCalls() as calls:
         y.backward(i.dy)
     ((*_, needs, _),) = calls.args
@@ -159,14 +164,14 @@ def test_only_the_gradients_asked_for_are_computed(backend: str, names: tuple[st
 @every_backend
 def test_the_backward_op_returns_what_needs_asks_for(backend: str) -> None:
     i = Case(ranks=(8, 3)).inputs()
-    _, u = ops.lora_linear(*forward_args(i, backend))
+    _, u, _ = ops.lora_linear(*forward_args(i, backend))
     order = list(i.differentiable())
-    everything = ops.lora_linear_backward(*backward_args(i, u, [True] * len(order), backend))
+    everything = ops.lora_linear_backward(*backward_args(i, u, [], [True] * len(order), backend))
     for n, name in enumerate(order):
         needs = [position == n for position in range(len(order))]
         x = None if name in ("x", "bias", "B[0]", "B[1]") else i.x
         kept_u = u if name.startswith("B") else None
-        (grad,) = ops.lora_linear_backward(*backward_args(replace(i, x=x), kept_u, needs, backend))
+        (grad,) = ops.lora_linear_backward(*backward_args(replace(i, x=x), kept_u, [], needs, backend))
         assert torch.equal(grad, everything[n]), name
 
 
@@ -238,7 +243,7 @@ def test_any_number_of_threads(backend: str, case: Case, dtype: torch.dtype) -> 
 @every_backend
 def test_double_backward_is_refused(backend: str) -> None:
     i, leaves = requiring(Case().inputs(), "x", "A[0]")
-    y, _ = ops.lora_linear(*forward_args(i, backend))
+    y, _, _ = ops.lora_linear(*forward_args(i, backend))
     (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
@@ -248,7 +253,7 @@ def test_double_backward_is_refused(backend: str) -> None:
 @pytest.mark.parametrize("name", ["x", "weight", "A[0]", "B[0]"])
 def test_modifying_what_was_kept_is_detected(backend: str, name: str) -> None:
     i, leaves = requiring(Case().inputs(), "x", "A[0]", "B[0]")
-    y, _ = ops.lora_linear(*forward_args(i, backend))
+    y, _, _ = ops.lora_linear(*forward_args(i, backend))
     with torch.no_grad():
         leaves[name].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -260,7 +265,7 @@ def test_x_may_be_modified_when_only_B_is_trained(backend: str) -> None:
     made = Case().inputs()
     expected = fused(made, backend)["B[0]"]
     i, leaves = requiring(replace(made, x=made.x.clone()), "B[0]")
-    y, _ = ops.lora_linear(*forward_args(i, backend))
+    y, _, _ = ops.lora_linear(*forward_args(i, backend))
     leaves["x"].zero_()
     y.backward(i.dy)
     assert leaves["B[0]"].grad is not None
@@ -272,7 +277,7 @@ def test_x_may_be_modified_when_only_B_is_trained(backend: str) -> None:
 def test_no_graph_without_grad_mode(backend: str, mode: Any) -> None:
     i, _ = requiring(Case(dropout_p=0.5).inputs(), "x", "A[0]", "B[0]")
     with mode():
-        y, _ = ops.lora_linear(*forward_args(i, backend))
+        y, _, _ = ops.lora_linear(*forward_args(i, backend))
     assert not y.requires_grad
     assert torch.equal(y, fused(i, backend)["y"])
 

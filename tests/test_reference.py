@@ -21,6 +21,9 @@ FLOAT64_CASES = {
     "dropout": {"ranks": (3,), "dropout_p": 0.5},
     "adapters": {"ranks": (3, 1, 2), "dropout_p": (0.5, 0.0, 0.5)},
     "mixed": {"ranks": (3, 2), "dropout_p": 0.5, "mixed": True},
+    "dora": {"ranks": (3,), "dora": True},
+    "dora_dropout": {"ranks": (3,), "dropout_p": 0.5, "dora": True, "bias": False},
+    "dora_adapters": {"ranks": (3, 1, 2), "dropout_p": (0.0, 0.5, 0.0), "dora": True},
 }
 
 
@@ -42,6 +45,7 @@ def integers(inputs: LoraInputs) -> LoraInputs:
         A=[draw(a) for a in inputs.A],
         B=[draw(b) for b in inputs.B],
         dy=draw(inputs.dy),
+        c=[draw(c) for c in inputs.c],
         scaling=[2.0, -0.5, 3.0][: len(inputs.A)],
     )
 
@@ -65,17 +69,17 @@ def test_gradcheck_in_float64(name: str) -> None:
     def lora_linear(*leaves: torch.Tensor) -> torch.Tensor:
         x, weight, *rest = leaves
         bias = rest.pop(0) if i.bias is not None else None
-        A, B = rest[:count], rest[count:]
+        A, B, c = rest[:count], rest[count : 2 * count], rest[2 * count :]
         settings = i.scaling, i.dropout_p, i.seed, i.adapter_index
-        return ops.lora_linear(x, weight, bias, A, B, *settings, "reference")[0]
+        return ops.lora_linear(x, weight, bias, A, B, c, *settings, True, "reference")[0]
 
     assert torch.autograd.gradcheck(lora_linear, [t.requires_grad_() for t in tensors])
 
 
 def test_u_is_the_dropped_input_times_A() -> None:
     i = integers(float64_inputs((7, 9), 4, "adapters"))
-    _, u = ops.lora_linear(
-        i.x, i.weight, i.bias, i.A, i.B, i.scaling, i.dropout_p, i.seed, i.adapter_index, "reference"
+    _, u, _ = ops.lora_linear(
+        i.x, i.weight, i.bias, i.A, i.B, [], i.scaling, i.dropout_p, i.seed, i.adapter_index, False, "reference"
     )
     dropped = [i.x if keep is None else i.x * keep for keep in i.keep()]
     assert torch.equal(u, torch.cat([x @ A.t() for x, A in zip(dropped, i.A, strict=True)], dim=1))
@@ -87,7 +91,9 @@ def test_no_product_is_spent_on_gradients_nobody_asked_for(needed: str, products
     u = i.x @ i.A[0].t()
     needs = [name == needed for name in i.differentiable()]
     with MatrixProducts() as counter:
-        lora_linear_backward_reference(i.dy, i.x, i.weight, i.A, i.B, u, i.scaling, [None], [None], needs)
+        lora_linear_backward_reference(
+            i.dy, i.x, i.weight, i.A, i.B, [], u, [], i.scaling, [None], [1.0], [None], needs
+        )
     assert counter.count == products
 
 
@@ -126,7 +132,7 @@ def test_a_token_is_untouched_by_the_overflow_of_an_adapter_that_does_not_serve_
     x = torch.full((2, 4), 1.0, dtype=dtype)
     A = torch.full((2, 4), huge, dtype=dtype)
     index = torch.tensor([0, -1])
-    y, _ = ops.lora_linear(x, i.weight, None, [A], i.B, [1.0], [0.0], None, index, "reference")
+    y, _, _ = ops.lora_linear(x, i.weight, None, [A], i.B, [], [1.0], [0.0], None, index, False, "reference")
     assert not y[0].isfinite().all()
     assert torch.equal(y[1], (x @ i.weight.t())[1])
 

@@ -35,6 +35,7 @@ def operands(shape: tuple[int, int, int], dtype: torch.dtype, dropout: float) ->
         "weight": (torch.randn(N, K) / K**0.5).to(dtype),
         "A": [torch.randn(RANK, K) / K**0.5],
         "B": [torch.randn(N, RANK) / RANK**0.5],
+        "c": [],
         "scaling": [2.0],
         "dropout_p": [dropout],
         "seed": torch.zeros(1, dtype=torch.int64) if dropout else None,
@@ -48,7 +49,7 @@ def test_lora_linear(
 ) -> None:
     inputs = operands(shape, dtype, dropout)
     benchmark.group = f"forward {'x'.join(map(str, shape))} {dtype} dropout {dropout:g}"
-    y, _ = benchmark(ops.lora_linear, bias=None, backend=backend, **inputs)
+    y, _, _ = benchmark(ops.lora_linear, bias=None, keep_z=False, backend=backend, **inputs)
     assert y.isfinite().all()
 
 
@@ -59,8 +60,8 @@ def test_lora_linear_backward(
     """``dx``, ``dA`` and ``dB``: the weight and the bias are frozen."""
     inputs = operands(shape, dtype, dropout)
     benchmark.group = f"backward {'x'.join(map(str, shape))} {dtype} dropout {dropout:g}"
-    _, u = ops.lora_linear(bias=None, backend=backend, **inputs)
+    _, u, _ = ops.lora_linear(bias=None, keep_z=False, backend=backend, **inputs)
     dy = torch.randn(shape[0], shape[2]).to(dtype)
     needs = [True, False, False, True, True]
-    grads: list[Tensor] = benchmark(ops.lora_linear_backward, dy=dy, u=u, needs=needs, backend=backend, **inputs)
+    grads: list[Tensor] = benchmark(ops.lora_linear_backward, dy=dy, u=u, z=[], needs=needs, backend=backend, **inputs)
     assert all(grad.isfinite().all() for grad in grads)

@@ -1,4 +1,4 @@
-// The base product and its low-rank part in one: both are summed in the same float32 accumulators.
+// The base product and its low-rank part in one: float32 sums that are rounded once.
 #pragma once
 #include "skinny.h"
 
@@ -7,9 +7,14 @@ namespace fastpeft::cpu {
 // Whether these kernels can pack for torch's bfloat16 micro-kernels, and those run here: false without oneDNN.
 bool has_base_product(const Kernels& kernels);
 
-// output [rows, columns] = x S + D'(q · panel_out) + bias, where `low_rank` says all but x [rows, S.rows] and S.
-// bfloat16, S.rows even, one stride of S is 1, rows of x at least S.rows apart. S is packed stripe by stripe, nothing
-// outlives it.
-void base_product(const Kernels& kernels, const Sweep& low_rank, const void* x, int64_t ld_x, const Matrix& s);
+struct Operand {
+    const void* data;  // bfloat16 [rows, S.rows]
+    int64_t ld;        // at least S.rows
+};
+
+// The output of the sweep onto x[0] S, where x[i] S is the `second` of the groups whose operand is i; the sweep's
+// `seconds` are not looked at. bfloat16, S.rows even, one stride of S is 1. S is packed stripe by stripe, nothing
+// outlives the call.
+void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const Matrix& s);
 
 }  // namespace fastpeft::cpu

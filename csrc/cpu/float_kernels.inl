@@ -8,6 +8,7 @@
 namespace {
 
 using fastpeft::cpu::DType;
+using fastpeft::cpu::Epilogue;
 using fastpeft::cpu::kColumns;
 using fastpeft::cpu::Kernels;
 using fastpeft::cpu::kKeepWords;
@@ -15,6 +16,7 @@ using fastpeft::cpu::kLanes;
 using fastpeft::cpu::kRows;
 using fastpeft::cpu::kStripe;
 using fastpeft::cpu::Matrix;
+using fastpeft::cpu::Tile;
 
 // ---- elements of any dtype --------------------------------------------------------------------------------------
 
@@ -56,6 +58,7 @@ inline void store_first(void* p, DType dtype, V16 v, int64_t n) {
 inline uint16_t keep_bits(const uint64_t* words, int64_t column) {  // of 16 columns
     return static_cast<uint16_t>(words[column / 64] >> (column % 64));
 }
+inline V16 sub(V16 a, V16 b) { return fma(b, splat(-1.0f), a); }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- packing ----------------------------------------------------------------------------------------------------
@@ -166,28 +169,37 @@ void outer_float(const void* tile, bool, int64_t rows, int64_t columns, const vo
                                      out + r * ld_out + c, ld_out);
 }
 
-// Where `expand` puts its sums: y = keep ∘ low + bias, added onto y where `add`.
-struct Epilogue {
-    const uint64_t* keep;
-    const float* bias;
-    bool add_onto;
-    void* y;
-    DType dtype;
-    int64_t ld_y, columns;
+struct Put : Epilogue {
+    int64_t columns;
 
-    void put(V16 low, int64_t m, int64_t c) const {
+    static V16 load_tile(const Tile& tile, int64_t m, int64_t c, int64_t n) {
+        return load_first(at(tile.data, tile.dtype, m * tile.ld + c), tile.dtype, n);
+    }
+    // y of 16 columns, n of them within the tile; z is written.
+    V16 finish(V16 product, int64_t m, int64_t c, int64_t n) const {
+        const V16 below = from.data ? load_tile(from, m, c, n) : zero();
+        V16 out;
+        if (scale) {
+            const V16 other = second.data ? load_tile(second, m, c, n) : below;
+            const V16 sum = add(product, other);
+            if (z) store_first(at(z, z_dtype, m * ld_z + c), z_dtype, sum, n);
+            out = mul(sum, load_first(scale + c, DType::f32, n));
+            if (second.data) out = add(out, sub(below, other));
+        } else {
+            if (second.data) product = add(product, load_tile(second, m, c, n));
+            if (keep) product = where_kept(product, keep_bits(keep + m * kKeepWords, c));
+            out = add(product, below);
+        }
+        return bias ? add(out, load_first(bias + c, DType::f32, n)) : out;
+    }
+    void put(V16 product, int64_t m, int64_t c) const {
         const int64_t n = columns - c;
-        char* out = at(y, dtype, m * ld_y + c);
-        if (keep) low = where_kept(low, keep_bits(keep + m * kKeepWords, c));
-        if (bias) low = add(low, load_first(bias + c, DType::f32, n));
-        if (add_onto) low = add(low, load_first(out, dtype, n));
-        store_first(out, dtype, low, n);
+        store_first(at(y, dtype, m * ld_y + c), dtype, finish(product, m, c, n), n);
     }
 };
 
 template <int Rows>
-inline void expand_rows(const float* q, int64_t m, int64_t c, int64_t ranks, const float* panel,
-                        const Epilogue& epilogue) {
+inline void expand_rows(const float* q, int64_t m, int64_t c, int64_t ranks, const float* panel, const Put& epilogue) {
     V16 sums[Rows];
     for (int i = 0; i < Rows; ++i) sums[i] = zero();
     for (int64_t r = 0; r < ranks; ++r) {
@@ -198,9 +210,8 @@ inline void expand_rows(const float* q, int64_t m, int64_t c, int64_t ranks, con
 }
 
 void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
-                  int64_t panel_stride, const uint64_t* keep, const float* bias, bool add, void* y, DType dtype,
-                  int64_t ld_y) {
-    const Epilogue epilogue{keep, bias, add, y, dtype, ld_y, columns};
+                  int64_t panel_stride, const Epilogue& target) {
+    const Put epilogue{target, columns};
     const float* left_q = static_cast<const float*>(q);
     const auto panel_at = [&](int64_t c) { return static_cast<const float*>(panel) + c / kLanes * panel_stride; };
     int64_t m = 0;  // a few rows at a time along all columns: whole lines of y are written one after the other
@@ -209,6 +220,29 @@ void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ra
             expand_rows<kFloatRows>(left_q, m, c, ranks, panel_at(c), epilogue);
     for (; m < rows; ++m)
         for (int64_t c = 0; c < columns; c += kLanes) expand_rows<1>(left_q, m, c, ranks, panel_at(c), epilogue);
+}
+
+// ---- DoRA's operands and the gradient of its scale ----------------------------------------------------------------
+
+void scale_float(Tile in, int64_t rows, int64_t columns, const uint64_t* keep, const float* scale, float factor,
+                 void* out, int64_t ld_out) {
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t c = 0; c < columns; c += kLanes) {
+            const int64_t n = columns - c;
+            V16 v = mul(Put::load_tile(in, m, c, n), splat(factor));
+            if (scale) v = mul(v, load_first(scale + c, DType::f32, n));
+            if (keep) v = where_kept(v, keep_bits(keep + m * kKeepWords, c));
+            store_first(at(out, in.dtype, m * ld_out + c), in.dtype, v, n);
+        }
+}
+
+void column_dots_float(Tile a, Tile b, int64_t rows, int64_t columns, float* sums) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+        const int64_t n = columns - c;
+        V16 sum = zero();
+        for (int64_t m = 0; m < rows; ++m) sum = fma(Put::load_tile(a, m, c, n), Put::load_tile(b, m, c, n), sum);
+        store_first(sums + c, DType::f32, add(sum, load_first(sums + c, DType::f32, n)), n);
+    }
 }
 
 // ---- few tokens: dot products with the rows of W ----------------------------------------------------------------

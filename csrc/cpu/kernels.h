@@ -24,6 +24,28 @@ struct Matrix {
     int64_t rows, columns, row_stride, column_stride;
 };
 
+// A [rows, columns] tile of a matrix in memory, its rows ld elements apart; null is a matrix of zeros.
+struct Tile {
+    const void* data;
+    DType dtype;
+    int64_t ld;
+};
+
+// What `expand` makes of its product: y = keep ∘ (product + second) + from + bias. With a scale per column (DoRA),
+// z = product + (second, or from without one) is written too, and y = scale ∘ z + (from − second, with one) + bias.
+struct Epilogue {
+    const uint64_t* keep = nullptr;  // [rows][kKeepWords]; null keeps all, as it has to with a scale
+    Tile from = {}, second = {};
+    const float* bias = nullptr;
+    const float* scale = nullptr;
+    void* z = nullptr;  // null: not wanted
+    DType z_dtype = {};
+    int64_t ld_z = 0;
+    void* y = nullptr;  // may be `from`
+    DType dtype = {};
+    int64_t ld_y = 0;
+};
+
 struct Kernels {
     const char* name;
 
@@ -55,18 +77,23 @@ struct Kernels {
     void (*outer)(const void* tile, bool pairs, int64_t rows, int64_t columns, const void* q, int64_t blocks,
                   float* out, int64_t ld_out);
 
-    // y [rows, columns] = keep ∘ (q · panel) + bias, added onto y where `add`; q from `left`; panel column blocks are
-    // panel_stride elements apart; bias float32; keep and bias may be null.
+    // The epilogue on q [rows, ranks] · panel [ranks, columns]; q from `left`, panel column blocks panel_stride
+    // elements apart.
     void (*expand)(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
-                   int64_t panel_stride, const uint64_t* keep, const float* bias, bool add, void* y, DType dtype,
-                   int64_t ld_y);
+                   int64_t panel_stride, const Epilogue& epilogue);
+
+    // out = factor · keep ∘ scale ∘ in, all [rows, columns] in one dtype; keep [rows][kKeepWords] and the scale, one
+    // number a column, may be null.
+    void (*scale)(Tile in, int64_t rows, int64_t columns, const uint64_t* keep, const float* scale, float factor,
+                  void* out, int64_t ld_out);
+
+    // sums [columns] += column sums of a ∘ b.
+    void (*column_dots)(Tile a, Tile b, int64_t rows, int64_t columns, float* sums);
 
     // For the base product in bfloat16 pairs; null where the instruction set has none.
     // Rows [row, row + rows) and columns [column, column + kStripe) of S (bfloat16), as [rows / 2][kStripe][2], with
     // zeros beyond the edges of S.
     void (*pack_stripe)(const Matrix& s, int64_t row, int64_t rows, int64_t column, void* out);
-    // y [rows, columns] = sums, rounded to bfloat16; columns at most kStripe.
-    void (*round)(const float* sums, int64_t ld_sums, int64_t rows, int64_t columns, void* y, int64_t ld_y);
 
     // A few tokens against rows [begin, end) of W, each row read once: y = x Wᵀ + q Bᵀ + bias, summed in float32.
     // x [tokens, K] is bfloat16 where W's dtype computes in pairs, else float32 and zero-padded to a multiple of 16;

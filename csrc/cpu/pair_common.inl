@@ -92,16 +92,6 @@ void pack_stripe(const Matrix& s, int64_t row, int64_t rows, int64_t column, voi
     pack_as(s, row, rows, column, static_cast<uint16_t*>(out));
 }
 
-void round(const float* sums, int64_t ld_sums, int64_t rows, int64_t columns, void* y, int64_t ld_y) {
-    for (int64_t m = 0; m < rows; ++m)
-        for (int64_t c = 0; c < columns; c += 2 * kLanes) {
-            const float* p = sums + m * ld_sums + c;
-            const __m512bh rounded = _mm512_cvtne2ps_pbh(load(p + kLanes), load(p));
-            _mm512_mask_storeu_epi16(static_cast<uint16_t*>(y) + m * ld_y + c, first_bits(columns - c),
-                                     reinterpret_cast<const __m512i&>(rounded));
-        }
-}
-
 void left(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs, void* out) {
     if (!pairs) return left_float(q, ld_q, rows, ranks, pairs, out);
     for (int64_t m = 0; m < rows; ++m)
@@ -223,36 +213,23 @@ void dot(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const flo
 
 // ---- the epilogue of expand --------------------------------------------------------------------------------------
 
-// Two vectors of columns; where all 32 are there, bfloat16 is masked and stored at once.
-struct PairEpilogue : Epilogue {
-    bool whole(int64_t c) const { return c + 2 * kLanes <= columns; }
-
-    void put_whole(V16 first, V16 last, int64_t m, int64_t c) const {
-        if (keep) {
-            const uint32_t bits = static_cast<uint32_t>(keep[m * kKeepWords + c / 64] >> (c % 64));
-            first = where_kept(first, static_cast<uint16_t>(bits));
-            last = where_kept(last, static_cast<uint16_t>(bits >> 16));
-        }
-        if (bias) {
-            first = add(first, load(bias + c));
-            last = add(last, load(bias + c + kLanes));
-        }
-        if (dtype == DType::f32) return put_floats(first, last, static_cast<float*>(y) + m * ld_y + c);
-        uint16_t* out = static_cast<uint16_t*>(y) + m * ld_y + c;
-        if (add_onto) {
-            first = add(first, load_bf16(out));
-            last = add(last, load_bf16(out + kLanes));
-        }
-        const __m512bh rounded = _mm512_cvtne2ps_pbh(last, first);
-        _mm512_storeu_si512(out, reinterpret_cast<const __m512i&>(rounded));
-    }
-    void put_floats(V16 first, V16 last, float* out) const {
-        store(out, add_onto ? add(first, load(out)) : first);
-        store(out + kLanes, add_onto ? add(last, load(out + kLanes)) : last);
-    }
+// Two vectors of columns; where all 32 are there, bfloat16 is stored at once, and LoRA takes a short way.
+struct PairPut : Put {
     void put_both(V16 first, V16 last, int64_t m, int64_t c) const {
-        put(first, m, c);
-        if (c + kLanes < columns) put(last, m, c + kLanes);
+        if (dtype != DType::bf16 || c + 2 * kLanes > columns) {
+            put(first, m, c);
+            if (c + kLanes < columns) put(last, m, c + kLanes);
+            return;
+        }
+        if (from.dtype == DType::f32 && from.data && !keep && !scale && !second.data && !bias) {
+            const float* sums = static_cast<const float*>(from.data) + m * from.ld + c;
+            return store_both(add(first, load(sums)), add(last, load(sums + kLanes)), m, c);
+        }
+        store_both(finish(first, m, c, kLanes), finish(last, m, c + kLanes, kLanes), m, c);
+    }
+    void store_both(V16 first, V16 last, int64_t m, int64_t c) const {
+        const __m512bh rounded = _mm512_cvtne2ps_pbh(last, first);
+        _mm512_storeu_si512(static_cast<uint16_t*>(y) + m * ld_y + c, reinterpret_cast<const __m512i&>(rounded));
     }
 };
 

@@ -95,9 +95,9 @@ void outer_amx(const void* tile, int64_t rows, int64_t columns, const void* q, i
 }
 
 void expand_amx(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel, int64_t panel_stride,
-                const uint64_t* keep, const float* bias, bool add, void* y, DType dtype, int64_t ld_y) {
+                const Epilogue& target) {
     const TileScope scope;
-    const PairEpilogue epilogue{{keep, bias, add, y, dtype, ld_y, columns}};
+    const PairPut epilogue{{target, columns}};
     alignas(64) float sums[2][kRows][kLanes];
     for (int64_t c = 0; c < columns; c += 2 * kLanes) {
         for (int64_t half = 0; half < 2 && c + half * kLanes < columns; ++half) {
@@ -108,10 +108,7 @@ void expand_amx(const void* q, int64_t rows, int64_t columns, int64_t ranks, con
             _tile_stored(0, sums[half][0], kLanes * 4);
             _tile_stored(1, sums[half][kLanes], kLanes * 4);
         }
-        if (epilogue.whole(c))
-            for (int64_t m = 0; m < rows; ++m) epilogue.put_whole(load(sums[0][m]), load(sums[1][m]), m, c);
-        else
-            for (int64_t m = 0; m < rows; ++m) epilogue.put_both(load(sums[0][m]), load(sums[1][m]), m, c);
+        for (int64_t m = 0; m < rows; ++m) epilogue.put_both(load(sums[0][m]), load(sums[1][m]), m, c);
     }
 }
 

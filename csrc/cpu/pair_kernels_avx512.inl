@@ -95,7 +95,7 @@ void outer_pairs(const void* tile, int64_t rows, int64_t columns, const void* q,
 // Two vectors of columns for Rows rows at once.
 template <int Rows>
 inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t ranks, const uint16_t* panel,
-                             int64_t panel_stride, const PairEpilogue& epilogue) {
+                             int64_t panel_stride, const PairPut& epilogue) {
     const uint16_t* second = c + kLanes < epilogue.columns ? panel + panel_stride : panel;
     __m512 sums[Rows][2];
     for (int i = 0; i < Rows; ++i) sums[i][0] = sums[i][1] = zero();
@@ -107,23 +107,20 @@ inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t ra
             sums[i][1] = dot_pairs(sums[i][1], t, p1);
         }
     }
-    if (epilogue.whole(c))
-        for (int i = 0; i < Rows; ++i) epilogue.put_whole(sums[i][0], sums[i][1], m + i, c);
-    else
-        for (int i = 0; i < Rows; ++i) epilogue.put_both(sums[i][0], sums[i][1], m + i, c);
+    for (int i = 0; i < Rows; ++i) epilogue.put_both(sums[i][0], sums[i][1], m + i, c);
 }
 
 template <int Rows>
 inline void expand_pair_columns(const uint16_t* q, int64_t m, int64_t ranks, const uint16_t* panel,
-                                int64_t panel_stride, const PairEpilogue& epilogue) {
+                                int64_t panel_stride, const PairPut& epilogue) {
     for (int64_t c = 0; c < epilogue.columns; c += 2 * kLanes)
         expand_pair_rows<Rows>(q, m, c, ranks, panel + c / kLanes * panel_stride, panel_stride, epilogue);
 }
 
 // A few rows at a time along all columns: whole lines of y are written one after the other.
 void expand_pairs(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel, int64_t panel_stride,
-                  const uint64_t* keep, const float* bias, bool add, void* y, DType dtype, int64_t ld_y) {
-    const PairEpilogue epilogue{{keep, bias, add, y, dtype, ld_y, columns}};
+                  const Epilogue& target) {
+    const PairPut epilogue{{target, columns}};
     const uint16_t* left_q = static_cast<const uint16_t*>(q);
     const uint16_t* p = static_cast<const uint16_t*>(panel);
     int64_t m = 0;

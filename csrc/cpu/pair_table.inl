@@ -19,11 +19,9 @@ void outer(const void* tile, bool pairs, int64_t rows, int64_t columns, const vo
 }
 
 void expand(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
-            int64_t panel_stride, const uint64_t* keep, const float* bias, bool add, void* y, DType dtype,
-            int64_t ld_y) {
-    if (!pairs)
-        return expand_float(q, pairs, rows, columns, ranks, panel, panel_stride, keep, bias, add, y, dtype, ld_y);
-    PAIR(expand)(q, rows, columns, ranks, panel, panel_stride, keep, bias, add, y, dtype, ld_y);
+            int64_t panel_stride, const Epilogue& epilogue) {
+    if (!pairs) return expand_float(q, pairs, rows, columns, ranks, panel, panel_stride, epilogue);
+    PAIR(expand)(q, rows, columns, ranks, panel, panel_stride, epilogue);
 }
 
 constexpr Kernels pair_table(const char* name) {
@@ -38,8 +36,9 @@ constexpr Kernels pair_table(const char* name) {
         .multiply = multiply,
         .outer = outer,
         .expand = expand,
+        .scale = scale_float,
+        .column_dots = column_dots_float,
         .pack_stripe = pack_stripe,
-        .round = round,
         .dot = dot,
     };
 }

@@ -111,13 +111,24 @@ class Task {
     }
 
     void expand(const RankGroup& g, int64_t m, int64_t c, int64_t rows, int64_t columns, const uint64_t* keep) {
-        const bool first = &g == &s_.groups.front();
-        const int64_t stride = s_.ranks * kLanes;
+        const int64_t stride = s_.ranks * kLanes, size = s_.dtype == DType::f32 ? 4 : 2;
         const char* panel =
             static_cast<const char*>(s_.panel_out) + (c / kLanes * stride + g.first_rank * kLanes) * element_;
-        char* output = static_cast<char*>(s_.output) + (m * s_.ld_output + c) * (s_.dtype == DType::f32 ? 4 : 2);
-        k_.expand(left_.get() + kRows * g.first_rank * element_, pairs_, rows, columns, g.ranks, panel, stride, keep,
-                  first && s_.bias ? s_.bias + c : nullptr, s_.add || !first, output, s_.dtype, s_.ld_output);
+        const auto contiguous = [&](const void* p) {
+            return static_cast<const char*>(p) + (m * s_.columns + c) * size;
+        };
+        Epilogue target{.keep = keep, .dtype = s_.dtype, .ld_y = s_.ld_output};
+        target.y = static_cast<char*>(s_.output) + (m * s_.ld_output + c) * size;
+        if (s_.add || &g != &s_.groups.front()) target.from = {target.y, s_.dtype, s_.ld_output};
+        if (g.operand) target.second = {contiguous(s_.seconds[g.operand - 1]), s_.dtype, s_.columns};
+        if (s_.bias && &g == &s_.groups.back()) target.bias = s_.bias + c;
+        if (g.scale) target.scale = g.scale + c;
+        if (g.z) {
+            target.z = const_cast<char*>(contiguous(g.z));
+            target.z_dtype = s_.dtype;
+            target.ld_z = s_.columns;
+        }
+        k_.expand(left_.get() + kRows * g.first_rank * element_, pairs_, rows, columns, g.ranks, panel, stride, target);
     }
 
     const Kernels& k_;

@@ -1,22 +1,29 @@
 // One sweep over a wide matrix that does every skinny product it is needed for, tile by tile.
 #pragma once
+#include <cstddef>
 #include <vector>
 
 #include "kernels.h"
 
 namespace fastpeft::cpu {
 
-// Adapters that share one dropout mask (or have none): a range of rank blocks.
+// Adapters that share one dropout mask (or have none): a range of rank blocks. The fields of a DoRA adapter are those
+// of kernels.h's Epilogue; a scale stands in the forward pass alone.
 struct RankGroup {
     int64_t first_rank, ranks;  // multiples of kLanes
     uint64_t seed;
     uint32_t threshold;  // 0: nothing is dropped
+    size_t operand = 0;  // the base product that is its `second`, counted from 1; 0: it has none
+    const float* scale = nullptr;
+    void* z = nullptr;  // [rows, columns], contiguous, in the output's dtype
 };
 
 // What a sweep over a [rows, columns] matrix does; parts whose pointers are null are left out.
 //   product  [rows, ranks]    = D(input) · panel_in                 (u from x; v from dy)
 //   gradient [ranks, columns] = qᵀ D(input)                         (dA from x and v; dB from dy and u)
-//   output   [rows, columns] (+)= D'(q · panel_out) + bias          (the low-rank part of y and of dx)
+//   output   [rows, columns] (+)= D'(q · panel_out) + bias          (the low-rank part of y and of dx); by its groups
+//   in
+//                                                                    order, as kernels.h's Epilogue says
 struct Sweep {
     DType dtype;
     int64_t rows, columns, ranks;
@@ -35,7 +42,8 @@ struct Sweep {
     const float* bias = nullptr;
     void* output = nullptr;
     int64_t ld_output = 0;
-    bool add = false;  // onto the output instead of over it
+    bool add = false;                  // onto the output instead of over it
+    std::vector<const void*> seconds;  // [rows, columns] each, contiguous, in dtype
 };
 
 // Runs on torch's threads; the result depends on their number, not on their timing.

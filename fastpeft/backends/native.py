@@ -71,16 +71,19 @@ def lora_linear(
     bias: Tensor | None,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    c: Sequence[Tensor],
     scaling: Sequence[float],
     dropout_p: Sequence[float],
     seed: Tensor | None,
     adapter_index: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
-    plan = _C.Plan.dots if _few_tokens(x, weight, A, B) else _plan(x.dtype, weight, weight.shape[1])
-    return _C.lora_linear(x, weight, bias, A, B, scaling, thresholds, seed, adapter_index, plan)
+    few = _few_tokens(x, weight, A, B) and (not c or (len(c) == 1 and seed is None))
+    plan = _C.Plan.dots if few else _plan(x.dtype, weight, weight.shape[1], bool(c))
+    return _C.lora_linear(x, weight, bias, A, B, c, scaling, thresholds, seed, adapter_index, keep_z, plan)
 
 
 def lora_linear_backward(
@@ -89,7 +92,9 @@ def lora_linear_backward(
     weight: Tensor,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    c: Sequence[Tensor],
     u: Tensor | None,
+    z: Sequence[Tensor],
     scaling: Sequence[float],
     dropout_p: Sequence[float],
     seed: Tensor | None,
@@ -99,8 +104,8 @@ def lora_linear_backward(
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
-    plan = _plan(dy.dtype, weight, weight.shape[0])
-    return _C.lora_linear_backward(dy, x, weight, A, B, u, scaling, thresholds, seed, adapter_index, needs, plan)
+    plan = _plan(dy.dtype, weight, weight.shape[0], bool(c))
+    return _C.lora_linear_backward(dy, x, weight, A, B, c, u, z, scaling, thresholds, seed, adapter_index, needs, plan)
 
 
 def _dropout(
@@ -120,14 +125,14 @@ def _few_tokens(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tens
     return rows > 0 and fits and all(t.is_contiguous() for t in (weight, *A, *B))
 
 
-def _plan(dtype: torch.dtype, weight: Tensor, contracted: int) -> object:
+def _plan(dtype: torch.dtype, weight: Tensor, contracted: int, dora: bool) -> object:
     """How the product with W, contracted over so many elements, and the low-rank part are computed."""
     assert _C is not None
     isa = _C.isa()
     if dtype == torch.bfloat16:
         if isa in ONE_ACCUMULATOR and contracted % 2 == 0 and 1 in weight.stride() and _C.has_base_product():
             return _C.Plan.one_accumulator
-        if isa in LOW_RANK_FIRST:
+        if isa in LOW_RANK_FIRST and not dora:  # DoRA scales the base product, so it comes first
             return _C.Plan.vendor_last
     if dtype == torch.float16 and not _float16_products():
         return _C.Plan.vendor_float32

@@ -33,16 +33,19 @@ def lora_linear(
     bias: Tensor | None,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    c: Sequence[Tensor],
     scaling: Sequence[float],
     dropout_p: Sequence[float],
     seed: Tensor | None,
     adapter_index: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
     x2 = _matrix(x)
-    keep, scaling = _masks(x2.shape[0], x2.shape[1], scaling, dropout_p, seed)
-    y, u = lora_linear_reference(x2, weight, bias, A, B, scaling, keep, _selects(len(A), adapter_index))
-    return y.view(*x.shape[:-1], weight.shape[0]), u
+    keep, factor = _masks(x2.shape[0], x2.shape[1], dropout_p, seed)
+    selects = _selects(len(A), adapter_index)
+    y, u, z = lora_linear_reference(x2, weight, bias, A, B, c, scaling, keep, factor, selects)
+    return y.view(*x.shape[:-1], weight.shape[0]), u, z if keep_z else []
 
 
 def lora_linear_backward(
@@ -51,7 +54,9 @@ def lora_linear_backward(
     weight: Tensor,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    c: Sequence[Tensor],
     u: Tensor | None,
+    z: Sequence[Tensor],
     scaling: Sequence[float],
     dropout_p: Sequence[float],
     seed: Tensor | None,
@@ -62,9 +67,9 @@ def lora_linear_backward(
     K = weight.shape[1]
     dy2 = _matrix(dy)
     x2 = None if x is None else _matrix(x)
-    keep, scaling = _masks(dy2.shape[0], K, scaling, dropout_p, seed)
+    keep, factor = _masks(dy2.shape[0], K, dropout_p, seed)
     selects = _selects(len(A), adapter_index)
-    grads = lora_linear_backward_reference(dy2, x2, weight, A, B, u, scaling, keep, selects, needs)
+    grads = lora_linear_backward_reference(dy2, x2, weight, A, B, c, u, z, scaling, keep, factor, selects, needs)
     if needs[0]:
         grads[0] = grads[0].view(*dy.shape[:-1], K)
     return grads
@@ -75,12 +80,12 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _masks(
-    rows: int, columns: int, scaling: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None
+    rows: int, columns: int, dropout_p: Sequence[float], seed: Tensor | None
 ) -> tuple[list[Tensor | None], list[float]]:
     if seed is None:
-        return [None] * len(scaling), list(scaling)
+        return [None] * len(dropout_p), [1.0] * len(dropout_p)
     keep = [dropout_keep(seed[i], rows, columns, p) if p > 0 else None for i, p in enumerate(dropout_p)]
-    return keep, [s * dropout_scale(p) for s, p in zip(scaling, dropout_p, strict=True)]
+    return keep, [dropout_scale(p) for p in dropout_p]
 
 
 def _selects(count: int, adapter_index: Tensor | None) -> list[Tensor | None]:
