@@ -38,6 +38,9 @@ std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::op
                                              const std::optional<at::Tensor>& u, const std::vector<at::Tensor>& z,
                                              const std::vector<bool>& needs, Plan plan);
 
+// DoRA's norm of each row of W + s B A [N, K]: [N] in float32.
+at::Tensor dora_norm(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scaling);
+
 // Boolean [rows, columns], true where an element is kept: the mask that the kernels draw.
 at::Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold);
 

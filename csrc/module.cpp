@@ -35,6 +35,11 @@ Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tenso
                                           needs, plan);
 }
 
+Tensor dora_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double scaling) {
+    const PlainDispatch plain;
+    return fastpeft::dora_norm(weight, A, B, scaling);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const char* const* name = fastpeft::cpu::available_kernels(); *name; ++name) names.emplace_back(*name);
@@ -58,6 +63,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .value("one_accumulator", fastpeft::Plan::one_accumulator);
     m.def("lora_linear", &lora_linear, release());
     m.def("lora_linear_backward", &lora_linear_backward, release());
+    m.def("dora_norm", &dora_norm, release());
     m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),
           pybind11::arg("columns"), pybind11::arg("threshold"), "Boolean [rows, columns], true where kept.");
     m.def(

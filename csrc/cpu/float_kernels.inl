@@ -169,12 +169,13 @@ void outer_float(const void* tile, bool, int64_t rows, int64_t columns, const vo
                                      out + r * ld_out + c, ld_out);
 }
 
+inline V16 load_tile(const Tile& tile, int64_t m, int64_t c, int64_t n) {
+    return load_first(at(tile.data, tile.dtype, m * tile.ld + c), tile.dtype, n);
+}
+
 struct Put : Epilogue {
     int64_t columns;
 
-    static V16 load_tile(const Tile& tile, int64_t m, int64_t c, int64_t n) {
-        return load_first(at(tile.data, tile.dtype, m * tile.ld + c), tile.dtype, n);
-    }
     // y of 16 columns, n of them within the tile; z is written.
     V16 finish(V16 product, int64_t m, int64_t c, int64_t n) const {
         const V16 below = from.data ? load_tile(from, m, c, n) : zero();
@@ -198,28 +199,64 @@ struct Put : Epilogue {
     }
 };
 
-template <int Rows>
-inline void expand_rows(const float* q, int64_t m, int64_t c, int64_t ranks, const float* panel, const Put& epilogue) {
+// Where `squares` puts its products.
+struct Squares {
+    Tile w;
+    float* column_sums;
+    int64_t columns;
+    float* lanes;  // [kRows][kLanes], one sum a row and lane
+
+    void put(V16 product, int64_t m, int64_t c) const {
+        const int64_t n = columns - c;
+        const V16 v = add(product, load_tile(w, m, c, n));
+        if (column_sums)
+            store_first(column_sums + c, DType::f32, fma(v, v, load_first(column_sums + c, DType::f32, n)), n);
+        else
+            store(lanes + m * kLanes, fma(v, v, load(lanes + m * kLanes)));
+    }
+};
+
+// Calls run(sink) and adds what it summed by rows.
+template <typename Sink, typename Run>
+inline void sum_squares(int64_t rows, int64_t columns, Tile w, float* row_sums, float* column_sums, Run run) {
+    alignas(64) float lanes[kRows * kLanes] = {};
+    run(Sink{{w, column_sums, columns, lanes}});
+    for (int64_t m = 0; row_sums && m < rows; ++m) row_sums[m] += sum(load(lanes + m * kLanes));
+}
+
+template <int Rows, typename Sink>
+inline void expand_rows(const float* q, int64_t m, int64_t c, int64_t ranks, const float* panel, const Sink& sink) {
     V16 sums[Rows];
     for (int i = 0; i < Rows; ++i) sums[i] = zero();
     for (int64_t r = 0; r < ranks; ++r) {
         const V16 p = load(panel + r * kLanes);
         for (int i = 0; i < Rows; ++i) sums[i] = fma(splat(q[(m + i) * ranks + r]), p, sums[i]);
     }
-    for (int i = 0; i < Rows; ++i) epilogue.put(sums[i], m + i, c);
+    for (int i = 0; i < Rows; ++i) sink.put(sums[i], m + i, c);
 }
 
-void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
-                  int64_t panel_stride, const Epilogue& target) {
-    const Put epilogue{target, columns};
+template <typename Sink>
+inline void expand_tile(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+                        int64_t panel_stride, const Sink& sink) {
     const float* left_q = static_cast<const float*>(q);
     const auto panel_at = [&](int64_t c) { return static_cast<const float*>(panel) + c / kLanes * panel_stride; };
     int64_t m = 0;  // a few rows at a time along all columns: whole lines of y are written one after the other
     for (; m + kFloatRows <= rows; m += kFloatRows)
-        for (int64_t c = 0; c < columns; c += kLanes)
-            expand_rows<kFloatRows>(left_q, m, c, ranks, panel_at(c), epilogue);
+        for (int64_t c = 0; c < columns; c += kLanes) expand_rows<kFloatRows>(left_q, m, c, ranks, panel_at(c), sink);
     for (; m < rows; ++m)
-        for (int64_t c = 0; c < columns; c += kLanes) expand_rows<1>(left_q, m, c, ranks, panel_at(c), epilogue);
+        for (int64_t c = 0; c < columns; c += kLanes) expand_rows<1>(left_q, m, c, ranks, panel_at(c), sink);
+}
+
+void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+                  int64_t panel_stride, const Epilogue& epilogue) {
+    expand_tile(q, rows, columns, ranks, panel, panel_stride, Put{epilogue, columns});
+}
+
+void squares_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+                   int64_t panel_stride, Tile w, float* row_sums, float* column_sums) {
+    struct Sink : Squares {};
+    sum_squares<Sink>(rows, columns, w, row_sums, column_sums,
+                      [&](const Sink& sink) { expand_tile(q, rows, columns, ranks, panel, panel_stride, sink); });
 }
 
 // ---- DoRA's operands and the gradient of its scale ----------------------------------------------------------------
@@ -229,7 +266,7 @@ void scale_float(Tile in, int64_t rows, int64_t columns, const uint64_t* keep, c
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t c = 0; c < columns; c += kLanes) {
             const int64_t n = columns - c;
-            V16 v = mul(Put::load_tile(in, m, c, n), splat(factor));
+            V16 v = mul(load_tile(in, m, c, n), splat(factor));
             if (scale) v = mul(v, load_first(scale + c, DType::f32, n));
             if (keep) v = where_kept(v, keep_bits(keep + m * kKeepWords, c));
             store_first(at(out, in.dtype, m * ld_out + c), in.dtype, v, n);
@@ -240,7 +277,7 @@ void column_dots_float(Tile a, Tile b, int64_t rows, int64_t columns, float* sum
     for (int64_t c = 0; c < columns; c += kLanes) {
         const int64_t n = columns - c;
         V16 sum = zero();
-        for (int64_t m = 0; m < rows; ++m) sum = fma(Put::load_tile(a, m, c, n), Put::load_tile(b, m, c, n), sum);
+        for (int64_t m = 0; m < rows; ++m) sum = fma(load_tile(a, m, c, n), load_tile(b, m, c, n), sum);
         store_first(sums + c, DType::f32, add(sum, load_first(sums + c, DType::f32, n)), n);
     }
 }

@@ -28,6 +28,7 @@ constexpr Kernels float_table(const char* name) {
         .multiply = multiply_float,
         .outer = outer_float,
         .expand = expand_float,
+        .squares = squares_float,
         .scale = scale_float,
         .column_dots = column_dots_float,
         .dot = dot_float,

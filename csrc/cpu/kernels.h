@@ -82,6 +82,11 @@ struct Kernels {
     void (*expand)(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
                    int64_t panel_stride, const Epilogue& epilogue);
 
+    // Squares of w + q · panel, operands as for `expand`, added onto row_sums [rows] or, where that is null, onto
+    // column_sums [columns].
+    void (*squares)(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+                    int64_t panel_stride, Tile w, float* row_sums, float* column_sums);
+
     // out = factor · keep ∘ scale ∘ in, all [rows, columns] in one dtype; keep [rows][kKeepWords] and the scale, one
     // number a column, may be null.
     void (*scale)(Tile in, int64_t rows, int64_t columns, const uint64_t* keep, const float* scale, float factor,

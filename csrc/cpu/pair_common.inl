@@ -233,4 +233,20 @@ struct PairPut : Put {
     }
 };
 
+struct PairSquares : Squares {
+    void put_both(V16 first, V16 last, int64_t m, int64_t c) const {
+        if (c + 2 * kLanes > columns || column_sums) {
+            put(first, m, c);
+            if (c + kLanes < columns) put(last, m, c + kLanes);
+            return;
+        }
+        const uint16_t* p = static_cast<const uint16_t*>(w.data) + m * w.ld + c;
+        _mm_prefetch(reinterpret_cast<const char*>(p + kColumns), _MM_HINT_T1);
+        first = add(first, load_bf16(p));
+        last = add(last, load_bf16(p + kLanes));
+        float* sums = lanes + m * kLanes;
+        store(sums, fma(first, first, fma(last, last, load(sums))));
+    }
+};
+
 }  // namespace

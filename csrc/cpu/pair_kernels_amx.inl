@@ -94,10 +94,10 @@ void outer_amx(const void* tile, int64_t rows, int64_t columns, const void* q, i
     }
 }
 
+template <typename Sink>
 void expand_amx(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel, int64_t panel_stride,
-                const Epilogue& target) {
+                const Sink& sink) {
     const TileScope scope;
-    const PairPut epilogue{{target, columns}};
     alignas(64) float sums[2][kRows][kLanes];
     for (int64_t c = 0; c < columns; c += 2 * kLanes) {
         for (int64_t half = 0; half < 2 && c + half * kLanes < columns; ++half) {
@@ -108,7 +108,7 @@ void expand_amx(const void* q, int64_t rows, int64_t columns, int64_t ranks, con
             _tile_stored(0, sums[half][0], kLanes * 4);
             _tile_stored(1, sums[half][kLanes], kLanes * 4);
         }
-        for (int64_t m = 0; m < rows; ++m) epilogue.put_both(load(sums[0][m]), load(sums[1][m]), m, c);
+        for (int64_t m = 0; m < rows; ++m) sink.put_both(load(sums[0][m]), load(sums[1][m]), m, c);
     }
 }
 

@@ -93,10 +93,10 @@ void outer_pairs(const void* tile, int64_t rows, int64_t columns, const void* q,
 }
 
 // Two vectors of columns for Rows rows at once.
-template <int Rows>
+template <int Rows, typename Sink>
 inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t ranks, const uint16_t* panel,
-                             int64_t panel_stride, const PairPut& epilogue) {
-    const uint16_t* second = c + kLanes < epilogue.columns ? panel + panel_stride : panel;
+                             int64_t panel_stride, const Sink& sink) {
+    const uint16_t* second = c + kLanes < sink.columns ? panel + panel_stride : panel;
     __m512 sums[Rows][2];
     for (int i = 0; i < Rows; ++i) sums[i][0] = sums[i][1] = zero();
     for (int64_t r = 0; r < ranks; r += 2) {
@@ -107,26 +107,26 @@ inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t ra
             sums[i][1] = dot_pairs(sums[i][1], t, p1);
         }
     }
-    for (int i = 0; i < Rows; ++i) epilogue.put_both(sums[i][0], sums[i][1], m + i, c);
+    for (int i = 0; i < Rows; ++i) sink.put_both(sums[i][0], sums[i][1], m + i, c);
 }
 
-template <int Rows>
+template <int Rows, typename Sink>
 inline void expand_pair_columns(const uint16_t* q, int64_t m, int64_t ranks, const uint16_t* panel,
-                                int64_t panel_stride, const PairPut& epilogue) {
-    for (int64_t c = 0; c < epilogue.columns; c += 2 * kLanes)
-        expand_pair_rows<Rows>(q, m, c, ranks, panel + c / kLanes * panel_stride, panel_stride, epilogue);
+                                int64_t panel_stride, const Sink& sink) {
+    for (int64_t c = 0; c < sink.columns; c += 2 * kLanes)
+        expand_pair_rows<Rows>(q, m, c, ranks, panel + c / kLanes * panel_stride, panel_stride, sink);
 }
 
 // A few rows at a time along all columns: whole lines of y are written one after the other.
+template <typename Sink>
 void expand_pairs(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel, int64_t panel_stride,
-                  const Epilogue& target) {
-    const PairPut epilogue{{target, columns}};
+                  const Sink& sink) {
     const uint16_t* left_q = static_cast<const uint16_t*>(q);
     const uint16_t* p = static_cast<const uint16_t*>(panel);
     int64_t m = 0;
     for (; m + kPairRows <= rows; m += kPairRows)
-        expand_pair_columns<kPairRows>(left_q, m, ranks, p, panel_stride, epilogue);
-    for (; m < rows; ++m) expand_pair_columns<1>(left_q, m, ranks, p, panel_stride, epilogue);
+        expand_pair_columns<kPairRows>(left_q, m, ranks, p, panel_stride, sink);
+    for (; m < rows; ++m) expand_pair_columns<1>(left_q, m, ranks, p, panel_stride, sink);
 }
 
 }  // namespace

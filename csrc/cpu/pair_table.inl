@@ -21,7 +21,15 @@ void outer(const void* tile, bool pairs, int64_t rows, int64_t columns, const vo
 void expand(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
             int64_t panel_stride, const Epilogue& epilogue) {
     if (!pairs) return expand_float(q, pairs, rows, columns, ranks, panel, panel_stride, epilogue);
-    PAIR(expand)(q, rows, columns, ranks, panel, panel_stride, epilogue);
+    PAIR(expand)(q, rows, columns, ranks, panel, panel_stride, PairPut{{epilogue, columns}});
+}
+
+void squares(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+             int64_t panel_stride, Tile w, float* row_sums, float* column_sums) {
+    if (!pairs) return squares_float(q, pairs, rows, columns, ranks, panel, panel_stride, w, row_sums, column_sums);
+    sum_squares<PairSquares>(rows, columns, w, row_sums, column_sums, [&](const PairSquares& sink) {
+        PAIR(expand)(q, rows, columns, ranks, panel, panel_stride, sink);
+    });
 }
 
 constexpr Kernels pair_table(const char* name) {
@@ -36,6 +44,7 @@ constexpr Kernels pair_table(const char* name) {
         .multiply = multiply,
         .outer = outer,
         .expand = expand,
+        .squares = squares,
         .scale = scale_float,
         .column_dots = column_dots_float,
         .pack_stripe = pack_stripe,
