@@ -41,6 +41,9 @@ std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::op
 // DoRA's norm of each row of W + s B A [N, K]: [N] in float32.
 at::Tensor dora_norm(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scaling);
 
+// 64 bits that depend on every `every`-th element of a contiguous tensor and on its place.
+uint64_t fingerprint(const at::Tensor& t, int64_t every);
+
 // Boolean [rows, columns], true where an element is kept: the mask that the kernels draw.
 at::Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold);
 

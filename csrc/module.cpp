@@ -64,6 +64,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear", &lora_linear, release());
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
+    m.def("fingerprint", &fastpeft::fingerprint, release(), pybind11::arg("tensor"), pybind11::arg("every"));
     m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),
           pybind11::arg("columns"), pybind11::arg("threshold"), "Boolean [rows, columns], true where kept.");
     m.def(

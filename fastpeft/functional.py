@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .dispatch import check_backend_name
 from .dropout import dropout_seeds
+from .reference import wide_dtype
 
 BASE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,6 +56,82 @@ def lora_linear(
         TypeError: an argument's type or dtype does not fit; ValueError: a shape, device or number does not.
         fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot take the call.
     """
+    return _adapted_linear(x, weight, bias, A, B, None, None, scaling, dropout_p, training, adapter_index, backend)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | Sequence[Tensor],
+    B: Tensor | Sequence[Tensor],
+    magnitude: Tensor | Sequence[Tensor],
+    scaling: float | Tensor | Sequence[float | Tensor],
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    norm: Tensor | Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer and its DoRA adapters in one step (Liu et al., 2024; PEFT's formulas).
+
+    With ``c = m / ‖W + s B A‖`` for each output row, the norm taken as a constant: ``y = c (x Wᵀ + s u Bᵀ) + b``; with
+    dropout ``y = x Wᵀ + (c - 1) (D(x) Wᵀ) + c s u Bᵀ + b``, where ``u = D(x) Aᵀ``. Of several adapters, each acts on
+    the result of those before it, as in PEFT. dtypes as in :func:`lora_linear`. Keeps ``x``, ``u`` and, for the
+    gradient of ``m``, what ``c`` multiplies, ``[M, N]``.
+
+    Args:
+        magnitude: ``m [N]``, any floating dtype, or a list with one for each adapter.
+        norm: ``‖W + s B A‖ [N]`` of each adapter from :func:`dora_norm`, where it is known already.
+        x, weight, bias, A, B, scaling, dropout_p, training, backend: as in :func:`lora_linear`.
+
+    Returns:
+        ``[..., N]``, in the dtype the product ran in.
+
+    Raises:
+        What :func:`lora_linear` raises; ValueError where ``m / ‖W + s B A‖`` is not finite: a row of norm 0.
+    """
+    return _adapted_linear(x, weight, bias, A, B, magnitude, norm, scaling, dropout_p, training, None, backend)
+
+
+def dora_norm(
+    weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor = 1.0, backend: str | None = None
+) -> Tensor:
+    """``‖W + s B A‖`` of each row: what DoRA divides its magnitude by. Reads ``W`` once; a constant for autograd.
+
+    Args:
+        weight: ``[N, K]``; A: ``[r, K]``; B: ``[N, r]``; scaling: ``s``; all as in :func:`lora_linear`.
+
+    Returns:
+        ``[N]`` in float32, float64 for a float64 ``weight``.
+
+    Raises:
+        What :func:`lora_linear` raises.
+    """
+    _check_tensor("A", A)
+    _check_tensor("B", B)
+    _check_tensor("weight", weight)
+    check_backend_name(backend)
+    x = weight.detach()[:0]
+    _check_base(x, weight, None)
+    _check_adapters(x, weight, [A], [B], [scaling], [0.0])
+    (factor,) = _constant_scaling([B], [scaling], x)
+    return ops.dora_norm(weight.detach(), A.detach(), B.detach(), factor, backend)
+
+
+def _adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | Sequence[Tensor],
+    B: Tensor | Sequence[Tensor],
+    magnitude: Tensor | Sequence[Tensor] | None,
+    norm: Tensor | Sequence[Tensor] | None,
+    scaling: float | Tensor | Sequence[float | Tensor],
+    dropout_p: float | Sequence[float],
+    training: bool,
+    adapter_index: Tensor | None,
+    backend: str | None,
+) -> Tensor:
     As, Bs = _tensors("A", A), _tensors("B", B)
     count = len(As)
     scalings = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
@@ -64,7 +141,7 @@ def lora_linear(
     _check_adapters(x, weight, As, Bs, scalings, ps)
     _check_adapter_index(x, adapter_index, count)
 
-    device_type = x.device.type
+    base_weight, device_type = weight, x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -72,13 +149,53 @@ def lora_linear(
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
+    factors = _constant_scaling(Bs, scalings, x)
+    c: list[Tensor] = []
+    if magnitude is not None:
+        if norm is None:
+            adapters = zip(As, Bs, factors, strict=True)
+            norm = [ops.dora_norm(base_weight.detach(), a.detach(), b.detach(), s, backend) for a, b, s in adapters]
+        norms = _tensors("norm", norm)
+        c = _dora_factors(_tensors("magnitude", magnitude), norms, weight, x, count)
+    seed = dropout_seeds(count, x.device) if training and any(ps) else None
+    keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in c)
+    return ops.call_lora_linear(x, weight, bias, As, Bs, c, factors, ps, seed, adapter_index, keep_z, backend)[0]
+
+
+def _constant_scaling(Bs: list[Tensor], scalings: Sequence[float | Tensor], x: Tensor) -> list[float]:
+    """The scalings as numbers; those that are tensors are multiplied into ``Bs`` in place of it."""
     factors: list[float] = []
     for i, s in enumerate(scalings):
         if isinstance(s, Tensor):  # stays on its device, so that it may change without a recompile or a synchronisation
             Bs[i] = Bs[i] * s.detach().to(device=x.device, dtype=torch.promote_types(Bs[i].dtype, torch.float32))
         factors.append(1.0 if isinstance(s, Tensor) else s)
-    seed = dropout_seeds(count, x.device) if training and any(ps) else None
-    return ops.call_lora_linear(x, weight, bias, As, Bs, [], factors, ps, seed, adapter_index, False, backend)[0]
+    return factors
+
+
+def _dora_factors(magnitudes: list[Tensor], norms: list[Tensor], weight: Tensor, x: Tensor, count: int) -> list[Tensor]:
+    """``c = m / norm`` of each adapter, checked."""
+    factors = []
+    for name, values in (("magnitude", magnitudes), ("norm", norms)):
+        if len(values) != count:
+            raise ValueError(f"{name} must have one entry for each of the {count} adapters in A, got {len(values)}")
+        for i, value in enumerate(values):
+            at = f"[{i}]" if count > 1 else ""
+            if not value.is_floating_point():
+                raise TypeError(f"{name}{at} must have a floating dtype, got {value.dtype}")
+            if value.shape != weight.shape[:1]:
+                raise ValueError(f"{name}{at} must have shape [N={weight.shape[0]}], got {list(value.shape)}")
+            _check_device(f"{name}{at}", value, x)
+    for i, (m, norm) in enumerate(zip(magnitudes, norms, strict=True)):
+        c = (m.to(wide_dtype(x.dtype)) / norm).to(wide_dtype(x.dtype))
+        if is_readable(c) and not c.isfinite().all():
+            row = int((~c.isfinite()).nonzero()[0])
+            at = f"[{i}]" if count > 1 else ""
+            raise ValueError(
+                f"magnitude{at} / ‖W + s B A‖ must be finite, and is {c[row].item()} in row {row}: "
+                f"magnitude {m[row].item()}, norm {norm[row].item()}"
+            )
+        factors.append(c)
+    return factors
 
 
 def _tensors(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -153,7 +270,7 @@ def _check_scaling(name: str, s: float | Tensor) -> None:
     if isinstance(s, Tensor):
         if s.numel() != 1:
             raise ValueError(f"{name} must hold one number, got a tensor of shape {list(s.shape)}")
-        if not _is_readable(s):
+        if not is_readable(s):
             return
         s = s.item()
     _check_number(name, s)
@@ -172,13 +289,13 @@ def _check_adapter_index(x: Tensor, adapter_index: Tensor | None, count: int) ->
             f"adapter_index must have the leading shape of x, {list(x.shape[:-1])}, got {list(adapter_index.shape)}"
         )
     _check_device("adapter_index", adapter_index, x)
-    if _is_readable(adapter_index) and adapter_index.numel():
+    if is_readable(adapter_index) and adapter_index.numel():
         least, most = (int(bound) for bound in adapter_index.aminmax())
         if least < -1 or most >= count:
             raise ValueError(f"adapter_index must be from -1 to {count - 1}, got {least} to {most}")
 
 
-def _is_readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Whether reading values neither waits for a device nor breaks a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .functional import lora_linear
+from .functional import dora_linear, lora_linear
+from .norm_cache import NormCache
 
 
 class LoRALinear(nn.Module):
@@ -58,7 +60,7 @@ class LoRALinear(nn.Module):
         *,
         adapter_dtype: torch.dtype = torch.float32,
         backend: str | None = None,
-    ) -> LoRALinear:
+    ) -> Self:
         """An adapter of rank ``r`` on ``linear``, whose weight and bias are shared, not copied, and frozen.
 
         Args:
@@ -93,10 +95,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``."""
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
         return lora_linear(
             x,
-            weight,
+            self._matrix(),
             self.bias,
             self.lora_A,
             self.lora_B,
@@ -106,8 +107,48 @@ class LoRALinear(nn.Module):
             backend=self.backend,
         )
 
+    def _matrix(self) -> Tensor:
+        """The weight as ``[N, K]``."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
+        )
+
+
+class DoRALinear(LoRALinear):
+    """``y = c (x Wᵀ + (alpha / r) (x Aᵀ) Bᵀ) + b`` with ``c = m / ‖W + (alpha / r) B A‖`` (Liu et al., "DoRA", 2024).
+
+    Built by :meth:`from_linear`. The magnitude ``lora_magnitude_vector [N]`` starts as the norm of each row of ``W``,
+    so that a fresh layer computes what the base layer did. For the formula with dropout and for what is kept see
+    :func:`fastpeft.functional.dora_linear`. The norm is computed anew only when ``W``, ``A``, ``B`` or ``alpha``
+    have changed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See :meth:`from_linear`."""
+        super().__init__(*args, **kwargs)
+        self._norms = NormCache()
+        self.lora_magnitude_vector = nn.Parameter(self.weight_norm().to(self.lora_A.dtype))
+
+    def weight_norm(self) -> Tensor:
+        """``‖W + (alpha / r) B A‖`` of each output row: ``[N]``, float32 or float64."""
+        return self._norms.get(self._matrix(), self.lora_A, self.lora_B, self.scaling, self.backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]``."""
+        return dora_linear(
+            x,
+            self._matrix(),
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.lora_magnitude_vector,
+            self.scaling,
+            self.dropout,
+            self.training,
+            norm=self.weight_norm(),
+            backend=self.backend,
         )

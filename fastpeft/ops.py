@@ -9,6 +9,8 @@
     ``[M, N]`` in the dtype of ``x`` for each ``c``: what it multiplies. ``u`` and ``z`` are not differentiable.
 ``fastpeft::lora_linear_backward(dy, x, weight, A, B, c, u, z, …, needs, backend) -> Tensor[]``
     the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for, in this order.
+``fastpeft::dora_norm(weight, A, B, scaling, backend) -> Tensor``
+    ``‖W + s B A‖`` of each row, ``[N]`` in float32 (float64 for float64); not differentiable.
 """
 
 from __future__ import annotations
@@ -121,6 +123,14 @@ def _lora_linear_backward_fake(
     return [grad for grad in like if grad is not None]
 
 
+def _dora_norm_dispatch(weight: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str | None) -> Tensor:
+    return dispatch.choose("dora_norm", weight, weight, [A], [B], backend).dora_norm(weight, A, B, scaling)
+
+
+def _dora_norm_fake(weight: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str | None) -> Tensor:
+    return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
+
+
 _ADAPTERS = "Tensor[] A, Tensor[] B, Tensor[] c"
 _SETTINGS = "float[] scaling, float[] dropout_p, Tensor? seed, Tensor? adapter_index"
 
@@ -135,6 +145,12 @@ lora_linear_backward = _define(
     "bool[] needs, str? backend) -> Tensor[]",
     _lora_linear_backward_dispatch,
     _lora_linear_backward_fake,
+)
+
+dora_norm = _define(
+    "dora_norm(Tensor weight, Tensor A, Tensor B, float scaling, str? backend) -> Tensor",
+    _dora_norm_dispatch,
+    _dora_norm_fake,
 )
 
 

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, TypeGuard
 
 import peft
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
@@ -25,11 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .dispatch import BackendRefusal, check_backend_name
 from .explain import backend_refusals, grouped
-from .functional import lora_linear
+from .functional import dora_linear, is_readable, lora_linear
+from .norm_cache import NormCache
 
 
 class Operands(NamedTuple):
-    """What a fused layer hands to :func:`fastpeft.functional.lora_linear`, in its order."""
+    """What a fused layer hands to :mod:`fastpeft.functional`; ``magnitude`` and ``norm`` are DoRA's, else empty."""
 
     weight: Tensor
     bias: Tensor | None
@@ -37,10 +40,18 @@ class Operands(NamedTuple):
     B: list[Tensor]
     scaling: list[float | Tensor]
     dropout_p: list[float]
+    magnitude: list[Tensor]
+    norm: list[Tensor]
+
+    def __call__(self, x: Tensor, adapter_index: Tensor | None, backend: str | None) -> Tensor:
+        if not self.magnitude:
+            return lora_linear(x, *self[:6], adapter_index=adapter_index, backend=backend)
+        weight, bias, A, B, scaling, dropout_p, magnitude, norm = self
+        return dora_linear(x, weight, bias, A, B, magnitude, scaling, dropout_p, norm=norm, backend=backend)
 
 
 class FusedLinear(PeftLinear):
-    """``peft.tuners.lora.layer.Linear`` whose forward is one call of :func:`fastpeft.functional.lora_linear`."""
+    """``peft.tuners.lora.layer.Linear`` whose forward is one call of :mod:`fastpeft.functional`."""
 
     fastpeft_backend: str | None = None
 
@@ -54,7 +65,7 @@ class FusedLinear(PeftLinear):
         operands = operands_or_reason(self, self.active_adapters)
         if isinstance(operands, str) or not _is_plain_input(x, operands.weight):
             return super().forward(x)
-        return lora_linear(x, *operands, backend=self.fastpeft_backend)
+        return operands(x, None, self.fastpeft_backend)
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """``adapter_names`` has a name for each sample of ``x [samples, ..., K]``; ``"__base__"`` is no adapter."""
@@ -64,14 +75,15 @@ class FusedLinear(PeftLinear):
         if (
             isinstance(operands, str)
             or x.dim() < 2
-            or any(self.lora_bias[name] for name in served)  # then the bias differs from token to token
+            or operands.magnitude  # then each token has factors of its own,
+            or any(self.lora_bias[name] for name in served)  # or the bias differs from token to token
             or not _is_plain_input(x, operands.weight)
         ):
             return super().forward(x, adapter_names=adapter_names)
         position = {name: i for i, name in enumerate(served)}
         index = torch.tensor([position.get(name, -1) for name in adapter_names], device=x.device)
         adapter_index = index.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
-        return lora_linear(x, *operands, adapter_index=adapter_index, backend=self.fastpeft_backend)
+        return operands(x, adapter_index, self.fastpeft_backend)
 
     def extra_repr(self) -> str:
         """Whether the layer is fused as it stands, or why not."""
@@ -138,6 +150,7 @@ def unpatch(model: nn.Module) -> None:
         if type(layer) is FusedLinear:
             layer.__class__ = PeftLinear
             layer.__dict__.pop("fastpeft_backend", None)
+            layer.__dict__.pop("_fastpeft_norms", None)
 
 
 def get_peft_model(
@@ -219,10 +232,13 @@ def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operan
     reason = _base_reason(base, weight, bias)
     if reason is not None:
         return reason
+    matrix = weight.t() if type(base) is Conv1D else weight
     lora_A, lora_B, lora_dropout = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
     if not type(lora_A) is type(lora_B) is type(lora_dropout) is nn.ModuleDict:
         return "the containers of its adapters are wrapped"
     As, Bs, scalings, ps = [], [], [], []
+    magnitudes: list[Tensor] = []
+    norms: list[Tensor] = []
     for name in adapters:
         A: Any = lora_A._modules.get(name)
         B: Any = lora_B._modules.get(name)
@@ -240,9 +256,19 @@ def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operan
         lora_bias = B._parameters["bias"]
         if lora_bias is not None:
             bias = lora_bias * scaling if bias is None else bias + lora_bias * scaling
+        if name in layer.lora_variant:
+            found = _magnitude_and_norm(layer, name, matrix, As[-1], Bs[-1], scaling)
+            if isinstance(found, str):
+                return f"its adapter {name!r} {found}"
+            magnitudes.append(found[0])
+            norms.append(found[1])
     if not As:
         return "none of the active adapters is in this layer"
-    return Operands(weight.t() if type(base) is Conv1D else weight, bias, As, Bs, scalings, ps)
+    if magnitudes and len(As) > 1:
+        reason = _chain_reason(layer, adapters, ps, len(magnitudes))
+        if reason is not None:
+            return reason
+    return Operands(matrix, bias, As, Bs, scalings, ps, magnitudes, norms)
 
 
 def is_peft_layer(module: nn.Module) -> TypeGuard[BaseTunerLayer]:
@@ -286,8 +312,11 @@ def _base_reason(base: nn.Module, weight: Tensor | None, bias: Tensor | None) ->
 def _adapter_reason(
     layer: Any, name: str, A: Any, B: Any, dropout: Any, scaling: float | Tensor | None, weight: Tensor
 ) -> str | None:
-    if name in layer.lora_variant:
-        return f"is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+    variant = layer.lora_variant.get(name)
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return f"is a {type(variant).__name__}, neither LoRA nor DoRA"
+    if variant is not None and B._parameters["bias"] is not None:
+        return "has DoRA and a bias in lora_B"
     if not type(A) is type(B) is nn.Linear:
         return f"consists of {_class_name(A)} and {_class_name(B)}"
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
@@ -306,6 +335,36 @@ def _adapter_reason(
         return f"is {A_weight.dtype} where the base weight is {weight.dtype}, and casting the input is switched off"
     if type(scaling) is not float and not _is_constant(scaling):
         return "has a scaling that is not one constant number"
+    return None
+
+
+def _magnitude_and_norm(
+    layer: Any, name: str, weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor
+) -> tuple[Tensor, Tensor] | str:
+    """Of a DoRA adapter, or why PEFT has to run it."""
+    module = layer.lora_magnitude_vector._modules.get(name)
+    if type(module) is not DoraLinearLayer or _is_hooked(module):
+        return f"keeps its magnitude in a {_class_name(module)}, or in a module with a hook or a forward of its own"
+    magnitude: Any = module._parameters["weight"]
+    if not _is_plain(magnitude) or magnitude.device != weight.device:
+        return f"has a magnitude that is a {type(magnitude).__qualname__} on {magnitude.device}"
+    caches = layer.__dict__.setdefault("_fastpeft_norms", {})
+    backend = layer.__dict__.get("fastpeft_backend")
+    norm = caches.setdefault(name, NormCache()).get(weight, A, B, float(scaling), backend)
+    if is_readable(norm) and not (magnitude / norm).isfinite().all():
+        return "has a row whose norm is 0, or a magnitude that is not finite"
+    return magnitude, norm
+
+
+def _chain_reason(layer: Any, adapters: Sequence[str], ps: Sequence[float], doras: int) -> str | None:
+    """Of several active adapters, at least one with DoRA, each acts on the result of those before it, in a way that
+    depends on its dropout: why PEFT has to run them."""
+    if doras < len(ps):
+        return "DoRA and LoRA adapters are active together"
+    used = [layer.lora_dropout[name] for name in adapters if name in layer.lora_dropout]
+    for dropout, p in zip(used, ps, strict=True):
+        if (type(dropout) is nn.Dropout and layer.training) != (p > 0):
+            return "several DoRA adapters are active, and dropout is switched off in one of them alone"
     return None
 
 

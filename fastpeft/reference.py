@@ -130,6 +130,13 @@ def lora_linear_backward_reference(
     return grads + [grad for some in (dA, dB, dc) for _, grad in sorted(some.items())]
 
 
+def dora_norm_reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """``‖W + s B A‖`` of each row (Liu et al., "DoRA", 2024): ``[N]`` in float32 (float64 for float64)."""
+    wide = wide_dtype(weight.dtype)
+    adapted = torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling)
+    return torch.linalg.vector_norm(adapted, dim=1)
+
+
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else x.masked_fill(~keep, 0)
 

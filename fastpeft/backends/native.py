@@ -108,6 +108,20 @@ def lora_linear_backward(
     return _C.lora_linear_backward(dy, x, weight, A, B, c, u, z, scaling, thresholds, seed, adapter_index, needs, plan)
 
 
+def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """See ops.py."""
+    assert _C is not None
+    return _C.dora_norm(weight, A, B, scaling)
+
+
+def fingerprint(tensor: Tensor, every: int = 1) -> int | None:
+    """64 bits that depend on the values of every n-th element (rows one after the other); None where nothing reads
+    them cheaply. Version counters do not see what is written through ``.data`` or through another view's storage."""
+    if _C is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    return _C.fingerprint(tensor, every)
+
+
 def _dropout(
     scaling: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None
 ) -> tuple[list[int], Sequence[float]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..dropout import dropout_keep, dropout_scale
-from ..reference import lora_linear_backward_reference, lora_linear_reference
+from ..reference import dora_norm_reference, lora_linear_backward_reference, lora_linear_reference
 
 NAME = "reference"
 
@@ -73,6 +73,11 @@ def lora_linear_backward(
     if needs[0]:
         grads[0] = grads[0].view(*dy.shape[:-1], K)
     return grads
+
+
+def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """See ops.py."""
+    return dora_norm_reference(weight, A, B, scaling)
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""DoRA's norm, kept while W, A, B and s are unchanged: it does not depend on the tokens.
+
+Gradient accumulation, activation checkpointing and evaluation ask for it again and again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import ops
+from .backends import native
+
+
+class NormCache:
+    """The norm of the last ``W, A, B, s``.
+
+    A tensor counts as unchanged while it has the same storage, place in it and version counter. As optimizers and
+    ``merge`` also write through ``.data``, which no counter sees, ``A`` and ``B`` are compared by all their values,
+    and ``W`` by one of each row. Copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._norm: Tensor | None = None
+
+    def get(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str | None) -> Tensor:
+        """``‖W + s B A‖`` of each row, see ``fastpeft::dora_norm``; not to be written to."""
+        weight, A, B = weight.detach(), A.detach(), B.detach()
+        key = None if torch.compiler.is_compiling() else _key(weight, A, B, scaling, backend)
+        if key is None:
+            return ops.dora_norm(weight, A, B, scaling, backend)
+        if key != self._key or self._norm is None:
+            self._key = None  # an error leaves nothing behind
+            self._norm = ops.dora_norm(weight, A, B, scaling, backend)
+            self._key = key
+        return self._norm
+
+    def __deepcopy__(self, memo: object) -> NormCache:
+        return NormCache()
+
+    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
+        return NormCache, ()
+
+
+def _key(weight: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str | None) -> tuple[Any, ...] | None:
+    """What the norm depends on; None where a change could stay unseen."""
+    if any(type(t) is not Tensor or t.is_inference() for t in (weight, A, B)):
+        return None
+    rows = weight if weight.is_contiguous() else weight.t()  # a Conv1D's
+    values = native.fingerprint(A), native.fingerprint(B), native.fingerprint(rows, rows.shape[1] + 1)
+    if None in values:
+        return None
+    return scaling, backend, values, *(_identity(t) for t in (weight, A, B))
+
+
+def _identity(t: Tensor) -> tuple[Any, ...]:
+    # The weak reference keeps the storage's address from being given to another one, not its data from being freed.
+    return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
