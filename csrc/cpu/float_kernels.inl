@@ -199,29 +199,28 @@ struct Put : Epilogue {
     }
 };
 
-// Where `squares` puts its products.
+// Where `squares` puts its products. A tile is summed by itself, as in the products above.
 struct Squares {
     Tile w;
-    float* column_sums;
+    bool down;  // one sum a column instead of one a row and lane
     int64_t columns;
-    float* lanes;  // [kRows][kLanes], one sum a row and lane
+    float* sums;
 
     void put(V16 product, int64_t m, int64_t c) const {
-        const int64_t n = columns - c;
-        const V16 v = add(product, load_tile(w, m, c, n));
-        if (column_sums)
-            store_first(column_sums + c, DType::f32, fma(v, v, load_first(column_sums + c, DType::f32, n)), n);
-        else
-            store(lanes + m * kLanes, fma(v, v, load(lanes + m * kLanes)));
+        const V16 v = add(product, load_tile(w, m, c, columns - c));
+        float* target = sums + (down ? c : m * kLanes);
+        store(target, fma(v, v, load(target)));
     }
 };
 
-// Calls run(sink) and adds what it summed by rows.
+// Calls run(sink) on one tile and adds its sums onto the totals.
 template <typename Sink, typename Run>
 inline void sum_squares(int64_t rows, int64_t columns, Tile w, float* row_sums, float* column_sums, Run run) {
-    alignas(64) float lanes[kRows * kLanes] = {};
-    run(Sink{{w, column_sums, columns, lanes}});
-    for (int64_t m = 0; row_sums && m < rows; ++m) row_sums[m] += sum(load(lanes + m * kLanes));
+    static_assert(kColumns <= kRows * kLanes);
+    alignas(64) float sums[kRows * kLanes] = {};
+    run(Sink{{w, column_sums != nullptr, columns, sums}});
+    for (int64_t m = 0; row_sums && m < rows; ++m) row_sums[m] += sum(load(sums + m * kLanes));
+    for (int64_t c = 0; column_sums && c < columns; ++c) column_sums[c] += sums[c];
 }
 
 template <int Rows, typename Sink>

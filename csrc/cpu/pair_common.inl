@@ -235,7 +235,7 @@ struct PairPut : Put {
 
 struct PairSquares : Squares {
     void put_both(V16 first, V16 last, int64_t m, int64_t c) const {
-        if (c + 2 * kLanes > columns || column_sums) {
+        if (c + 2 * kLanes > columns) {
             put(first, m, c);
             if (c + kLanes < columns) put(last, m, c + kLanes);
             return;
@@ -244,8 +244,12 @@ struct PairSquares : Squares {
         _mm_prefetch(reinterpret_cast<const char*>(p + kColumns), _MM_HINT_T1);
         first = add(first, load_bf16(p));
         last = add(last, load_bf16(p + kLanes));
-        float* sums = lanes + m * kLanes;
-        store(sums, fma(first, first, fma(last, last, load(sums))));
+        if (down) {
+            store(sums + c, fma(first, first, load(sums + c)));
+            store(sums + c + kLanes, fma(last, last, load(sums + c + kLanes)));
+        } else {
+            store(sums + m * kLanes, fma(first, first, fma(last, last, load(sums + m * kLanes))));
+        }
     }
 };
 
