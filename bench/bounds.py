@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .cases import DTYPES
+from .cases import DTYPES, METHODS
 from .contestants import FASTPEFT, PEFT
 from .rows import Row
 
@@ -42,11 +42,13 @@ class Bound:
     phase: str | None = None
     dropout: bool | None = None
     shapes: Sequence[str] | None = None
+    method: str | None = None
 
     def fits(self, row: Row) -> bool:
         return (
             row.contestant == FASTPEFT.name
             and row.case["rank"] == 16
+            and self.method in (None, row.case["method"])
             and self.kind in (None, row.case["kind"])
             and self.dtype in (None, row.case["dtype"])
             and self.phase in (None, row.phase)
@@ -55,16 +57,31 @@ class Bound:
         )
 
 
+def _of(method: str, *bounds: Bound) -> tuple[Bound, ...]:
+    return tuple(replace(bound, method=method, text=f"{METHODS[method]} {bound.text}") for bound in bounds)
+
+
 BOUNDS = (
-    Bound("layer: forward over the base", 1.08, times("base"), "layer", "bf16", "forward", False, _LARGE),
-    Bound("layer: step over the base", 1.12, times("base"), "layer", "bf16", "step", False, _LARGE),
-    Bound("layer: step over the base", 1.18, times("base"), "layer", "bf16", "step", True, _LARGE),
-    Bound("model: step over the base", 1.12, times("base"), "model", "bf16", "step", False),
-    Bound("model: step over the base", 1.15, times("base"), "model", "bf16", "step", True),
+    *_of(
+        "lora",
+        Bound("layer: forward over the base", 1.08, times("base"), "layer", "bf16", "forward", False, _LARGE),
+        Bound("layer: step over the base", 1.12, times("base"), "layer", "bf16", "step", False, _LARGE),
+        Bound("layer: step over the base", 1.18, times("base"), "layer", "bf16", "step", True, _LARGE),
+        Bound("model: step over the base", 1.12, times("base"), "model", "bf16", "step", False),
+        Bound("model: step over the base", 1.15, times("base"), "model", "bf16", "step", True),
+        Bound("kept: x, u and the seed alone", 1.0, kept_over_needed, "layer", phase="step"),
+        Bound("kept: share of PEFT's", 0.6, kept_over_peft, phase="step", dropout=True),
+    ),
+    *_of(
+        "dora",
+        Bound("layer: step over the base", 1.22, times("base"), "layer", "bf16", "step", False, _LARGE),
+        Bound("layer: step over the base", 2.2, times("base"), "layer", "bf16", "step", True, _LARGE),
+        Bound("model: step over the base", 1.25, times("base"), "model", "bf16", "step", False),
+        Bound("model: step over the base", 2.0, times("base"), "model", "bf16", "step", True),
+        Bound("kept: share of PEFT's", 0.4, kept_over_peft, dtype="bf16", phase="step"),
+    ),
     Bound("not slower than PEFT", 1.0, times("peft"), dtype="fp32"),
     Bound("one token: not slower than PEFT", 1.0, times("peft"), phase="generate"),
-    Bound("kept: x, u and the seed alone", 1.0, kept_over_needed, "layer", phase="step"),
-    Bound("kept: share of PEFT's", 0.6, kept_over_peft, phase="step", dropout=True),
 )
 
 
@@ -92,7 +109,7 @@ def check(rows: Sequence[Row]) -> list[Finding]:
             findings.append(Finding(bound, "", None, "not measured"))
         for row in fitting:
             measured = bound.measure(row, peft[_place(row)])
-            where = f"{row.case['shape']} {row.case['dtype']}, dropout {row.case['dropout']:g}, {row.phase}"
+            where = f"{row.title}, {row.phase}"
             if measured is None:
                 findings.append(Finding(bound, where, None, "miss: parity fails"))
             else:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYER_SHAPES = ((1, 2048, 2048), (512, 1024, 1024), (512, 2048, 2048), (2048, 2048, 2048), (512, 4096, 4096))
 RANK = 16
+METHODS = {"lora": "LoRA", "dora": "DoRA"}
 DROPOUTS = (0.0, 0.05)
 SEED = 0
 
@@ -28,6 +29,9 @@ class Case(Protocol):
     def rank(self) -> int: ...
     @property
     def dropout(self) -> float: ...
+    @property
+    def method(self) -> str:
+        """A key of :data:`METHODS`."""
 
     @property
     def shape(self) -> str:
@@ -66,6 +70,7 @@ class LayerCase:
     dtype: str
     rank: int = RANK
     dropout: float = 0.0
+    method: str = "lora"
 
     kind: ClassVar[str] = "layer"
     target_modules: ClassVar[Sequence[str]] = ("linear",)
@@ -104,7 +109,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A Llama-shaped model with random weights, one sequence of tokens, LoRA on all seven projections of each block.
+    """A Llama-shaped model with random weights, one sequence of tokens, adapters on all seven projections of a block.
 
     The vocabulary is 4,096: a model this small with a real one (32,000 and more) would spend its step in the frozen
     output head, which every contestant shares. The embeddings' output requires a gradient, so that the frozen base,
@@ -114,6 +119,7 @@ class ModelCase:
     dtype: str
     rank: int = RANK
     dropout: float = 0.0
+    method: str = "lora"
     tokens: int = 512
     layers: int = 4
     hidden: int = 1024

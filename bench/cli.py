@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastpeft.experiments.packages import MissingPackage, require_package
 
 from . import bounds, plot, rows, table
-from .cases import DROPOUTS, DTYPES, LAYER_SHAPES, RANK, Case, LayerCase, ModelCase
+from .cases import DROPOUTS, DTYPES, LAYER_SHAPES, METHODS, RANK, Case, LayerCase, ModelCase
 from .contestants import CONTESTANTS
 from .measure import Run, measure
 
@@ -43,23 +44,26 @@ def choose_cases(
     dtypes: Sequence[str],
     rank: int,
     dropouts: Sequence[float],
+    methods: Sequence[str],
     *,
     layer: bool,
     model: bool,
 ) -> list[Case]:
-    """Layers at each shape, and the model, at each dtype and dropout."""
-    layers = [LayerCase(*shape, dtype, rank, p) for dtype in dtypes for p in dropouts for shape in shapes]
-    models = [ModelCase(dtype, rank, p) for dtype in dtypes for p in dropouts]
+    """Layers at each shape, and the model, by each method at each dtype and dropout."""
+    settings = list(itertools.product(methods, dtypes, dropouts))
+    layers = [LayerCase(*shape, dtype, rank, p, method) for method, dtype, p in settings for shape in shapes]
+    models = [ModelCase(dtype, rank, p, method) for method, dtype, p in settings]
     return [*(layers if layer else []), *(models if model else [])]
 
 
 @click.command("bench", short_help="Time PEFT and fastpeft side by side with the frozen base.")
-@click.option("--quick", is_flag=True, help="About a minute: bf16, three layer shapes, nothing compiled.")
+@click.option("--quick", is_flag=True, help="About a minute: LoRA in bf16, three layer shapes, nothing compiled.")
 @click.option("--layer", is_flag=True, help="Only single layers (unless --model is given too).")
 @click.option("--model", is_flag=True, help="Only the small Llama-shaped model (unless --layer is given too).")
 @click.option(
     "--shape", "shapes", type=Shape(), metavar="MxKxN", multiple=True, help="Layers of this shape instead; repeatable."
 )
+@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="Repeatable.  [all]")
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Repeatable.  [bf16, fp32]")
 @click.option("--rank", type=click.IntRange(min=1), default=RANK, show_default=True)
 @click.option(
@@ -84,6 +88,7 @@ def command(
     layer: bool,
     model: bool,
     shapes: tuple[tuple[int, int, int], ...],
+    methods: tuple[str, ...],
     dtypes: tuple[str, ...],
     rank: int,
     dropouts: tuple[float, ...],
@@ -125,6 +130,7 @@ def command(
             dtypes or (("bf16",) if quick else ("bf16", "fp32")),
             rank,
             dropouts or DROPOUTS,
+            methods or (("lora",) if quick else tuple(METHODS)),
             layer=layer or everything,
             model=model or (everything and not quick and not shapes),
         )
@@ -150,7 +156,9 @@ def _run(cases: Sequence[Case], rounds: int, compiled: bool, path: Path, console
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
-            progress.update(task, description=f"{case.shape} {case.dtype}, dropout {case.dropout:g}")
+            progress.update(
+                task, description=f"{METHODS[case.method]} {case.shape} {case.dtype}, dropout {case.dropout:g}"
+            )
             found = list(measure(case, contestants, rounds, run))
             rows.append(path, found)
             measured += found

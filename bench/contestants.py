@@ -78,6 +78,7 @@ class Runner:
         for parameter in self.adapters.values():
             parameter.grad = None
         self.forward().backward(self.dy)
+        torch.autograd.graph.increment_version(self.adapters.values())  # as an optimizer does: DoRA's norm is stale
 
     def generate(self) -> Tensor:
         with torch.no_grad():
@@ -100,13 +101,15 @@ def frozen(base: nn.Module, case: Case) -> nn.Module:
 
 
 def with_peft(base: nn.Module, case: Case) -> nn.Module:
-    """PEFT as it comes: float32 adapters. B is random, so that every gradient is worth comparing."""
+    """PEFT as it comes: float32 adapters. B is random, so that every gradient is worth comparing and DoRA's magnitude
+    is not the norm any more."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=case.rank,
         lora_alpha=2 * case.rank,
         lora_dropout=case.dropout,
+        use_dora=case.method == "dora",
         target_modules=list(case.target_modules),
     )
     torch.manual_seed(SEED)

@@ -24,8 +24,8 @@ FACTOR = 2.0
 def check(case: Case) -> dict[str, Any]:
     """``{"passed": bool, "failed": [result], "errors": {result: {"fastpeft", "peft", "rounding"}}}``.
 
-    The results are the output ``y`` and the gradients of the layer's input, of all A and of all B; the errors are the
-    largest absolute ones.
+    The results are the output ``y`` and the gradients of the layer's input, of all A, of all B and of all magnitudes;
+    the errors are the largest absolute ones.
     """
     low_precision = case.dtype != "fp32"
     oracle = results(Runner(case, _with_shared_dropout(with_peft(case.base(), case)).double(), dtype=torch.float64))
@@ -60,9 +60,10 @@ def results(runner: Runner) -> dict[str, Tensor]:
     runner.step()
     if runner.x.grad is not None:
         found["dx"] = runner.x.grad
-    for kind in ("A", "B"):
-        grads = [p.grad for name, p in runner.adapters.items() if f"lora_{kind}" in name]
-        found[f"d{kind}"] = torch.cat([grad.flatten() for grad in grads if grad is not None])
+    for result, kind in (("dA", "lora_A"), ("dB", "lora_B"), ("dm", "lora_magnitude_vector")):
+        grads = [p.grad.flatten() for name, p in runner.adapters.items() if kind in name and p.grad is not None]
+        if grads:
+            found[result] = torch.cat(grads)
     return found
 
 

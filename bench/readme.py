@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from . import rows, table
-from .cases import RANK
+from .cases import METHODS, RANK
 from .contestants import BASE, CONTESTANTS, FASTPEFT, PEFT
 from .rows import Row
 
@@ -77,7 +77,7 @@ def _machine(path: Path, found: Sequence[Row]) -> str:
 
 def _label(row: Row) -> str:
     case = row.case
-    label = f"{case['shape']}, {case['dtype']}"
+    label = f"{METHODS[case['method']]} {case['shape']}, {case['dtype']}"
     label += f", dropout {case['dropout']:g}" if case["dropout"] else ""
     return label + (f", rank {case['rank']}" if case["rank"] != RANK else "")
 

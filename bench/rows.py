@@ -16,6 +16,8 @@ import torch
 
 import fastpeft
 
+from .cases import METHODS
+
 Summary = dict[str, float]
 """``min``, ``q1``, ``median``, ``q3``."""
 
@@ -79,7 +81,14 @@ class Row:
                 f"a row must have the fields of {cls.__name__}; "
                 f"missing: {sorted(expected - found)}, unknown: {sorted(found - expected)}"
             )
+        values["case"].setdefault("method", "lora")  # what rows without a method are of
         return cls(**values)
+
+    @property
+    def title(self) -> str:
+        """Names the case in a sentence."""
+        case = self.case
+        return f"{METHODS[case['method']]} {case['shape']} {case['dtype']}, dropout {case['dropout']:g}"
 
     @property
     def identity(self) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .bounds import STATED_FOR, Finding
+from .cases import METHODS
 from .contestants import BASE, CONTESTANTS, FASTPEFT
 from .rows import Row
 
@@ -24,7 +25,7 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Section:
-    """The cases of one dtype and dropout: for each shape, a line for each phase and one for the kept bytes."""
+    """The cases of one method, dtype and dropout: for each shape, a line for each phase and one for the kept bytes."""
 
     title: str
     lines: list[list[str]]
@@ -35,7 +36,7 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     by_section: dict[str, dict[str, dict[str, dict[str, Row]]]] = {}
     for row in rows:
         case = row.case
-        title = f"{case['dtype']}, dropout {case['dropout']:g}, rank {case['rank']}"
+        title = f"{METHODS[case['method']]}, {case['dtype']}, dropout {case['dropout']:g}, rank {case['rank']}"
         phases = by_section.setdefault(title, {}).setdefault(case["shape"], {})
         phases.setdefault(row.phase, {})[row.contestant] = row
     found = []
@@ -85,15 +86,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.refused is not None:
-            reasons.setdefault(f"{_COLUMNS[row.contestant]}: {row.refused}", []).append(_case(row))
+            reasons.setdefault(f"{_COLUMNS[row.contestant]}: {row.refused}", []).append(row.title)
         if row.contestant == FASTPEFT.name and not row.parity["passed"]:
             wrong = ", ".join(row.parity["failed"])
-            reasons.setdefault(f"No speed-up while parity fails ({wrong})", []).append(_case(row))
+            reasons.setdefault(f"No speed-up while parity fails ({wrong})", []).append(row.title)
     return [origin(rows), *(f"{reason}. At {_listed(cases)}" for reason, cases in reasons.items())]
-
-
-def _case(row: Row) -> str:
-    return f"{row.case['shape']} {row.case['dtype']}, dropout {row.case['dropout']:g}"
 
 
 def _listed(cases: Sequence[str]) -> str:

@@ -239,7 +239,7 @@ def test_table_shows_every_row_in_the_terminal_and_in_markdown() -> None:
     quarter = {"min": 0.9, "q1": 1.25, "median": 1.5, "q3": 12.0}
     found = [row("base"), row("peft", against={"base": quarter, "peft": quarter}), row()]
     text = table.markdown(found)
-    assert "## bf16, dropout 0, rank 16" in text
+    assert "## LoRA, bf16, dropout 0, rank 16" in text
     assert "| 512×2048×2048 | step | 1.00 s | 1.50 [1.25, 12.0] | – | – | 1.00 [1.00, 1.00] |" in text
     assert "| kept, MiB | 2.03 | 2.03 | – | – | 2.03 |" in text
     assert "commit 01234567; 2026-01-01" in text
@@ -265,8 +265,8 @@ def test_readmes_block_shows_the_newest_rows_of_each_machine(tmp_path: Path) -> 
 
     first, second = readme.block(tmp_path).split("![Wall time over the frozen base]")[:2]
     assert "| phase | PEFT | fastpeft | PEFT keeps, MiB | fastpeft keeps, MiB |" in first
-    assert "| 512×2048×2048, bf16 | training step | 3.00 [1.25, 12.0] | 1.50 [1.25, 12.0] | 2.03 | 2.03 |" in first
-    assert "| 512×2048×2048, bf16, dropout 0.05, rank 64 | training step | – | parity fails | – | 2.03 |" in first
+    assert "| LoRA 512×2048×2048, bf16 | training step | 3.00 [1.25, 12.0] | 1.50 [1.25, 12.0] | 2.03 | 2.03 |" in first
+    assert "| LoRA 512×2048×2048, bf16, dropout 0.05, rank 64 | training step | – | parity fails | – | 2.03 |" in first
     assert "CPU, 2 cores, 2 threads; python 3.11, torch 2.13; backend native; commit 01234567; 2026-01-01" in first
     assert "(bench/results/cpu-2-cores.md)" in first and "(bench/results/cpu-2-cores.png)" in second
     assert "| phase | PEFT, compiled | fastpeft |" in second and "another" not in first + second
@@ -283,7 +283,7 @@ def test_bounds_pass_miss_or_were_not_measured() -> None:
     findings = bounds.check([row("peft"), row(against={"base": slow, "peft": slow})])
     step, kept = (
         [f for f in findings if f.bound.text == text and f.bound.dropout is not True]
-        for text in ("layer: step over the base", "kept: x, u and the seed alone")
+        for text in ("LoRA layer: step over the base", "LoRA kept: x, u and the seed alone")
     )
     assert [(f.verdict, f.measured, f.missed) for f in step] == [("miss", 1.13, True)]
     assert [(f.verdict, f.measured, f.missed) for f in kept] == [("pass", 1.0, False)]
@@ -292,12 +292,24 @@ def test_bounds_pass_miss_or_were_not_measured() -> None:
 
     dropped = row().case | {"dropout": 0.05}
     pair = [row("peft", case=dropped, kept_bytes=10), row(case=dropped, kept_bytes=7)]
-    share = [f for f in bounds.check(pair) if f.bound.text == "kept: share of PEFT's"]
+    share = [f for f in bounds.check(pair) if f.bound.text == "LoRA kept: share of PEFT's"]
     assert [(f.verdict, f.measured) for f in share] == [("miss", 0.7)]
 
 
 def test_command_measures_records_and_redraws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["--shape", "6x32x48", "--dtype", "fp32", "--dropout", "0", "--rounds", "2", "--no-compile"]
+    options = [
+        "--method",
+        "dora",
+        "--shape",
+        "6x32x48",
+        "--dtype",
+        "fp32",
+        "--dropout",
+        "0",
+        "--rounds",
+        "2",
+        "--no-compile",
+    ]
     done = CliRunner().invoke(cli.command, [*options, "--out", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     (recorded,) = tmp_path.glob("*.jsonl")
@@ -331,9 +343,10 @@ def test_command_refuses(options: list[str], message: str, tmp_path: Path) -> No
 
 
 def test_command_chooses_cases() -> None:
-    both = cli.choose_cases([(1, 2, 3), (4, 5, 6)], ["bf16", "fp32"], 8, [0.0, 0.1], layer=True, model=True)
-    assert len(both) == 2 * 2 * 2 + 2 * 2
-    assert {case.rank for case in both} == {8}
-    assert cli.choose_cases([(1, 2, 3)], ["fp16"], 8, [0.1], layer=True, model=False) == [
-        LayerCase(1, 2, 3, "fp16", 8, 0.1)
+    shapes, methods = [(1, 2, 3), (4, 5, 6)], ["lora", "dora"]
+    all_of_them = cli.choose_cases(shapes, ["bf16", "fp32"], 8, [0.0, 0.1], methods, layer=True, model=True)
+    assert len(all_of_them) == 2 * 2 * 2 * 2 + 2 * 2 * 2
+    assert {case.rank for case in all_of_them} == {8}
+    assert cli.choose_cases([(1, 2, 3)], ["fp16"], 8, [0.1], ["dora"], layer=True, model=False) == [
+        LayerCase(1, 2, 3, "fp16", 8, 0.1, "dora")
     ]

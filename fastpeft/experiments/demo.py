@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fastpeft
 
 from .data import Encoded, Review, data_order, encode, read_reviews, split_reviews
-from .models import MODELS, add_lora, faster_dtype
+from .models import METHODS, MODELS, add_adapters, faster_dtype
 from .packages import MissingPackage
 from .report import Result, draw_losses, results_table, write_json
 from .training import Run, evaluate, measure_memory, new_run, train_together
@@ -44,6 +44,7 @@ class Settings:
     """The options of the command line."""
 
     model: str
+    method: str
     steps: int
     dtype: str
     rank: int
@@ -58,6 +59,7 @@ class Settings:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", type=click.Choice(list(MODELS)), default="minilm", help="What to fine-tune.")
+@click.option("--method", type=click.Choice(list(METHODS)), default="lora", help="What kind of adapters.")
 @click.option("--steps", type=click.IntRange(1), default=100, help="Training steps of each of the two.")
 @click.option(
     "--dtype",
@@ -91,7 +93,7 @@ class Settings:
 def command(**options: Any) -> None:
     """Fine-tune a real model by PEFT and by fastpeft, side by side.
 
-    A pre-trained model learns to tell positive from negative movie reviews through LoRA adapters, once by Hugging
+    A pre-trained model learns to tell positive from negative movie reviews through adapters, once by Hugging
     Face PEFT and once by fastpeft: from the same weights, on the same batches, step by step in turn. A table and a
     plot then compare loss, time and memory.
     """
@@ -113,13 +115,14 @@ def command(**options: Any) -> None:
         except MissingPackage as error:
             raise click.ClickException(str(error)) from error
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        runs = side_by_side(add_lora(model.to(dtype), settings.rank, settings.dropout), source.learning_rate)
+        adapted = add_adapters(model.to(dtype), settings.method, settings.rank, settings.dropout)
+        runs = side_by_side(adapted, source.learning_rate)
         train_data, test_data = (encode(reviews, tokenizer, settings.length) for reviews in (train, test))
 
     title = f"{source.title} ({parameters / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})"
     console.print(f"[bold]{title}[/bold]\n{_introduction(settings, train, test)}")
     for verdict, count in Counter(fastpeft.explain(runs[1].model).verdicts.values()).items():
-        console.print(f"LoRA layers of the fastpeft run: {count} × {verdict}", markup=False)
+        console.print(f"Adapted layers of the fastpeft run: {count} × {verdict}", markup=False)
     console.print()
     order = data_order(len(train_data), settings.batch_size, settings.steps, settings.seed)
     train_with_progress(console, runs, train_data, order, settings.seed)
@@ -179,8 +182,8 @@ def _introduction(settings: Settings, train: Sequence[Review], test: Sequence[Re
     return (
         f"learns to tell positive from negative movie reviews (SST-2-style: {len(train):,} sentences to train on, "
         f"{len(test):,} to test on, {positive:.0%} positive).\n"
-        f"It is frozen and learns through LoRA adapters on its linear layers (rank {settings.rank}, dropout "
-        f"{settings.dropout:g}): once by PEFT {version('peft')}, once by fastpeft {fastpeft.__version__}.\n"
+        f"It is frozen and learns through {METHODS[settings.method]} adapters on its linear layers (rank "
+        f"{settings.rank}, dropout {settings.dropout:g}): once by PEFT {version('peft')}, once by fastpeft {fastpeft.__version__}.\n"
         f"Both start from the same weights and take turns on the same {settings.steps} batches of "
         f"{settings.batch_size} × {settings.length} tokens (threads: {torch.get_num_threads()})."
     )

@@ -84,14 +84,19 @@ def llama_classifier(causal: LlamaForCausalLM, pad_token_id: int) -> LlamaForSeq
     return model
 
 
+METHODS = {"lora": "LoRA", "dora": "DoRA"}
 MODELS = {
     "minilm": ModelSource("MiniLM-L6, a BERT encoder", load_minilm, 3e-4),
     "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", load_smollm2, 3e-4),
 }
 
 
-def add_lora(model: nn.Module, rank: int, dropout: float) -> PeftModel:
-    """``model`` frozen, with a LoRA adapter (alpha twice the rank) on every linear layer and a trainable classifier."""
+def add_adapters(model: nn.Module, method: str, rank: int, dropout: float) -> PeftModel:
+    """``model`` frozen, with an adapter (alpha twice the rank) on every linear layer and a trainable classifier.
+
+    Args:
+        method: a key of :data:`METHODS`.
+    """
     import peft
 
     config = peft.LoraConfig(
@@ -100,6 +105,7 @@ def add_lora(model: nn.Module, rank: int, dropout: float) -> PeftModel:
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=dropout,
+        use_dora=method == "dora",
     )
     return peft.get_peft_model(model, config)
 
