@@ -22,10 +22,31 @@ def lora_model(base: nn.Module, adapter_dtype: torch.dtype = torch.float32, **co
     """PEFT around ``base`` alone, ``lora_A`` and ``lora_B`` both random."""
     settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "target_modules": ["0"]} | config
     model = peft.get_peft_model(nn.Sequential(base), peft.LoraConfig(**settings), autocast_adapter_dtype=False)
+    move_magnitudes(model, "default")
+    return cast_adapters(model, adapter_dtype)
+
+
+def add_adapter(model: peft.PeftModel, name: str, adapter_dtype: torch.dtype = torch.float32, **config: Any) -> None:
+    """Another adapter of the one layer of :func:`lora_model`, as random as the first; not active yet."""
+    settings = {"r": 4, "lora_alpha": 5, "init_lora_weights": False, "target_modules": ["0"]} | config
+    model.add_adapter(name, peft.LoraConfig(**settings), autocast_adapter_dtype=False)
+    move_magnitudes(model, name)
+    cast_adapters(model, adapter_dtype)
+
+
+def cast_adapters(model: nn.Module, dtype: torch.dtype) -> Any:
+    """``model`` with every adapter's parameters in ``dtype``."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.to(adapter_dtype)
+            parameter.data = parameter.data.to(dtype)
     return model
+
+
+def move_magnitudes(model: nn.Module, adapter: str) -> None:
+    """DoRA's magnitudes start as the norms, where the term with ``c - 1`` vanishes; moves them away, as training does."""
+    for name, parameter in model.named_parameters():
+        if f"lora_magnitude_vector.{adapter}." in name:
+            parameter.data *= 0.75 + torch.rand_like(parameter) / 2
 
 
 def layer_of(model: nn.Module) -> Any:

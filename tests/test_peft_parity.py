@@ -8,19 +8,23 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_layers import assert_parity, layer_of, lora_model, no_peft_forward, signed
+from peft_layers import add_adapter, assert_parity, layer_of, lora_model, no_peft_forward, signed
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
+from fastpeft.dropout import dropout_keep, dropout_scale
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F16, F16), (F32, BF16)]
 K, N = 72, 96
+DORA = {"use_dora": True}
 
 per_dtype = pytest.mark.parametrize(
     ("dtype", "adapter_dtype"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
+
+lora_and_dora = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 
 
 @pytest.fixture(autouse=True)
@@ -36,20 +40,25 @@ def several(dtype: torch.dtype, adapter_dtype: torch.dtype, **config: Any) -> pe
     """Adapters ``default`` (r 4), ``second`` (r 7), ``third`` (r 1), all active, all trained; ``third`` is heavy."""
     model = lora_model(linear(dtype), adapter_dtype, **config)
     for name, rank in (("second", 7), ("third", 1)):
-        settings = {"r": rank, "lora_alpha": 5, "init_lora_weights": False, "target_modules": ["0"]} | config
-        model.add_adapter(name, peft.LoraConfig(**settings), autocast_adapter_dtype=False)
+        add_adapter(model, name, adapter_dtype, r=rank, **config)
     model.base_model.set_adapter(["default", "second", "third"])
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(adapter_dtype)
     return model
 
 
 @per_dtype
 @pytest.mark.parametrize(
     "config",
-    [{}, {"r": 1}, {"r": 65, "use_rslora": True}, {"lora_bias": True}, {"lora_dropout": 0.0}],
-    ids=["plain", "rank1", "rslora", "lora_bias", "identity_dropout"],
+    [
+        {},
+        {"r": 1},
+        {"r": 65, "use_rslora": True},
+        {"lora_bias": True},
+        {"lora_dropout": 0.0},
+        DORA,
+        DORA | {"r": 1},
+        DORA | {"r": 65, "use_rslora": True},
+    ],
+    ids=["plain", "rank1", "rslora", "lora_bias", "identity_dropout", "dora", "dora_rank1", "dora_rslora"],
 )
 def test_one_adapter(
     dtype: torch.dtype, adapter_dtype: torch.dtype, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -59,17 +68,20 @@ def test_one_adapter(
 
 
 @per_dtype
-def test_conv1d(dtype: torch.dtype, adapter_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora_model(Conv1D(N, K).to(dtype), adapter_dtype, fan_in_fan_out=True)
+@lora_and_dora
+def test_conv1d(
+    use_dora: bool, dtype: torch.dtype, adapter_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lora_model(Conv1D(N, K).to(dtype), adapter_dtype, fan_in_fan_out=True, use_dora=use_dora)
     assert_parity(model, lambda: signed(3, 11, K).to(dtype), monkeypatch)
 
 
 @per_dtype
-@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("config", [{}, {"lora_bias": True}, DORA], ids=["plain", "lora_bias", "dora"])
 def test_several_adapters(
-    dtype: torch.dtype, adapter_dtype: torch.dtype, lora_bias: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, adapter_dtype: torch.dtype, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_parity(several(dtype, adapter_dtype, lora_bias=lora_bias), lambda: signed(33, K).to(dtype), monkeypatch)
+    assert_parity(several(dtype, adapter_dtype, **config), lambda: signed(33, K).to(dtype), monkeypatch)
 
 
 def mixed_batch(tail: tuple[int, ...], dtype: torch.dtype, adapter_dtype: torch.dtype, monkeypatch: Any) -> None:
@@ -115,13 +127,20 @@ def test_layouts_of_x(layout: str, dtype: torch.dtype, monkeypatch: pytest.Monke
     assert_parity(lora_model(linear(dtype)), lambda: LAYOUTS[layout]().to(dtype), monkeypatch)
 
 
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"vector"}))  # of a vector, PEFT's DoRA makes [1, N]
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_layouts_of_x_with_dora(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_parity(lora_model(linear(dtype), **DORA), lambda: LAYOUTS[layout]().to(dtype), monkeypatch)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_shapes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(seed)
     dtype, adapter_dtype = draw.choice(DTYPES)
     in_features, out_features = draw.randint(64, 200), draw.randint(64, 200)
     base = nn.Linear(in_features, out_features, bias=draw.random() < 0.5, dtype=dtype)
-    config = {"r": draw.randint(1, 40), "use_rslora": draw.random() < 0.5, "lora_bias": draw.random() < 0.5}
+    config = {"r": draw.randint(1, 40), "use_rslora": draw.random() < 0.5}
+    config |= draw.choice([{}, {"lora_bias": True}, DORA, DORA])
     model = lora_model(base, adapter_dtype, **config)
     M = draw.randint(1, 70)
     assert_parity(model, lambda: signed(M, in_features).to(dtype), monkeypatch)
@@ -129,8 +148,11 @@ def test_random_shapes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("autocast", [BF16, F16])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_autocast(dtype: torch.dtype, autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_parity(several(dtype, F32, lora_bias=True), lambda: signed(33, K).to(dtype), monkeypatch, autocast=autocast)
+@pytest.mark.parametrize("config", [{"lora_bias": True}, DORA], ids=["lora_bias", "dora"])
+def test_autocast(
+    config: dict[str, Any], dtype: torch.dtype, autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_parity(several(dtype, F32, **config), lambda: signed(33, K).to(dtype), monkeypatch, autocast=autocast)
 
 
 def test_autocast_takes_an_input_of_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,17 +160,21 @@ def test_autocast_takes_an_input_of_another_dtype(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("scaling", [torch.tensor(0.75), torch.tensor([0.75]), 2], ids=["0d", "1d", "int"])
-def test_scaling_may_be_a_tensor_and_may_change(scaling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora_model(linear(F32), lora_bias=True)
+@pytest.mark.parametrize("config", [{"lora_bias": True}, DORA], ids=["lora_bias", "dora"])
+def test_scaling_may_be_a_tensor_and_may_change(
+    config: dict[str, Any], scaling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lora_model(linear(F32), **config)
     layer_of(model).scaling["default"] = scaling
     assert_parity(model, lambda: signed(33, K), monkeypatch)
     layer_of(model).scale_layer(3.0)
     assert_parity(model, lambda: signed(33, K), monkeypatch)
 
 
-def test_every_parameter_decides_on_its_own_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for wanted in ("lora_A", "lora_B", "base_layer.weight", "base_layer.bias"):
-        model = lora_model(linear(F32))
+@lora_and_dora
+def test_every_parameter_decides_on_its_own_gradient(use_dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted in ("lora_A", "lora_B", "base_layer.weight", "base_layer.bias", *["lora_magnitude_vector"] * use_dora):
+        model = lora_model(linear(F32), use_dora=use_dora)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted in name)
         assert_parity(model, lambda: signed(33, K), monkeypatch)
@@ -160,11 +186,48 @@ def test_adapters_of_other_layers_are_skipped(monkeypatch: pytest.MonkeyPatch) -
     assert_parity(model, lambda: signed(33, K), monkeypatch)
 
 
-def test_adapter_weights_of_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora_model(linear(F32))
+@lora_and_dora
+def test_adapter_weights_of_any_strides(use_dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model(linear(F32), use_dora=use_dora)
     for module in (layer_of(model).lora_A["default"], layer_of(model).lora_B["default"]):
         module.weight = nn.Parameter(module.weight.detach().t().contiguous().t())
     assert_parity(model, lambda: signed(33, K), monkeypatch)
+
+
+@pytest.fixture
+def fixed_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's dropout multiplies by the mask that fastpeft draws for the module's ``seed``; see :func:`fix_seeds`."""
+
+    def forward(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        keep = dropout_keep(torch.tensor(self.seed), x.shape[:-1].numel(), x.shape[-1], self.p)
+        return x * keep.view(x.shape) * dropout_scale(self.p)
+
+    monkeypatch.setattr(nn.Dropout, "forward", forward)
+
+
+def fix_seeds(model: peft.PeftModel, monkeypatch: pytest.MonkeyPatch) -> peft.PeftModel:
+    """Every active adapter's mask is one and the same in each call, and another one than the other adapters'."""
+    layer = layer_of(model)
+    seeds = [1234 + 99 * i for i, _ in enumerate(layer.active_adapters)]
+    for name, seed in zip(layer.active_adapters, seeds, strict=True):
+        layer.lora_dropout[name].seed = seed
+    monkeypatch.setattr("fastpeft.functional.dropout_seeds", lambda count, device: torch.tensor(seeds[:count]))
+    return model
+
+
+@lora_and_dora
+@pytest.mark.parametrize(
+    "make", [lambda dtype, *args, **config: lora_model(linear(dtype), *args, **config), several], ids=["one", "several"]
+)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (BF16, BF16), (BF16, F32)])
+@pytest.mark.usefixtures("fixed_masks")
+def test_dropout_with_the_same_masks(
+    make: Any, dtype: torch.dtype, adapter_dtype: torch.dtype, use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fix_seeds(make(dtype, adapter_dtype, lora_dropout=0.25, use_dora=use_dora), monkeypatch).train()
+    assert_parity(model, lambda: signed(3, 11, K).to(dtype), monkeypatch)
 
 
 def dropout_alone(p: float) -> peft.PeftModel:
@@ -214,8 +277,7 @@ def test_dropout_is_a_matter_of_the_dropout_module() -> None:
 
 def test_each_adapter_draws_its_own_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dropout_alone(0.5)
-    config = peft.LoraConfig(r=64, lora_alpha=64, lora_dropout=0.5, init_lora_weights=False, target_modules=["0"])
-    model.add_adapter("second", config)
+    add_adapter(model, "second", r=64, lora_alpha=64, lora_dropout=0.5)
     layer = layer_of(model)
     layer.set_adapter(["default", "second"])
     with torch.no_grad():

@@ -183,7 +183,8 @@ def _introduction(settings: Settings, train: Sequence[Review], test: Sequence[Re
         f"learns to tell positive from negative movie reviews (SST-2-style: {len(train):,} sentences to train on, "
         f"{len(test):,} to test on, {positive:.0%} positive).\n"
         f"It is frozen and learns through {METHODS[settings.method]} adapters on its linear layers (rank "
-        f"{settings.rank}, dropout {settings.dropout:g}): once by PEFT {version('peft')}, once by fastpeft {fastpeft.__version__}.\n"
+        f"{settings.rank}, dropout {settings.dropout:g}): once by PEFT {version('peft')}, once by fastpeft "
+        f"{fastpeft.__version__}.\n"
         f"Both start from the same weights and take turns on the same {settings.steps} batches of "
         f"{settings.batch_size} × {settings.length} tokens (threads: {torch.get_num_threads()})."
     )
