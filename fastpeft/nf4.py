@@ -1,4 +1,4 @@
-"""4-bit weights as bitsandbytes stores them (Dettmers et al., "QLoRA", 2023): code tables, packing, quantized statistics.
+"""4-bit weights as bitsandbytes stores them (Dettmers et al., "QLoRA", 2023): code tables, packing, statistics.
 
 The weight ``[N, K]`` lies flat, row after row: two codes a byte, the even element in the high nibble. Each block of
 ``blocksize`` elements (blocks go on across rows) is its codes' table values times its ``absmax``, the largest magnitude
@@ -17,8 +17,8 @@ from torch import Tensor
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
-# Positions in the table are the codes. NF4: quantiles of the normal distribution (QLoRA, appendix E). FP4: sign, two bits
-# of exponent and one of mantissa, divided by the largest value, 12.
+# Positions in the table are the codes. NF4: quantiles of the normal distribution (QLoRA, appendix E). FP4: sign, two
+# bits of exponent and one of mantissa, divided by the largest value, 12.
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),

@@ -71,7 +71,7 @@ def test_a_block_of_zeros_and_of_ties() -> None:
     weight = torch.zeros(2, 64)
     weight[1] = (nf4.code_table("nf4")[3] + nf4.code_table("nf4")[4]) / 2
     weight[1, 0] = 1
-    packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
+    packed, _ = bnb.quantize_4bit(weight, quant_type="nf4")
     assert torch.equal(nf4.quantize(weight, nested=False).packed, packed.flatten())
     assert torch.equal(nf4.quantize(weight).dequantize()[0], torch.zeros(64))
 
