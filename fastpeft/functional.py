@@ -90,7 +90,8 @@ def dora_linear(
     Raises:
         What :func:`lora_linear` raises; ValueError where ``m / ‖W + s B A‖`` is not finite: a row of norm 0.
     """
-    return _adapted_linear(x, weight, bias, A, B, magnitude, norm, scaling, dropout_p, training, None, backend)
+    magnitudes = _tensors("magnitude", magnitude)
+    return _adapted_linear(x, weight, bias, A, B, magnitudes, norm, scaling, dropout_p, training, None, backend)
 
 
 def dora_norm(
@@ -109,13 +110,12 @@ def dora_norm(
     """
     _check_tensor("A", A)
     _check_tensor("B", B)
-    _check_tensor("weight", weight)
     check_backend_name(backend)
-    x = weight.detach()[:0]
-    _check_base(x, weight, None)
-    _check_adapters(x, weight, [A], [B], [scaling], [0.0])
-    (factor,) = _constant_scaling([B], [scaling], x)
-    return ops.dora_norm(weight.detach(), A.detach(), B.detach(), factor, backend)
+    _check_weight(weight)
+    _check_adapters(weight, weight, [A], [B], [scaling], [0.0])
+    Bs = [B]
+    (factor,) = _constant_scaling(Bs, [scaling], weight)
+    return ops.dora_norm(weight.detach(), A.detach(), Bs[0].detach(), factor, backend)
 
 
 def _adapted_linear(
@@ -124,7 +124,7 @@ def _adapted_linear(
     bias: Tensor | None,
     A: Tensor | Sequence[Tensor],
     B: Tensor | Sequence[Tensor],
-    magnitude: Tensor | Sequence[Tensor] | None,
+    magnitudes: list[Tensor] | None,
     norm: Tensor | Sequence[Tensor] | None,
     scaling: float | Tensor | Sequence[float | Tensor],
     dropout_p: float | Sequence[float],
@@ -151,12 +151,12 @@ def _adapted_linear(
         bias = bias.to(x.dtype)
     factors = _constant_scaling(Bs, scalings, x)
     c: list[Tensor] = []
-    if magnitude is not None:
+    if magnitudes is not None:
         if norm is None:
             adapters = zip(As, Bs, factors, strict=True)
             norm = [ops.dora_norm(base_weight.detach(), a.detach(), b.detach(), s, backend) for a, b, s in adapters]
         norms = _tensors("norm", norm)
-        c = _dora_factors(_tensors("magnitude", magnitude), norms, weight, x, count)
+        c = _dora_factors(magnitudes, norms, weight, x, count)
     seed = dropout_seeds(count, x.device) if training and any(ps) else None
     keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in c)
     return ops.call_lora_linear(x, weight, bias, As, Bs, c, factors, ps, seed, adapter_index, keep_z, backend)[0]
@@ -167,7 +167,8 @@ def _constant_scaling(Bs: list[Tensor], scalings: Sequence[float | Tensor], x: T
     factors: list[float] = []
     for i, s in enumerate(scalings):
         if isinstance(s, Tensor):  # stays on its device, so that it may change without a recompile or a synchronisation
-            Bs[i] = Bs[i] * s.detach().to(device=x.device, dtype=torch.promote_types(Bs[i].dtype, torch.float32))
+            wide = torch.promote_types(Bs[i].dtype, wide_dtype(x.dtype))
+            Bs[i] = Bs[i].to(wide) * s.detach().to(device=x.device, dtype=wide)
         factors.append(1.0 if isinstance(s, Tensor) else s)
     return factors
 
@@ -186,7 +187,7 @@ def _dora_factors(magnitudes: list[Tensor], norms: list[Tensor], weight: Tensor,
                 raise ValueError(f"{name}{at} must have shape [N={weight.shape[0]}], got {list(value.shape)}")
             _check_device(f"{name}{at}", value, x)
     for i, (m, norm) in enumerate(zip(magnitudes, norms, strict=True)):
-        c = (m.to(wide_dtype(x.dtype)) / norm).to(wide_dtype(x.dtype))
+        c = (m.to(wide_dtype(x.dtype)) / norm.detach()).to(wide_dtype(x.dtype))
         if is_readable(c) and not c.isfinite().all():
             row = int((~c.isfinite()).nonzero()[0])
             at = f"[{i}]" if count > 1 else ""
@@ -217,17 +218,21 @@ def _check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_tensor("x", x)
+def _check_weight(weight: Tensor) -> None:
     _check_tensor("weight", weight)
-    if x.device.type == "meta":
-        raise ValueError("x is a meta tensor and holds no data; move the model and its input to a real device first")
-    if not x.is_floating_point():
-        raise TypeError(f"x must have a floating dtype, got {x.dtype}")
     if weight.dtype not in BASE_DTYPES:
         raise TypeError(f"weight must be float64, float32, float16 or bfloat16, got {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight must have shape [N, K], got {list(weight.shape)}")
+
+
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_tensor("x", x)
+    _check_weight(weight)
+    if x.device.type == "meta":
+        raise ValueError("x is a meta tensor and holds no data; move the model and its input to a real device first")
+    if not x.is_floating_point():
+        raise TypeError(f"x must have a floating dtype, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must have shape [..., K={weight.shape[1]}], got {list(x.shape)}")
     _check_device("weight", weight, x)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .dispatch import check_backend_name
 from .functional import dora_linear, lora_linear
 from .norm_cache import NormCache
 
@@ -135,6 +136,7 @@ class DoRALinear(LoRALinear):
 
     def weight_norm(self) -> Tensor:
         """``‖W + (alpha / r) B A‖`` of each output row: ``[N]``, float32 or float64."""
+        check_backend_name(self.backend)
         return self._norms.get(self._matrix(), self.lora_A, self.lora_B, self.scaling, self.backend)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .dispatch import BackendRefusal, check_backend_name
 from .explain import backend_refusals, grouped
-from .functional import dora_linear, is_readable, lora_linear
+from .functional import dora_linear, dora_norm, is_readable, lora_linear
 from .norm_cache import NormCache
 
 
@@ -63,7 +63,11 @@ class FusedLinear(PeftLinear):
         if adapter_names is not None:
             return self._forward_mixed_batch(x, adapter_names)
         operands = operands_or_reason(self, self.active_adapters)
-        if isinstance(operands, str) or not _is_plain_input(x, operands.weight):
+        if (
+            isinstance(operands, str)
+            or not _is_plain_input(x, operands.weight)
+            or (operands.magnitude and x.dim() < 2)  # PEFT makes [1, N] of it
+        ):
             return super().forward(x)
         return operands(x, None, self.fastpeft_backend)
 
@@ -226,6 +230,8 @@ def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operan
         return "its adapters are merged into the base weight"
     if _has_any_global_hook():
         return "a hook on all modules is registered"
+    if _are_functorch_transforms_active():
+        return "a torch.func transform is active"
     modules: dict[str, Any] = layer._modules
     base = modules["base_layer"]
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
@@ -252,7 +258,10 @@ def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operan
         As.append(A._parameters["weight"])
         Bs.append(B._parameters["weight"])
         scalings.append(scaling)
-        ps.append(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
+        drops = type(dropout) is nn.Dropout and dropout.training
+        if name in layer.lora_variant:  # of DoRA, PEFT asks the layer, too
+            drops = drops and layer.training
+        ps.append(dropout.p if drops else 0.0)
         lora_bias = B._parameters["bias"]
         if lora_bias is not None:
             bias = lora_bias * scaling if bias is None else bias + lora_bias * scaling
@@ -348,8 +357,10 @@ def _magnitude_and_norm(
     magnitude: Any = module._parameters["weight"]
     if not _is_plain(magnitude) or magnitude.device != weight.device:
         return f"has a magnitude that is a {type(magnitude).__qualname__} on {magnitude.device}"
-    caches = layer.__dict__.setdefault("_fastpeft_norms", {})
     backend = layer.__dict__.get("fastpeft_backend")
+    if torch.compiler.is_compiling():  # keeps nothing that a graph would depend on; the scaling may stay a tensor
+        return magnitude, dora_norm(weight, A, B, scaling, backend)
+    caches = layer.__dict__.setdefault("_fastpeft_norms", {})
     norm = caches.setdefault(name, NormCache()).get(weight, A, B, float(scaling), backend)
     if is_readable(norm) and not (magnitude / norm).isfinite().all():
         return "has a row whose norm is 0, or a magnitude that is not finite"
@@ -376,7 +387,7 @@ def _is_constant(scaling: float | Tensor | None) -> bool:
 
 def _is_plain_input(x: Tensor, weight: Tensor) -> bool:
     """False where PEFT computes something else than the op, or raises an error that is PEFT's to raise."""
-    if not isinstance(x, Tensor) or x.is_nested or x.is_meta or _are_functorch_transforms_active():
+    if not isinstance(x, Tensor) or x.is_nested or x.is_meta:
         return False
     if x.dtype == weight.dtype:
         return True

@@ -43,7 +43,7 @@ def cast_adapters(model: nn.Module, dtype: torch.dtype) -> Any:
 
 
 def move_magnitudes(model: nn.Module, adapter: str) -> None:
-    """DoRA's magnitudes start as the norms, where the term with ``c - 1`` vanishes; moves them away, as training does."""
+    """DoRA's magnitudes start as the norms, and the term with ``c - 1`` as 0; moves them away, as training does."""
     for name, parameter in model.named_parameters():
         if f"lora_magnitude_vector.{adapter}." in name:
             parameter.data *= 0.75 + torch.rand_like(parameter) / 2
@@ -108,7 +108,8 @@ def assert_parity(
     """Calls of ``model``'s layer, forward and backward: fused, they are as close to float64 as PEFT's own.
 
     Args:
-        make_x: draws an input; as many as make up 32 tokens are judged together, as one sample.
+        make_x: draws an input; as many as make up 32 tokens are judged together, as one sample. Of DoRA, at least
+            four: all tokens share the error of a row's ``c``, so that they count for less.
         autocast: the dtype of an autocast region around the fused call and PEFT's. When None, PEFT still runs under
             autocast if its adapters are wider than the base, so that both compute in one dtype.
     """
@@ -122,7 +123,8 @@ def assert_parity(
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
     oracle, eager, fused = [], [], []
-    for _ in range(max(1, 32 // max(1, make_x().shape[:-1].numel()))):
+    draws = max(4 if layer.lora_magnitude_vector else 1, 32 // max(1, make_x().shape[:-1].numel()))
+    for _ in range(draws):
         x = make_x()
         dy = signed(*x.shape[:-1], layer.out_features)
         oracle.append(run(double_model, x.double(), dy.double(), **kwargs))

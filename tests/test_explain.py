@@ -12,7 +12,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft import dispatch
-from fastpeft.nn import LoRALinear
+from fastpeft.nn import DoRALinear, LoRALinear
 
 
 def expected_verdict(weight: torch.Tensor) -> str:
@@ -28,11 +28,12 @@ def expected_verdict(weight: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_layer_without_peft(dtype: torch.dtype) -> None:
-    layer = LoRALinear.from_linear(nn.Linear(8, 12, dtype=dtype), r=2)
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_layer_without_peft(kind: type[LoRALinear], dtype: torch.dtype) -> None:
+    layer = kind.from_linear(nn.Linear(8, 12, dtype=dtype), r=2)
     explanation = fastpeft.explain(layer)
-    assert explanation.verdicts == {"LoRALinear": expected_verdict(layer.weight)}
-    assert str(explanation) == f"1 × {expected_verdict(layer.weight)}\n    LoRALinear"
+    assert explanation.verdicts == {kind.__name__: expected_verdict(layer.weight)}
+    assert str(explanation) == f"1 × {expected_verdict(layer.weight)}\n    {kind.__name__}"
 
 
 def test_native_refuses_float64_and_reference_takes_it() -> None:
@@ -47,8 +48,9 @@ def test_backend_asked_for_by_name() -> None:
     assert fastpeft.explain(layer).verdicts["LoRALinear"] == "reference: asked for by name"
 
 
-def test_model_is_grouped() -> None:
-    model = tiny_llama()
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_model_is_grouped(use_dora: bool) -> None:
+    model = tiny_llama(use_dora=use_dora)
     fastpeft.patch(model)
     first = next(name for name in fastpeft.explain(model).verdicts if name.endswith("0.self_attn.q_proj"))
     model.get_submodule(first).merge()
@@ -64,8 +66,9 @@ def test_model_is_grouped() -> None:
     ]
 
 
-def test_model_that_is_not_patched() -> None:
-    model = lora_model(nn.Linear(8, 12))
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_model_that_is_not_patched(use_dora: bool) -> None:
+    model = lora_model(nn.Linear(8, 12), use_dora=use_dora)
     assert fastpeft.explain(model).verdicts == {
         "base_model.model.0": "PEFT: the layer is not patched; fastpeft.patch(model) would fuse it"
     }

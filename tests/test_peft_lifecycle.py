@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import fastpeft
 from fastpeft.peft import FusedLinear
 
+lora_and_dora = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
@@ -50,10 +52,11 @@ def train(model: nn.Module, batches: list[Tensor], dtype: torch.dtype = torch.fl
     return torch.stack(losses)
 
 
+@lora_and_dora
 def test_twenty_training_steps_then_saved_and_reloaded_in_plain_peft(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    use_dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock = tiny_llama()
+    stock = tiny_llama(use_dora=use_dora)
     base = copy.deepcopy(stock).unload()
     double, fused = copy.deepcopy(stock).double(), copy.deepcopy(stock)
     assert len(fastpeft.patch(fused).fused) == 6
@@ -79,14 +82,18 @@ def test_state_dict_and_parameters_stay_pefts() -> None:
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
 
 
-def test_patch_twice_then_unpatch() -> None:
-    model = tiny_llama()
+@lora_and_dora
+def test_patch_twice_then_unpatch(use_dora: bool) -> None:
+    model = tiny_llama(use_dora=use_dora)
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     first, second = fastpeft.patch(model), fastpeft.patch(model)
     assert first == second and len(first.fused) == 6 and first.left_to_peft == {}
     assert str(first) == "fused: 6, left to PEFT: 0"
+    logits(model, tokens())
+    assert sum("_fastpeft_norms" in vars(module) for module in model.modules()) == 6 * use_dora
     fastpeft.unpatch(model)
     assert fused_names(model) == []
-    assert all("fastpeft_backend" not in vars(module) for module in model.modules())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     assert sum(type(module) is PeftLinear for module in model.modules()) == 6
     fastpeft.unpatch(model)
 
@@ -198,9 +205,61 @@ def test_life_of_adapters() -> None:
     assert fused_names(fused) == []
 
 
+def steps_of_dora(model: peft.PeftModel, ids: Tensor) -> list[Tensor]:
+    """The logits after each change to what DoRA's norm depends on."""
+    seen = [logits(model, ids)]
+
+    def look() -> None:
+        seen.extend([logits(model, ids), logits(model, ids)])
+
+    model.merge_adapter()
+    look()
+    model.unmerge_adapter()
+    look()
+    with peft.helpers.rescale_adapter_scale(model, 0.5):
+        look()
+    look()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "q_proj.base_layer" in name:
+            parameter.data *= 0.75
+    look()
+    state = peft.get_peft_model_state_dict(model)
+    peft.set_peft_model_state_dict(model, {name: 1.25 * value for name, value in state.items()})
+    look()
+    config = {"r": 3, "init_lora_weights": False, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    for rank in (3, 5):
+        model.add_adapter("second", peft.LoraConfig(**config | {"r": rank}, use_dora=True))
+        model.base_model.set_adapter(["default", "second"])
+        look()
+        model.set_adapter("default")
+        model.delete_adapter("second")
+    model.merge_adapter(safe_merge=True)
+    model.unmerge_adapter()
+    look()
+    return seen
+
+
+def test_life_of_doras_norm() -> None:
+    stock, ids = tiny_llama(init_lora_weights=False, use_dora=True).eval(), tokens()
+    double, fused = copy.deepcopy(stock).double(), copy.deepcopy(stock)
+    assert len(fastpeft.patch(fused).fused) == 6
+    results = []
+    for model in (fused, double, stock):
+        torch.manual_seed(1)
+        results.append(steps_of_dora(model, ids))
+    assert len(fused_names(fused)) == 6
+    for step, (a, o, e) in enumerate(zip(*results, strict=True)):
+        assert_close_as_eager(a, o, e, f"step {step}")
+    merged = [model.merge_and_unload() for model in (fused, double, stock)]
+    assert_close_as_eager(*(logits(model, ids) for model in merged), "merged")
+
+
+@lora_and_dora
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_stay_fused(copied: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = tiny_llama(init_lora_weights=False), tokens()
+def test_copies_stay_fused(
+    copied: Callable[[nn.Module], nn.Module], use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_llama(init_lora_weights=False, use_dora=use_dora), tokens()
     fastpeft.patch(model, backend="reference")
     twin = copied(model)
     assert fused_names(twin) == fused_names(model)
@@ -210,24 +269,28 @@ def test_copies_stay_fused(copied: Callable[[nn.Module], nn.Module], monkeypatch
     assert {layer.fastpeft_backend for layer in layers} == {"reference"}
 
 
+@lora_and_dora
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_draws_the_same_mask_again(use_reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora_model(nn.Linear(24, 24), lora_dropout=0.5)
+def test_checkpointing_draws_the_same_mask_again(
+    use_reentrant: bool, use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lora_model(nn.Linear(24, 24), lora_dropout=0.5, use_dora=use_dora)
     fastpeft.patch(model)
     layer = layer_of(model)
     x = torch.randn(33, 24, requires_grad=True)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     results = []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
         torch.manual_seed(3)
         with no_peft_forward(monkeypatch):
             y = run(x)
             y = run(y)
-            grads = torch.autograd.grad(y.square().sum(), [x, *layer.lora_A.parameters()]) if run is layer else None
+            grads = torch.autograd.grad(y.square().sum(), [x, *trained]) if run is layer else None
             if grads is None:
                 layer.zero_grad()
                 x.grad = None
                 y.square().sum().backward()
-                grads = (x.grad, *(parameter.grad for parameter in layer.lora_A.parameters()))
+                grads = (x.grad, *(parameter.grad for parameter in trained))
         results.append([y, *grads])
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
@@ -251,21 +314,58 @@ def test_gradient_checkpointing_of_a_model(use_reentrant: bool, monkeypatch: pyt
         assert torch.equal(plain, recomputed)
 
 
-@pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=["plain", "dropout", "bias"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"lora_dropout": 0.5},
+        {"lora_bias": True},
+        {"use_dora": True},
+        {"use_dora": True, "lora_dropout": 0.5},
+    ],
+    ids=["plain", "dropout", "bias", "dora", "dora_dropout"],
+)
 def test_compiles_as_one_graph(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora_model(nn.Linear(24, 24), **config)
     fastpeft.patch(model)
     layer, x = layer_of(model), torch.randn(5, 24, requires_grad=True)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     torch.compiler.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    results = []
-    for run in (layer, compiled):
-        torch.manual_seed(4)
-        with no_peft_forward(monkeypatch):
-            y = run(x)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.lora_B.parameters()])])
-    for eager, graph in zip(*results, strict=True):
-        assert torch.equal(eager, graph)
+    for _ in range(3):
+        results = []
+        for run in (compiled, layer):
+            torch.manual_seed(4)
+            with no_peft_forward(monkeypatch):
+                y = run(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained])])
+        for graph, eager in zip(*results, strict=True):
+            assert torch.equal(graph, eager)
+        train_by_halves(trained)
+
+
+def train_by_halves(trained: list[nn.Parameter]) -> None:
+    """What a graph must not have taken for a constant."""
+    with torch.no_grad():
+        for parameter in trained:
+            parameter /= 2
+
+
+@lora_and_dora
+@pytest.mark.parametrize("scaling", [2.0, torch.tensor(2.0)], ids=["float", "tensor"])
+def test_one_graph_lasts_through_training(use_dora: bool, scaling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model(nn.Linear(24, 24), use_dora=use_dora)
+    fastpeft.patch(model)
+    layer, x = layer_of(model), torch.randn(5, 24)
+    layer.scaling["default"] = scaling
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), no_peft_forward(monkeypatch):
+        for _ in range(3):
+            assert torch.equal(compiled(x), layer(x))
+            train_by_halves(list(layer.parameters()))  # as to the scaling, powers of two: no matter where it goes in
+            if isinstance(scaling, Tensor):
+                layer.scaling["default"] *= 2
 
 
 def test_get_peft_model() -> None:

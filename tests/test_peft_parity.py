@@ -155,8 +155,9 @@ def test_autocast(
     assert_parity(several(dtype, F32, **config), lambda: signed(33, K).to(dtype), monkeypatch, autocast=autocast)
 
 
-def test_autocast_takes_an_input_of_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_parity(lora_model(linear(BF16)), lambda: signed(33, K), monkeypatch, autocast=BF16)
+@lora_and_dora
+def test_autocast_takes_an_input_of_another_dtype(use_dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_parity(lora_model(linear(BF16), use_dora=use_dora), lambda: signed(33, K), monkeypatch, autocast=BF16)
 
 
 @pytest.mark.parametrize("scaling", [torch.tensor(0.75), torch.tensor([0.75]), 2], ids=["0d", "1d", "int"])
@@ -228,6 +229,19 @@ def test_dropout_with_the_same_masks(
 ) -> None:
     model = fix_seeds(make(dtype, adapter_dtype, lora_dropout=0.25, use_dora=use_dora), monkeypatch).train()
     assert_parity(model, lambda: signed(3, 11, K).to(dtype), monkeypatch)
+
+
+@lora_and_dora
+@pytest.mark.parametrize("layer_trains", [False, True])
+@pytest.mark.parametrize("dropout_trains", [False, True])
+@pytest.mark.usefixtures("fixed_masks")
+def test_dropout_asks_whom_peft_asks(
+    dropout_trains: bool, layer_trains: bool, use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fix_seeds(lora_model(linear(F32), lora_dropout=0.5, use_dora=use_dora), monkeypatch)
+    layer_of(model).train(layer_trains)
+    layer_of(model).lora_dropout.train(dropout_trains)
+    assert_parity(model, lambda: signed(33, K), monkeypatch)
 
 
 def dropout_alone(p: float) -> peft.PeftModel:

@@ -9,7 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_layers import layer_of, lora_model
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft_layers import add_adapter, layer_of, lora_model
 from torch import Tensor, nn
 
 import fastpeft
@@ -156,10 +157,11 @@ def assert_left_to_peft(model: nn.Module, reason: str, **kwargs: Any) -> None:
     results = []
     for undo in (lambda model: None, fastpeft.unpatch):
         undo(model)
+        torch.manual_seed(1)
         y = layer_of(model)(x, **kwargs)
         results.append([y, *gradients(model, y)])
     for actual, expected in zip(*results, strict=True):
-        assert (actual is expected is None) or torch.equal(actual, expected)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)  # None is close to None
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -216,14 +218,89 @@ def test_input_of_another_dtype_raises_as_in_peft(autocast: bool) -> None:
         layer_of(model)(x)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{"use_dora": True}, {"velora_config": peft.VeloraConfig()}],
-    ids=["dora", "velora"],
-)
-def test_variants_of_lora(config: dict[str, Any]) -> None:
-    model = lora_model(nn.Linear(8, 12), **config)
-    assert_left_to_peft(model, "'default' is a " + type(layer_of(model).lora_variant["default"]).__name__)
+def test_another_variant_of_lora() -> None:
+    model = lora_model(nn.Linear(8, 12), velora_config=peft.VeloraConfig())
+    variant = type(layer_of(model).lora_variant["default"]).__name__
+    assert_left_to_peft(model, f"'default' is a {variant}, neither LoRA nor DoRA")
+
+
+class OtherDora(DoraLinearLayer):
+    """A module for the magnitude that is not known exactly."""
+
+
+def magnitude_of(layer: Any) -> DoraLinearLayer:
+    return layer.lora_magnitude_vector["default"]
+
+
+def set_magnitude_class(layer: Any) -> None:
+    magnitude_of(layer).__class__ = OtherDora
+
+
+def set_magnitude(layer: Any) -> None:
+    magnitude_of(layer).weight = other_parameter(magnitude_of(layer).weight)
+
+
+def set_dora_bias(layer: Any) -> None:
+    """Through its config PEFT refuses it; the layer computes with it, also in the norm."""
+    layer.lora_B["default"].bias = nn.Parameter(torch.randn(12))
+
+
+def set_zero_row(layer: Any) -> None:
+    with torch.no_grad():
+        layer.base_layer.weight[7] = layer.lora_B["default"].weight[7] = 0
+
+
+def set_nan(layer: Any) -> None:
+    with torch.no_grad():
+        magnitude_of(layer).weight[7] = torch.nan
+
+
+MAGNITUDE_HOOK = "lora.dora.DoraLinearLayer, or in a module with a hook or a forward of its own"
+NOT_FINITE = "'default' has a row whose norm is 0, or a magnitude that is not finite"
+DORA_STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "merged": (lambda layer: layer.merge(), "merged into the base weight"),
+    "adapter hook": (lambda layer: layer.lora_A["default"].register_forward_hook(double), ADAPTER_HOOK),
+    "bias in lora_B": (set_dora_bias, "'default' has DoRA and a bias in lora_B"),
+    "magnitude hook": (lambda layer: magnitude_of(layer).register_forward_hook(double), MAGNITUDE_HOOK),
+    "magnitude forward": (lambda layer: own_dora_forward(magnitude_of(layer)), MAGNITUDE_HOOK),
+    "magnitude class": (set_magnitude_class, "keeps its magnitude in a test_peft_refusals.OtherDora"),
+    "magnitude": (set_magnitude, "'default' has a magnitude that is a OtherTensor on cpu"),
+    "zero row": (set_zero_row, NOT_FINITE),
+    "nan": (set_nan, NOT_FINITE),
+}
+
+
+def own_dora_forward(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("state", DORA_STATES)
+def test_state_of_dora_that_cannot_be_fused(state: str) -> None:
+    prepare, reason = DORA_STATES[state]
+    model = lora_model(nn.Linear(8, 12), use_dora=True)
+    prepare(layer_of(model))
+    assert_left_to_peft(model, reason)
+    rows = layer_of(model)(torch.ones(1, 8)).isnan().any(0)
+    assert rows.nonzero().flatten().tolist() == ([7] if reason == NOT_FINITE else [])
+
+
+@pytest.mark.parametrize("first_has_dora", [False, True])
+def test_dora_and_lora_together(first_has_dora: bool) -> None:
+    model = lora_model(nn.Linear(8, 12), use_dora=first_has_dora)
+    add_adapter(model, "second", use_dora=not first_has_dora)
+    model.base_model.set_adapter(["default", "second"])
+    assert_left_to_peft(model, "DoRA and LoRA adapters are active together")
+
+
+@pytest.mark.parametrize("off", [nn.Module.eval, lambda dropout: setattr(dropout, "p", 0.0)], ids=["eval", "p=0"])
+def test_several_dora_adapters_one_of_which_alone_drops_nothing(off: Callable[[nn.Module], Any]) -> None:
+    model = lora_model(nn.Linear(8, 12), use_dora=True, lora_dropout=0.5)
+    add_adapter(model, "second", use_dora=True, lora_dropout=0.5)
+    model.base_model.set_adapter(["default", "second"])
+    assert fastpeft.patch(model).left_to_peft == {}
+    off(layer_of(model).lora_dropout["second"])
+    assert_left_to_peft(model, "several DoRA adapters are active, and dropout is switched off in one of them alone")
 
 
 def test_layer_is_fused_once_its_state_allows() -> None:
@@ -246,14 +323,18 @@ CALLS: dict[str, Callable[[Any], Tensor]] = {
     "vmap": lambda layer: torch.func.vmap(layer)(torch.ones(3, 5, 8)),
     "functional gradient": lambda layer: torch.func.grad(lambda x: layer(x).square().sum())(torch.ones(5, 8)),
     "forward derivative": lambda layer: torch.func.jvp(layer, (torch.ones(5, 8),), (torch.ones(5, 8),))[1],
+    "derivative in the adapter": lambda layer: torch.func.grad(
+        lambda A: torch.func.functional_call(layer, {"lora_A.default.weight": A}, torch.ones(5, 8)).square().sum()
+    )(layer.lora_A["default"].weight.detach()),
     "mixed batch of one vector": lambda layer: layer(torch.ones(8), adapter_names=["default", "__base__"] * 4),
 }
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_call_that_cannot_be_fused(call: str) -> None:
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_call_that_cannot_be_fused(use_dora: bool, call: str) -> None:
     base = nn.Linear(8, 8 if "vector" in call else 12)
-    model = lora_model(base)
+    model = lora_model(base, use_dora=use_dora)
     results = []
     for prepare in (lambda model: None, fastpeft.patch):
         model = copy.deepcopy(model)
@@ -282,6 +363,14 @@ def test_mixed_batch_with_adapter_bias() -> None:
     assert torch.equal(layer_of(model)(x, adapter_names=names), expected)
 
 
+def test_vector_gets_the_shape_that_pefts_dora_gives_it() -> None:
+    model = lora_model(nn.Linear(8, 12), use_dora=True)
+    expected = layer_of(model)(torch.ones(8))
+    fastpeft.patch(model)
+    assert expected.shape == (1, 12)
+    assert torch.equal(layer_of(model)(torch.ones(8)), expected)
+
+
 def test_mixed_batch_raises_what_peft_raises() -> None:
     model = lora_model(nn.Linear(8, 12))
     fastpeft.patch(model)
@@ -290,6 +379,10 @@ def test_mixed_batch_raises_what_peft_raises() -> None:
     layer_of(model).merge()
     with pytest.raises(ValueError, match="merged adapters"):
         layer_of(model)(torch.randn(1, 8), adapter_names=["default"])
+    dora = lora_model(nn.Linear(8, 12), use_dora=True)
+    assert fastpeft.patch(dora).left_to_peft == {}
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when DoRA is enabled"):
+        layer_of(dora)(torch.randn(1, 8), adapter_names=["default"])
 
 
 OTHER_LAYERS = {
