@@ -13,13 +13,13 @@ using at::Tensor;
 // W is read once, tile by tile; the same tile of s B A is made in registers, added, squared and summed. A W whose rows
 // lie in memory (nn.Linear) is summed along them; one whose columns do (Conv1D) is taken as Wᵀ and summed down its
 // rows.
-Tensor dora_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double scaling) {
+Tensor dora_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double scaling, bool bfloat16) {
     const Tensor W = weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
     const bool along = W.stride(1) == 1;
     const Tensor w = along ? W : W.t(), sB = B.to(at::kFloat) * scaling;
     const Tensor left = along ? sB : A.t().to(at::kFloat), right = along ? A : sB.t();
     const cpu::Kernels& kernels = cpu::kernels();
-    const bool pairs = kernels.pairs(dtype_of(w));
+    const bool pairs = bfloat16 && kernels.pairs(dtype_of(w));
     const int64_t rows = w.size(0), columns = w.size(1), rank = A.size(0), ranks = padded(rank);
     const Tensor q = ranks == rank ? left.contiguous() : at::constant_pad_nd(left, {0, ranks - rank});  // [rows, ranks]
     const Tensor right_panel = panel(kernels, right, pairs);

@@ -38,8 +38,8 @@ std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::op
                                              const std::optional<at::Tensor>& u, const std::vector<at::Tensor>& z,
                                              const std::vector<bool>& needs, Plan plan);
 
-// DoRA's norm of each row of W + s B A [N, K]: [N] in float32.
-at::Tensor dora_norm(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scaling);
+// DoRA's norm of each row of W + s B A [N, K], B A in bfloat16 or in float32: [N] in float32.
+at::Tensor dora_norm(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scaling, bool bfloat16);
 
 // 64 bits that depend on every `every`-th element of a contiguous tensor and on its place.
 uint64_t fingerprint(const at::Tensor& t, int64_t every);

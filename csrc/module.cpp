@@ -35,9 +35,9 @@ Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tenso
                                           needs, plan);
 }
 
-Tensor dora_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double scaling) {
+Tensor dora_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double scaling, bool bfloat16) {
     const PlainDispatch plain;
-    return fastpeft::dora_norm(weight, A, B, scaling);
+    return fastpeft::dora_norm(weight, A, B, scaling, bfloat16);
 }
 
 std::vector<std::string> isas() {

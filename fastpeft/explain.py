@@ -6,10 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from . import dispatch
+from .functional import compute_dtype
 from .nn import LoRALinear
 
 _PASSES = {"forward": "lora_linear", "backward": "lora_linear_backward"}
@@ -54,10 +54,8 @@ def explain(layer_or_model: nn.Module) -> Explanation:
 
 def backend_refusals(op: str, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> dict[str, str | None]:
     """:func:`fastpeft.dispatch.refusals` for one token in the dtype that a layer with this ``weight`` computes in."""
-    device = weight.device.type
-    autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    return dispatch.refusals(op, weight.new_empty((1, weight.shape[1]), dtype=dtype), weight, A, B)
+    x = weight.new_empty((1, weight.shape[1]), dtype=compute_dtype(weight))
+    return dispatch.refusals(op, x, weight, A, B)
 
 
 def grouped(texts: Mapping[str, str]) -> str:

@@ -115,7 +115,16 @@ def dora_norm(
     _check_adapters(weight, weight, [A], [B], [scaling], [0.0])
     Bs = [B]
     (factor,) = _constant_scaling(Bs, [scaling], weight)
-    return ops.dora_norm(weight.detach(), A.detach(), Bs[0].detach(), factor, backend)
+    return ops.dora_norm(weight.detach(), A.detach(), Bs[0].detach(), factor, compute_dtype(weight), backend)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that a layer with this ``weight`` computes in: its own, or autocast's where that is on."""
+    device_type = weight.device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
 
 
 def _adapted_linear(
@@ -154,7 +163,9 @@ def _adapted_linear(
     if magnitudes is not None:
         if norm is None:
             adapters = zip(As, Bs, factors, strict=True)
-            norm = [ops.dora_norm(base_weight.detach(), a.detach(), b.detach(), s, backend) for a, b, s in adapters]
+            norm = [
+                ops.dora_norm(base_weight.detach(), a.detach(), b.detach(), s, x.dtype, backend) for a, b, s in adapters
+            ]
         norms = _tensors("norm", norm)
         c = _dora_factors(magnitudes, norms, weight, x, count)
     seed = dropout_seeds(count, x.device) if training and any(ps) else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import check_backend_name
-from .functional import dora_linear, lora_linear
+from .functional import compute_dtype, dora_linear, lora_linear
 from .norm_cache import NormCache
 
 
@@ -137,7 +137,9 @@ class DoRALinear(LoRALinear):
     def weight_norm(self) -> Tensor:
         """``‖W + (alpha / r) B A‖`` of each output row: ``[N]``, float32 or float64."""
         check_backend_name(self.backend)
-        return self._norms.get(self._matrix(), self.lora_A, self.lora_B, self.scaling, self.backend)
+        weight = self._matrix()
+        dtype = compute_dtype(weight)
+        return self._norms.get(weight, self.lora_A, self.lora_B, self.scaling, dtype, self.backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``."""

@@ -27,15 +27,17 @@ class NormCache:
         self._key: tuple[Any, ...] | None = None
         self._norm: Tensor | None = None
 
-    def get(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str | None) -> Tensor:
+    def get(
+        self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+    ) -> Tensor:
         """``‖W + s B A‖`` of each row, see ``fastpeft::dora_norm``; not to be written to."""
         weight, A, B = weight.detach(), A.detach(), B.detach()
-        key = None if torch.compiler.is_compiling() else _key(weight, A, B, scaling, backend)
+        key = None if torch.compiler.is_compiling() else _key(weight, A, B, scaling, dtype, backend)
         if key is None:
-            return ops.dora_norm(weight, A, B, scaling, backend)
+            return ops.dora_norm(weight, A, B, scaling, dtype, backend)
         if key != self._key or self._norm is None:
             self._key = None  # an error leaves nothing behind
-            self._norm = ops.dora_norm(weight, A, B, scaling, backend)
+            self._norm = ops.dora_norm(weight, A, B, scaling, dtype, backend)
             self._key = key
         return self._norm
 
@@ -46,7 +48,9 @@ class NormCache:
         return NormCache, ()
 
 
-def _key(weight: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str | None) -> tuple[Any, ...] | None:
+def _key(
+    weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+) -> tuple[Any, ...] | None:
     """What the norm depends on; None where a change could stay unseen."""
     if any(type(t) is not Tensor or t.is_inference() for t in (weight, A, B)):
         return None
@@ -54,7 +58,7 @@ def _key(weight: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str | No
     values = native.fingerprint(A), native.fingerprint(B), native.fingerprint(rows, rows.shape[1] + 1)
     if None in values:
         return None
-    return scaling, backend, values, *(_identity(t) for t in (weight, A, B))
+    return scaling, dtype, backend, values, *(_identity(t) for t in (weight, A, B))
 
 
 def _identity(t: Tensor) -> tuple[Any, ...]:

@@ -9,8 +9,9 @@
     ``[M, N]`` in the dtype of ``x`` for each ``c``: what it multiplies. ``u`` and ``z`` are not differentiable.
 ``fastpeft::lora_linear_backward(dy, x, weight, A, B, c, u, z, …, needs, backend) -> Tensor[]``
     the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for, in this order.
-``fastpeft::dora_norm(weight, A, B, scaling, backend) -> Tensor``
-    ``‖W + s B A‖`` of each row, ``[N]`` in float32 (float64 for float64); not differentiable.
+``fastpeft::dora_norm(weight, A, B, scaling, dtype, backend) -> Tensor``
+    ``‖W + s B A‖`` of each row, ``[N]`` in float32 (float64 for float64); not differentiable. ``dtype`` is the one that
+    the products run in: a backend may round ``A`` and ``B`` to it.
 """
 
 from __future__ import annotations
@@ -123,11 +124,15 @@ def _lora_linear_backward_fake(
     return [grad for grad in like if grad is not None]
 
 
-def _dora_norm_dispatch(weight: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str | None) -> Tensor:
-    return dispatch.choose("dora_norm", weight, weight, [A], [B], backend).dora_norm(weight, A, B, scaling)
+def _dora_norm_dispatch(
+    weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+) -> Tensor:
+    return dispatch.choose("dora_norm", weight, weight, [A], [B], backend).dora_norm(weight, A, B, scaling, dtype)
 
 
-def _dora_norm_fake(weight: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str | None) -> Tensor:
+def _dora_norm_fake(
+    weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+) -> Tensor:
     return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
 
 
@@ -148,7 +153,7 @@ lora_linear_backward = _define(
 )
 
 dora_norm = _define(
-    "dora_norm(Tensor weight, Tensor A, Tensor B, float scaling, str? backend) -> Tensor",
+    "dora_norm(Tensor weight, Tensor A, Tensor B, float scaling, ScalarType dtype, str? backend) -> Tensor",
     _dora_norm_dispatch,
     _dora_norm_fake,
 )

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .dispatch import BackendRefusal, check_backend_name
 from .explain import backend_refusals, grouped
-from .functional import dora_linear, dora_norm, is_readable, lora_linear
+from .functional import compute_dtype, dora_linear, dora_norm, is_readable, lora_linear
 from .norm_cache import NormCache
 
 
@@ -361,7 +361,7 @@ def _magnitude_and_norm(
     if torch.compiler.is_compiling():  # keeps nothing that a graph would depend on; the scaling may stay a tensor
         return magnitude, dora_norm(weight, A, B, scaling, backend)
     caches = layer.__dict__.setdefault("_fastpeft_norms", {})
-    norm = caches.setdefault(name, NormCache()).get(weight, A, B, float(scaling), backend)
+    norm = caches.setdefault(name, NormCache()).get(weight, A, B, float(scaling), compute_dtype(weight), backend)
     if is_readable(norm) and not (magnitude / norm).isfinite().all():
         return "has a row whose norm is 0, or a magnitude that is not finite"
     return magnitude, norm

@@ -30,10 +30,10 @@ class Adapted(nn.Module):
         self.cache = NormCache()
 
     def norm(self) -> torch.Tensor:
-        return self.cache.get(self.weight, self.A, self.B, self.scaling, None)
+        return self.cache.get(self.weight, self.A, self.B, self.scaling, torch.float32, None)
 
     def fresh(self) -> torch.Tensor:
-        return ops.dora_norm(self.weight.detach(), self.A.detach(), self.B.detach(), self.scaling, None)
+        return ops.dora_norm(self.weight.detach(), self.A.detach(), self.B.detach(), self.scaling, torch.float32, None)
 
 
 @pytest.fixture
@@ -152,10 +152,19 @@ def test_a_transposed_weight_is_watched_too(computed: list[None]) -> None:
     torch.manual_seed(0)
     stored = torch.randn(K, N)
     A, B, cache = torch.randn(R, K), torch.randn(N, R), NormCache()
-    first = cache.get(stored.t(), A, B, 1.0, None)
-    assert cache.get(stored.t(), A, B, 1.0, None) is first
+    first = cache.get(stored.t(), A, B, 1.0, torch.float32, None)
+    assert cache.get(stored.t(), A, B, 1.0, torch.float32, None) is first
     stored.data[3] *= 2
-    assert torch.equal(cache.get(stored.t(), A, B, 1.0, None), ops.dora_norm(stored.t(), A, B, 1.0, None))
+    assert torch.equal(
+        cache.get(stored.t(), A, B, 1.0, torch.float32, None), ops.dora_norm(stored.t(), A, B, 1.0, torch.float32, None)
+    )
+    assert len(computed) == 2
+
+
+def test_another_dtype_is_another_norm(computed: list[None]) -> None:
+    layer = Adapted().to(torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16, torch.float16):
+        layer.cache.get(layer.weight, layer.A, layer.B, 1.0, dtype, None)
     assert len(computed) == 2
 
 
@@ -165,10 +174,10 @@ def test_what_cannot_be_watched_is_computed_anew(computed: list[None]) -> None:
     with torch.inference_mode():
         operands = torch.randn(N, K), torch.randn(R, K), torch.randn(N, R)
         for _ in range(2):
-            cache.get(*operands, 1.0, None)
+            cache.get(*operands, 1.0, torch.float32, None)
     strided = torch.randn(N, K, 2)[..., 0], torch.randn(R, K), torch.randn(N, R)
     for _ in range(2):
-        cache.get(*strided, 1.0, None)
+        cache.get(*strided, 1.0, torch.float32, None)
     assert len(computed) == 4
 
 

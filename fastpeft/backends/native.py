@@ -108,10 +108,10 @@ def lora_linear_backward(
     return _C.lora_linear_backward(dy, x, weight, A, B, c, u, z, scaling, thresholds, seed, adapter_index, needs, plan)
 
 
-def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """See ops.py."""
     assert _C is not None
-    return _C.dora_norm(weight, A, B, scaling)
+    return _C.dora_norm(weight, A, B, scaling, dtype == torch.bfloat16)
 
 
 def fingerprint(tensor: Tensor, every: int = 1) -> int | None:

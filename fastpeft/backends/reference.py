@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..dropout import dropout_keep, dropout_scale
@@ -75,7 +76,7 @@ def lora_linear_backward(
     return grads
 
 
-def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """See ops.py."""
     return dora_norm_reference(weight, A, B, scaling)
 
