@@ -50,11 +50,11 @@ def calls(
     settings = [1.0], [0], None, None
 
     def plan_forward(plan: object) -> Callable[[], Any]:
-        return lambda: C.lora_linear(x, W, None, A, B, [], *settings, False, plan)
+        return lambda: C.lora_linear(x, W, [], 0, None, A, B, [], *settings, False, plan)
 
     def plan_backward(plan: object) -> Callable[[], Any]:
         needs = [True, False, False, False, False]
-        return lambda: C.lora_linear_backward(dy, None, W, A, B, [], None, [], *settings, needs, plan)
+        return lambda: C.lora_linear_backward(dy, None, W, [], 0, A, B, [], None, [], *settings, needs, plan)
 
     make = plan_forward if forward else plan_backward
     base = (lambda: torch.nn.functional.linear(x, W)) if forward else (lambda: dy @ W)

@@ -48,7 +48,7 @@ def sweeps(dtype: torch.dtype, tokens: int, width: int, rank: int) -> dict[str, 
     def backward(dy: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor, p: float, dx: bool, dA: bool, dB: bool) -> Any:
         needs = [dx, False, False, dA, dB]
         return lambda: C.lora_linear_backward(
-            dy, x, W, [A], [B], [], u, [], [1.0], [dropout_threshold(p)], seed, None, needs, plan
+            dy, x, W, [], 0, [A], [B], [], u, [], [1.0], [dropout_threshold(p)], seed, None, needs, plan
         )
 
     product, matrix = 2 * tokens * width * rank, tokens * width * size

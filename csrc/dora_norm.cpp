@@ -12,34 +12,51 @@ using at::Tensor;
 
 // W is read once, tile by tile; the same tile of s B A is made in registers, added, squared and summed. A W whose rows
 // lie in memory (nn.Linear) is summed along them; one whose columns do (Conv1D) is taken as Wᵀ and summed down its
-// rows.
-Tensor dora_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double scaling, bool bfloat16) {
-    const Tensor W = weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
-    const bool along = W.stride(1) == 1;
+// rows. Tiles of a 4-bit W are decoded into scratch.
+Tensor dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double scaling, at::ScalarType dtype) {
+    const bool four_bit = weight.four_bit();
+    const bool strided = !four_bit && weight.data.stride(0) != 1 && weight.data.stride(1) != 1;
+    const Tensor W = strided ? weight.data.contiguous() : weight.data;
+    const bool along = four_bit || W.stride(1) == 1;
     const Tensor w = along ? W : W.t(), sB = B.to(at::kFloat) * scaling;
     const Tensor left = along ? sB : A.t().to(at::kFloat), right = along ? A : sB.t();
+    const cpu::FourBit packed = four_bit ? weight.packed() : cpu::FourBit{};
     const cpu::Kernels& kernels = cpu::kernels();
-    const bool pairs = bfloat16 && kernels.pairs(dtype_of(w));
-    const int64_t rows = w.size(0), columns = w.size(1), rank = A.size(0), ranks = padded(rank);
+    const bool wants_pairs = dtype == at::kBFloat16 && kernels.pairs(cpu::DType::bf16);
+    const Tensor like = four_bit ? at::empty({0}, at::dtype(dtype)) : w;
+    const cpu::DType tile_dtype = dtype_of(like);
+    const bool pairs = wants_pairs && kernels.pairs(tile_dtype);
+    const int64_t rows = along ? weight.N : weight.K, columns = along ? weight.K : weight.N, rank = A.size(0),
+                  ranks = padded(rank);
     const Tensor q = ranks == rank ? left.contiguous() : at::constant_pad_nd(left, {0, ranks - rank});  // [rows, ranks]
     const Tensor right_panel = panel(kernels, right, pairs);
-    const Tensor norms = at::zeros({weight.size(0)}, at::dtype(at::kFloat));
+    const Tensor norms = at::zeros({weight.N}, at::dtype(at::kFloat));
 
     // Rows [m, m_end) and columns [begin, end).
     const auto sum = [&](int64_t m, int64_t m_end, int64_t begin, int64_t end) {
         const Tensor scratch = floats({cpu::kRows * ranks});
         float* q_tile = scratch.mutable_data_ptr<float>();
+        const Tensor decoded = at::empty({four_bit ? cpu::kRows * cpu::kColumns : 0}, like.options());
+        const auto w_tile = [&](int64_t row, int64_t row_count, int64_t c, int64_t count) -> cpu::Tile {
+            if (!four_bit) {
+                const int64_t at = (row * w.stride(0) + c) * w.element_size();
+                return {static_cast<const char*>(w.const_data_ptr()) + at, tile_dtype, w.stride(0)};
+            }
+            char* out = static_cast<char*>(decoded.mutable_data_ptr());
+            for (int64_t i = 0; i < row_count; ++i)
+                kernels.decode(packed, (row + i) * columns + c, count, out + i * cpu::kColumns * like.element_size(),
+                               tile_dtype);
+            return {out, tile_dtype, cpu::kColumns};
+        };
         for (; m < m_end; m += cpu::kRows) {
             const int64_t row_count = std::min(cpu::kRows, m_end - m);
             kernels.left(q.const_data_ptr<float>() + m * ranks, ranks, row_count, ranks, pairs, q_tile);
             for (int64_t c = begin; c < end; c += cpu::kColumns) {
                 const auto* p = static_cast<const char*>(right_panel.const_data_ptr()) + c * ranks * (pairs ? 2 : 4);
-                const auto* data =
-                    static_cast<const char*>(w.const_data_ptr()) + (m * w.stride(0) + c) * w.element_size();
+                const int64_t count = std::min(cpu::kColumns, end - c);
                 float* sums = norms.mutable_data_ptr<float>();
-                kernels.squares(q_tile, pairs, row_count, std::min(cpu::kColumns, end - c), ranks, p,
-                                ranks * cpu::kLanes, {data, dtype_of(w), w.stride(0)}, along ? sums + m : nullptr,
-                                along ? nullptr : sums + c);
+                kernels.squares(q_tile, pairs, row_count, count, ranks, p, ranks * cpu::kLanes,
+                                w_tile(m, row_count, c, count), along ? sums + m : nullptr, along ? nullptr : sums + c);
             }
         }
     };

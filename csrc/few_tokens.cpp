@@ -10,7 +10,7 @@ namespace fastpeft {
 
 using at::Tensor;
 
-void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bias, const Adapters& adapters,
+void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bias, const Adapters& adapters,
                         const Tensor& u, const Tensor& y) {
     const cpu::Kernels& kernels = cpu::kernels();
     const int64_t tokens = x.size(0), columns = x.size(1);
@@ -32,15 +32,32 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
                         dtype_of(out), out.stride(0), begin, end);
         });
     };
-    const auto pairs = [&](const Tensor& w) {
-        return kernels.pairs(dtype_of(w)) && w.scalar_type() == x.scalar_type();
+    // The same for rows of a 4-bit weight, a few decoded at a time in the dtype of x.
+    const auto dot_four_bit = [&](const Tensor& input, const Tensor& q, const Tensor& b) {
+        constexpr int64_t kRowsAtOnce = 16;
+        const cpu::FourBit w = weight.packed();
+        const int64_t tiles = (weight.N + kRowsAtOnce - 1) / kRowsAtOnce;
+        at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+            const Tensor tile = at::empty({kRowsAtOnce, columns}, x.options());
+            for (int64_t n = begin * kRowsAtOnce; n < std::min(end * kRowsAtOnce, weight.N); n += kRowsAtOnce) {
+                const int64_t rows = std::min(kRowsAtOnce, weight.N - n);
+                kernels.decode(w, n * columns, rows * columns, tile.mutable_data_ptr(), dtype_of(tile));
+                kernels.dot(input.const_data_ptr(), input.stride(0), tokens, matrix(tile), q.const_data_ptr<float>(),
+                            matrix(b.narrow(0, n, rows)), bias.defined() ? bias.const_data_ptr<float>() + n : nullptr,
+                            static_cast<char*>(y.mutable_data_ptr()) + n * y.element_size(), dtype_of(y), y.stride(0),
+                            0, rows);
+            }
+        });
+    };
+    const auto pairs = [&](at::ScalarType dtype) {
+        return dtype == at::kBFloat16 && dtype == x.scalar_type() && kernels.pairs(cpu::DType::bf16);
     };
     const Tensor q = at::empty_like(u);
     int64_t offset = 0;
     for (size_t i = 0; i < adapters.A.size(); ++i) {
         const Tensor& A = adapters.A[i];
         const int64_t rank = A.size(0);
-        Tensor input = pairs(A) ? x : widened();
+        Tensor input = pairs(A.scalar_type()) ? x : widened();
         if (adapters.thresholds[i]) {
             const Tensor dropped =
                 dropout_keep(static_cast<int64_t>(seed_of(adapters, i)), tokens, columns, adapters.thresholds[i])
@@ -57,7 +74,11 @@ void few_tokens_product(const Tensor& x, const Tensor& weight, const Tensor& bia
                 q.mutable_data_ptr<float>()[t * u.size(1) + r] = scaling * u.const_data_ptr<float>()[t * u.size(1) + r];
         offset += rank;
     }
-    dot(pairs(weight) ? x : widened(), weight, q, adapters.B.size() == 1 ? adapters.B[0] : at::cat(adapters.B, 1), y);
+    const Tensor B = adapters.B.size() == 1 ? adapters.B[0] : at::cat(adapters.B, 1);
+    if (weight.four_bit())
+        dot_four_bit(pairs(x.scalar_type()) ? x : widened(), q, B);
+    else
+        dot(pairs(weight.data.scalar_type()) ? x : widened(), weight.data, q, B, y);
 }
 
 }  // namespace fastpeft

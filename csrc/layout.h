@@ -17,7 +17,7 @@ at::Tensor panel(const cpu::Kernels& kernels, const at::Tensor& s, bool pairs);
 
 // few_tokens.cpp: u and y = x Wᵀ + s u Bᵀ + bias (float32, may be undefined) for x [tokens, K]; y contiguous, float32
 // or as x.
-void few_tokens_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const Adapters& adapters,
+void few_tokens_product(const at::Tensor& x, const Weight& weight, const at::Tensor& bias, const Adapters& adapters,
                         const at::Tensor& u, const at::Tensor& y);
 
 // Where each adapter's ranks lie: those without a mask side by side in the first group, each other in its own; with

@@ -31,25 +31,25 @@ void vendor_product(const Tensor& y, const Tensor& x, const Tensor& weight) {
 
 void vendor_product_onto(const Tensor& y, const Tensor& x, const Tensor& weight) { y.addmm_(x, weight); }
 
-// The same in float32, stripe by stripe of W.
-void vendor_product_float32(const Tensor& y, const Tensor& x, const Tensor& weight) {
+// y = x W, or x Wᵀ, in float32, stripe by stripe of W.
+void product_float32(const Tensor& y, const Tensor& x, const Weight& weight, bool transposed) {
     constexpr int64_t kColumns = 256;
     const Tensor wide = x.to(at::kFloat);
     for (int64_t n = 0; n < y.size(1); n += kColumns) {
         const int64_t columns = std::min(kColumns, y.size(1) - n);
-        y.narrow(1, n, columns).copy_(at::mm(wide, weight.narrow(1, n, columns).to(at::kFloat)));
+        y.narrow(1, n, columns).copy_(at::mm(wide, weight.columns(transposed, n, columns, x.scalar_type())));
     }
 }
 
-// y = x[0] W + the output of the sweep, W [K, N], whose groups find x[i] W as their operand i; what else the sweep does
+// y = x[0] W (or Wᵀ) + the output of the sweep, whose groups find x[i] W as their operand i; what else the sweep does
 // is done too.
 void base_and_low_rank(const cpu::Kernels& kernels, Sweep& sweep, const Tensor& y, const std::vector<Tensor>& x,
-                       const Tensor& weight, Plan plan) {
+                       const Weight& weight, bool transposed, Plan plan) {
     sweep.output = y.mutable_data_ptr();
     sweep.ld_output = y.stride(0);
     if (plan == Plan::one_accumulator) {
         TORCH_CHECK(
-            cpu::has_base_product(kernels) && y.scalar_type() == at::kBFloat16 && weight.size(0) % 2 == 0,
+            cpu::has_base_product(kernels) && y.scalar_type() == at::kBFloat16 && x[0].size(1) % 2 == 0,
             "Plan.one_accumulator needs has_base_product(), bfloat16 and an even number of contracted elements");
         std::vector<Tensor> rows;
         std::vector<cpu::Operand> operands;
@@ -58,24 +58,36 @@ void base_and_low_rank(const cpu::Kernels& kernels, Sweep& sweep, const Tensor& 
             const int64_t ld = part.size(0) > 1 ? rows.back().stride(0) : part.size(1);
             operands.push_back({rows.back().const_data_ptr(), ld});
         }
-        cpu::base_product(kernels, sweep, operands, matrix(weight));
+        cpu::RightOperand right{.transposed = transposed};
+        const cpu::FourBit packed = weight.four_bit() ? weight.packed() : cpu::FourBit{};
+        if (weight.four_bit()) {
+            right.packed = &packed;
+            right.s = {nullptr, cpu::DType::bf16, x[0].size(1), y.size(1), 0, 0};
+        } else {
+            right.s = matrix(transposed ? weight.data.t() : weight.data);
+        }
+        cpu::base_product(kernels, sweep, operands, right);
         sweep.output = nullptr;
         if (sweep.product || sweep.gradient) cpu::run(kernels, sweep);
         return;
     }
     const bool scales = std::any_of(sweep.groups.begin(), sweep.groups.end(), [](const auto& g) { return g.scale; });
     TORCH_CHECK(plan != Plan::vendor_last || !scales, "Plan.vendor_last cannot scale the base product: DoRA");
-    const auto product = plan == Plan::vendor_float32 ? vendor_product_float32 : vendor_product;
+    TORCH_CHECK(plan == Plan::vendor_float32 || !weight.four_bit(), "a 4-bit weight has no dense product");
+    const Tensor dense = weight.four_bit() ? Tensor() : transposed ? weight.data.t() : weight.data;
+    const auto product = [&](const Tensor& out, const Tensor& in) {
+        plan == Plan::vendor_float32 ? product_float32(out, in, weight, transposed) : vendor_product(out, in, dense);
+    };
     std::vector<Tensor> seconds;
     for (size_t i = 1; i < x.size(); ++i) {
         seconds.push_back(at::empty({y.size(0), y.size(1)}, y.options()));
-        product(seconds.back(), x[i], weight);
+        product(seconds.back(), x[i]);
         sweep.seconds.push_back(seconds.back().const_data_ptr());
     }
     sweep.add = plan != Plan::vendor_last;
-    if (sweep.add) product(y, x[0], weight);
+    if (sweep.add) product(y, x[0]);
     cpu::run(kernels, sweep);
-    if (!sweep.add) vendor_product_onto(y, x[0], weight);
+    if (!sweep.add) vendor_product_onto(y, x[0], dense);
 }
 
 // factor · keep ∘ scale ∘ in; a scale [columns] that is not defined and a threshold of 0 do nothing.
@@ -135,10 +147,10 @@ struct Chain {
 
 }  // namespace
 
-Forward lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters,
+Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias, const Adapters& adapters,
                     bool keep_z, Plan plan) {
     const Tensor x2 = flat_rows(x);
-    const int64_t N = weight.size(0);
+    const int64_t N = weight.N;
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = N;
     const Tensor y = at::empty(shape, x.options());
@@ -200,11 +212,11 @@ Forward lora_linear(const Tensor& x, const Tensor& weight, const std::optional<T
     up.q = q.const_data_ptr<float>();
     up.panel_out = panel_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
-    base_and_low_rank(kernels, up, y2, inputs, weight.t(), plan);
+    base_and_low_rank(kernels, up, y2, inputs, weight, true, plan);
     return {y, u, z};
 }
 
-std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
+std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const Weight& weight,
                                          const Adapters& adapters, const std::optional<Tensor>& u,
                                          const std::vector<Tensor>& z, const std::vector<bool>& needs, Plan plan) {
     const size_t count = adapters.A.size();
@@ -219,7 +231,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
     const Tensor dy2 = flat_rows(dy);
     const Tensor x2 = x ? flat_rows(*x) : Tensor();
     const bool pairs = kernels.pairs(dtype_of(dy));
-    const int64_t M = dy2.size(0), N = weight.size(0), K = weight.size(1);
+    const int64_t M = dy2.size(0), N = weight.N, K = weight.K;
 
     Tensor v, dA, dB, dx;
     if (need_x || need_A || need_B) {  // dy is read once for v and dB
@@ -279,7 +291,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         if (need_x) {
             panel_A = panel(kernels, layout.stacked(adapters.A, false), pairs);
             sweep.panel_out = panel_A.const_data_ptr();
-            base_and_low_rank(kernels, sweep, dx2, inputs, weight, plan);
+            base_and_low_rank(kernels, sweep, dx2, inputs, weight, false, plan);
         } else {
             cpu::run(kernels, sweep);
         }
@@ -292,7 +304,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         for (const cpu::RankGroup& group : groups)
             if (group.operand)
                 dW = dW + at::mm(inputs[group.operand].t(), scaled(x2, {}, 1.0, group.seed, group.threshold));
-        grads.push_back(dW.to(weight.scalar_type()));
+        grads.push_back(dW.to(weight.data.scalar_type()));
     }
     if (needs[2]) grads.push_back(dy2.sum(at::IntArrayRef{0}, false, at::kFloat).to(dy.scalar_type()));
     for (size_t i = 0; i < count; ++i)

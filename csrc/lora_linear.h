@@ -6,6 +6,8 @@
 #include <tuple>
 #include <vector>
 
+#include "weight.h"
+
 namespace fastpeft {
 
 // The adapters of one call, as ops.py describes them, with dropout's factor 1 / (1 - p) made part of `scaling` and p
@@ -23,23 +25,24 @@ enum class Plan {
     dots,             // dot products with the rows of W: a few tokens, contiguous tensors, forward alone
     vendor_first,     // the vendor's product, the low-rank part added onto it
     vendor_last,      // the vendor's product added onto the low-rank part
-    vendor_float32,   // vendor_first in float32, stripe by stripe of W: for processors without float16 products
+    vendor_float32,   // vendor_first in float32, stripe by stripe of W: processors without float16 products, 4-bit W
     one_accumulator,  // both in the same accumulators (cpu/base_product.h): bfloat16
 };
 
 // y [..., N], u [M, Σ r] in float32, and with keep_z each DoRA adapter's z [M, N].
 using Forward = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
-Forward lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+Forward lora_linear(const at::Tensor& x, const Weight& weight, const std::optional<at::Tensor>& bias,
                     const Adapters& adapters, bool keep_z, Plan plan);
 
 // The gradients of x, weight, bias, *A, *B, *c that `needs` asks for, in this order.
 std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
-                                             const at::Tensor& weight, const Adapters& adapters,
+                                             const Weight& weight, const Adapters& adapters,
                                              const std::optional<at::Tensor>& u, const std::vector<at::Tensor>& z,
                                              const std::vector<bool>& needs, Plan plan);
 
-// DoRA's norm of each row of W + s B A [N, K], B A in bfloat16 or in float32: [N] in float32.
-at::Tensor dora_norm(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scaling, bool bfloat16);
+// DoRA's norm of each row of W + s B A [N, K]: [N] in float32; s B A is computed in `dtype`.
+at::Tensor dora_norm(const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
+                     at::ScalarType dtype);
 
 // 64 bits that depend on every `every`-th element of a contiguous tensor and on its place.
 uint64_t fingerprint(const at::Tensor& t, int64_t every);

@@ -17,27 +17,36 @@ struct PlainDispatch {
     c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-fastpeft::Forward lora_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensors& A,
-                              const Tensors& B, const Tensors& c, const std::vector<double>& scaling,
-                              const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                              const MaybeTensor& adapter_index, bool keep_z, fastpeft::Plan plan) {
-    const PlainDispatch plain;
-    return fastpeft::lora_linear(x, weight, bias, {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z, plan);
+// The adapters know the shape that a 4-bit weight does not.
+fastpeft::Weight weight_of(const Tensor& data, const Tensors& quant, int64_t blocksize, const Tensor& A,
+                           const Tensor& B) {
+    return {data, quant, blocksize, B.size(0), A.size(1)};
 }
 
-Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& weight, const Tensors& A,
-                             const Tensors& B, const Tensors& c, const MaybeTensor& u, const Tensors& z,
-                             const std::vector<double>& scaling, const std::vector<int64_t>& thresholds,
-                             const MaybeTensor& seed, const MaybeTensor& adapter_index, const std::vector<bool>& needs,
-                             fastpeft::Plan plan) {
+fastpeft::Forward lora_linear(const Tensor& x, const Tensor& weight, const Tensors& quant, int64_t blocksize,
+                              const MaybeTensor& bias, const Tensors& A, const Tensors& B, const Tensors& c,
+                              const std::vector<double>& scaling, const std::vector<int64_t>& thresholds,
+                              const MaybeTensor& seed, const MaybeTensor& adapter_index, bool keep_z,
+                              fastpeft::Plan plan) {
     const PlainDispatch plain;
-    return fastpeft::lora_linear_backward(dy, x, weight, {A, B, c, scaling, thresholds, seed, adapter_index}, u, z,
-                                          needs, plan);
+    return fastpeft::lora_linear(x, weight_of(weight, quant, blocksize, A[0], B[0]), bias,
+                                 {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z, plan);
 }
 
-Tensor dora_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double scaling, bool bfloat16) {
+Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& weight, const Tensors& quant,
+                             int64_t blocksize, const Tensors& A, const Tensors& B, const Tensors& c,
+                             const MaybeTensor& u, const Tensors& z, const std::vector<double>& scaling,
+                             const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
+                             const MaybeTensor& adapter_index, const std::vector<bool>& needs, fastpeft::Plan plan) {
     const PlainDispatch plain;
-    return fastpeft::dora_norm(weight, A, B, scaling, bfloat16);
+    return fastpeft::lora_linear_backward(dy, x, weight_of(weight, quant, blocksize, A[0], B[0]),
+                                          {A, B, c, scaling, thresholds, seed, adapter_index}, u, z, needs, plan);
+}
+
+Tensor dora_norm(const Tensor& weight, const Tensors& quant, int64_t blocksize, const Tensor& A, const Tensor& B,
+                 double scaling, at::ScalarType dtype) {
+    const PlainDispatch plain;
+    return fastpeft::dora_norm(weight_of(weight, quant, blocksize, A, B), A, B, scaling, dtype);
 }
 
 std::vector<std::string> isas() {

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from . import dispatch
 from .functional import compute_dtype
+from .nf4 import FourBit, weight_operands
 from .nn import LoRALinear
 
 _PASSES = {"forward": "lora_linear", "backward": "lora_linear_backward"}
@@ -52,10 +54,12 @@ def explain(layer_or_model: nn.Module) -> Explanation:
     return Explanation(verdicts)
 
 
-def backend_refusals(op: str, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> dict[str, str | None]:
+def backend_refusals(
+    op: str, weight: Tensor | FourBit, A: Sequence[Tensor], B: Sequence[Tensor]
+) -> dict[str, str | None]:
     """:func:`fastpeft.dispatch.refusals` for one token in the dtype that a layer with this ``weight`` computes in."""
-    x = weight.new_empty((1, weight.shape[1]), dtype=compute_dtype(weight))
-    return dispatch.refusals(op, x, weight, A, B)
+    x = torch.empty((1, weight.shape[1]), dtype=compute_dtype(weight), device=weight.device)
+    return dispatch.refusals(op, x, weight_operands(weight)[0], A, B)
 
 
 def grouped(texts: Mapping[str, str]) -> str:
@@ -73,8 +77,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _verdict_on(module: nn.Module) -> str | None:
     if isinstance(module, LoRALinear):
-        weight = module.weight.t() if module.fan_in_fan_out else module.weight
-        return _backend_verdict(weight, [module.lora_A], [module.lora_B], module.backend)
+        return _backend_verdict(module.matrix(), [module.lora_A], [module.lora_B], module.backend)
     if "peft" not in sys.modules:  # then no module can be PEFT's
         return None
     from . import peft
@@ -89,7 +92,7 @@ def _verdict_on(module: nn.Module) -> str | None:
     return _backend_verdict(operands.weight, operands.A, operands.B, module.fastpeft_backend)
 
 
-def _backend_verdict(weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], requested: str | None) -> str:
+def _backend_verdict(weight: Tensor | FourBit, A: Sequence[Tensor], B: Sequence[Tensor], requested: str | None) -> str:
     lines = {name: _choice(backend_refusals(op, weight, A, B), requested) for name, op in _PASSES.items()}
     if len(set(lines.values())) == 1:
         return lines["forward"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .dispatch import check_backend_name
 from .dropout import dropout_seeds
+from .nf4 import FourBit, weight_operands
 from .reference import wide_dtype
 
 BASE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -19,7 +20,7 @@ BASE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FourBit,
     bias: Tensor | None,
     A: Tensor | Sequence[Tensor],
     B: Tensor | Sequence[Tensor],
@@ -37,7 +38,8 @@ def lora_linear(
 
     Args:
         x: ``[..., K]``, the dtype of ``weight`` unless autocast is on.
-        weight: ``[N, K]``, float64, float32, float16 or bfloat16, any strides (a ``Conv1D`` passes ``weight.t()``).
+        weight: ``[N, K]``, float64, float32, float16 or bfloat16, any strides (a ``Conv1D`` passes ``weight.t()``); or
+            a :class:`fastpeft.nf4.FourBit`, decoded tile by tile, with ``x`` in any of these dtypes.
         bias: ``[N]`` or None.
         A: ``[r, K]``, or a list with one for each adapter. Any floating dtype.
         B: ``[N, r]``, or a list alike.
@@ -61,7 +63,7 @@ def lora_linear(
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FourBit,
     bias: Tensor | None,
     A: Tensor | Sequence[Tensor],
     B: Tensor | Sequence[Tensor],
@@ -95,7 +97,7 @@ def dora_linear(
 
 
 def dora_norm(
-    weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor = 1.0, backend: str | None = None
+    weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float | Tensor = 1.0, backend: str | None = None
 ) -> Tensor:
     """``‖W + s B A‖`` of each row: what DoRA divides its magnitude by. Reads ``W`` once; a constant for autograd.
 
@@ -112,24 +114,35 @@ def dora_norm(
     _check_tensor("B", B)
     check_backend_name(backend)
     _check_weight(weight)
-    _check_adapters(weight, weight, [A], [B], [scaling], [0.0])
+    dtype = compute_dtype(weight)
+    like = torch.empty(0, dtype=dtype, device=weight.device)
+    _check_adapters(like, weight, [A], [B], [scaling], [0.0])
     Bs = [B]
-    (factor,) = _constant_scaling(Bs, [scaling], weight)
-    return ops.dora_norm(weight.detach(), A.detach(), Bs[0].detach(), factor, compute_dtype(weight), backend)
+    (factor,) = _constant_scaling(Bs, [scaling], like)
+    return _norm(weight, A, Bs[0], factor, dtype, backend)
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that a layer with this ``weight`` computes in: its own, or autocast's where that is on."""
+def _norm(
+    weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+) -> Tensor:
+    data, quant, blocksize = weight_operands(weight)
+    return ops.dora_norm(data.detach(), quant, blocksize, A.detach(), B.detach(), scaling, dtype, backend)
+
+
+def compute_dtype(weight: Tensor | FourBit) -> torch.dtype:
+    """The dtype that a layer with this ``weight`` computes in: its own, or autocast's where that is on.
+
+    A weight in 4 bits has none of its own and is computed in its input's: float32 stands for that here.
+    """
+    dtype = torch.float32 if isinstance(weight, FourBit) else weight.dtype
     device_type = weight.device.type
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    if autocast and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return weight.dtype
+    return torch.get_autocast_dtype(device_type) if autocast and dtype != torch.float64 else dtype
 
 
 def _adapted_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FourBit,
     bias: Tensor | None,
     A: Tensor | Sequence[Tensor],
     B: Tensor | Sequence[Tensor],
@@ -152,9 +165,9 @@ def _adapted_linear(
 
     base_weight, device_type = weight, x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    elif x.dtype != weight.dtype:
+        x = x.to(torch.get_autocast_dtype(device_type))
+        weight = weight if isinstance(weight, FourBit) else weight.to(x.dtype)
+    elif not isinstance(weight, FourBit) and x.dtype != weight.dtype:
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
@@ -163,14 +176,13 @@ def _adapted_linear(
     if magnitudes is not None:
         if norm is None:
             adapters = zip(As, Bs, factors, strict=True)
-            norm = [
-                ops.dora_norm(base_weight.detach(), a.detach(), b.detach(), s, x.dtype, backend) for a, b, s in adapters
-            ]
+            norm = [_norm(base_weight, a, b, s, x.dtype, backend) for a, b, s in adapters]
         norms = _tensors("norm", norm)
         c = _dora_factors(magnitudes, norms, weight, x, count)
     seed = dropout_seeds(count, x.device) if training and any(ps) else None
     keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in c)
-    return ops.call_lora_linear(x, weight, bias, As, Bs, c, factors, ps, seed, adapter_index, keep_z, backend)[0]
+    operands = x, *weight_operands(weight), bias, As, Bs, c
+    return ops.call_lora_linear(*operands, factors, ps, seed, adapter_index, keep_z, backend)[0]
 
 
 def _constant_scaling(Bs: list[Tensor], scalings: Sequence[float | Tensor], x: Tensor) -> list[float]:
@@ -184,7 +196,9 @@ def _constant_scaling(Bs: list[Tensor], scalings: Sequence[float | Tensor], x: T
     return factors
 
 
-def _dora_factors(magnitudes: list[Tensor], norms: list[Tensor], weight: Tensor, x: Tensor, count: int) -> list[Tensor]:
+def _dora_factors(
+    magnitudes: list[Tensor], norms: list[Tensor], weight: Tensor | FourBit, x: Tensor, count: int
+) -> list[Tensor]:
     """``c = m / norm`` of each adapter, checked."""
     factors = []
     for name, values in (("magnitude", magnitudes), ("norm", norms)):
@@ -229,7 +243,9 @@ def _check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def _check_weight(weight: Tensor) -> None:
+def _check_weight(weight: Tensor | FourBit) -> None:
+    if isinstance(weight, FourBit):  # was checked when it was made
+        return
     _check_tensor("weight", weight)
     if weight.dtype not in BASE_DTYPES:
         raise TypeError(f"weight must be float64, float32, float16 or bfloat16, got {weight.dtype}")
@@ -237,7 +253,7 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight must have shape [N, K], got {list(weight.shape)}")
 
 
-def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_base(x: Tensor, weight: Tensor | FourBit, bias: Tensor | None) -> None:
     _check_tensor("x", x)
     _check_weight(weight)
     if x.device.type == "meta":
@@ -257,7 +273,12 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _check_adapters(
-    x: Tensor, weight: Tensor, As: list[Tensor], Bs: list[Tensor], scalings: list[float | Tensor], ps: list[float]
+    x: Tensor,
+    weight: Tensor | FourBit,
+    As: list[Tensor],
+    Bs: list[Tensor],
+    scalings: list[float | Tensor],
+    ps: list[float],
 ) -> None:
     count = len(As)
     if count == 0:
@@ -316,6 +337,6 @@ def is_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor | FourBit, x: Tensor) -> None:
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")

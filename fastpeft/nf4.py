@@ -47,21 +47,21 @@ class FourBit:
         nested: None, or ``(code2, absmax2, offset)``: float32 ``[256]``, one for each 256 blocks, and one number.
         shape: ``(N, K)``.
         blocksize: elements that share an ``absmax``.
-        quant_type: ``"nf4"`` or ``"fp4"``.
+        code: float32 ``[16]``, the values that the codes stand for.
     """
 
     packed: Tensor
+    code: Tensor
     absmax: Tensor
     nested: tuple[Tensor, Tensor, Tensor] | None
     shape: tuple[int, int]
     blocksize: int
-    quant_type: str
 
     def __post_init__(self) -> None:
         """Raises ValueError where sizes do not fit each other; TypeError where a dtype is another one."""
         elements = self.shape[0] * self.shape[1]
-        if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {self.quant_type!r}")
+        if self.code.dtype != torch.float32 or self.code.numel() != 16:
+            raise ValueError(f"code must hold 16 float32 numbers, got {self.code.numel()} of {self.code.dtype}")
         if self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
         if self.packed.dtype != torch.uint8:
@@ -83,39 +83,36 @@ class FourBit:
                     raise ValueError(f"{name} must hold {size} float32 numbers, got {tensor.numel()} of {tensor.dtype}")
 
     @property
-    def statistics(self) -> list[Tensor]:
-        """``[absmax]``, or ``[absmax, code2, absmax2, offset]``."""
-        return [self.absmax, *(self.nested or ())]
+    def quant(self) -> list[Tensor]:
+        """``[code, absmax]``, or ``[code, absmax, code2, absmax2, offset]``: what the op takes beside ``packed``."""
+        return [tensor.contiguous() for tensor in (self.code, self.absmax, *(self.nested or ()))]
 
     @property
-    def format(self) -> list[int]:
-        """``[blocksize, index in QUANT_TYPES]``: what is no tensor and does not follow from the adapters' shapes."""
-        return [self.blocksize, QUANT_TYPES.index(self.quant_type)]
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.packed.device
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight ``[N, K]``; the product of value and absmax is rounded once, from float32."""
-        return dequantize(self.packed, self.statistics, self.format, self.shape, dtype)
+        return dequantize(self.packed, self.quant, self.blocksize, self.shape, dtype)
 
 
 def dequantize(
-    packed: Tensor, statistics: Sequence[Tensor], format: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+    packed: Tensor, quant: Sequence[Tensor], blocksize: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """See :meth:`FourBit.dequantize`; the arguments are its attributes."""
-    blocksize, kind = format
+    code, absmax, *nested = (tensor.flatten() for tensor in quant)
     elements = shape[0] * shape[1]
     codes = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:elements]
-    values = code_table(QUANT_TYPES[kind], packed.device)[codes.int()]
-    scale = block_scales(statistics).repeat_interleave(blocksize)[:elements]
-    return (values * scale).view(*shape).to(dtype)
+    if nested:
+        code2, absmax2, offset = nested
+        absmax = code2[absmax.int()] * absmax2.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()] + offset
+    return (code[codes.int()] * absmax.repeat_interleave(blocksize)[:elements]).view(*shape).to(dtype)
 
 
-def block_scales(statistics: Sequence[Tensor]) -> Tensor:
-    """``absmax`` of every block in float32."""
-    absmax, *nested = (tensor.flatten() for tensor in statistics)
-    if not nested:
-        return absmax
-    code2, absmax2, offset = nested
-    return code2[absmax.int()] * absmax2.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()] + offset
+def weight_operands(weight: Tensor | FourBit) -> tuple[Tensor, list[Tensor], int]:
+    """What the ops take for a weight, dense or in 4 bits: ``weight, quant, blocksize``."""
+    return (weight.packed, weight.quant, weight.blocksize) if isinstance(weight, FourBit) else (weight, [], 0)
 
 
 def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True) -> FourBit:
@@ -135,12 +132,12 @@ def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, neste
         raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {quant_type!r}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
-    codes, absmax = _nearest(weight.detach().flatten(), code_table(quant_type, weight.device), blocksize)
+    code = code_table(quant_type, weight.device)
+    codes, absmax = _nearest(weight.detach().flatten(), code, blocksize)
     if codes.numel() % 2:
-        codes = torch.cat((codes, _nearest(codes.new_zeros(1).float(), code_table(quant_type, codes.device), 1)[0]))
+        codes = torch.cat((codes, _nearest(code.new_zeros(1), code, 1)[0]))
     packed = codes[::2] << 4 | codes[1::2]
-    shape = (weight.shape[0], weight.shape[1])
-    plain = FourBit(packed, absmax, None, shape, blocksize, quant_type)
+    plain = FourBit(packed, code, absmax, None, (weight.shape[0], weight.shape[1]), blocksize)
     if not nested:
         return plain
     offset, code2 = absmax.mean(), _dynamic_table(weight.device)
@@ -203,4 +200,4 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> FourBit:
     if len(shape) != 2:
         raise ValueError(f"quant_state.shape must be (N, K), got {shape}")
     packed = weight.detach().as_subclass(Tensor).contiguous().view(torch.uint8).flatten()
-    return FourBit(packed, quant_state.absmax, nested, shape, quant_state.blocksize, quant_state.quant_type)
+    return FourBit(packed, quant_state.code, quant_state.absmax, nested, shape, quant_state.blocksize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .dispatch import check_backend_name
 from .functional import compute_dtype, dora_linear, lora_linear
+from .nf4 import FourBit, quantize
 from .norm_cache import NormCache
 
 
@@ -22,7 +24,7 @@ class LoRALinear(nn.Module):
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | FourBit,
         bias: Tensor | None,
         r: int,
         alpha: float,
@@ -42,7 +44,7 @@ class LoRALinear(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if not adapter_dtype.is_floating_point:
             raise TypeError(f"adapter_dtype must be a floating dtype, got {adapter_dtype}")
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self._hold(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.fan_in_fan_out = fan_in_fan_out
         self.out_features, self.in_features = reversed(weight.shape) if fan_in_fan_out else weight.shape
@@ -75,9 +77,7 @@ class LoRALinear(nn.Module):
         Raises:
             TypeError: ``linear`` is of another class. ValueError: a number is out of its range.
         """
-        fan_in_fan_out = type(linear).__name__ == "Conv1D"
-        if not fan_in_fan_out and not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear or a Conv1D, got {type(linear).__name__}")
+        fan_in_fan_out = _is_conv1d(linear)
         return cls(
             linear.weight,  # type: ignore[arg-type]
             linear.bias,  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ class LoRALinear(nn.Module):
         """``[..., K]`` to ``[..., N]``."""
         return lora_linear(
             x,
-            self._matrix(),
+            self.matrix(),
             self.bias,
             self.lora_A,
             self.lora_B,
@@ -108,8 +108,12 @@ class LoRALinear(nn.Module):
             backend=self.backend,
         )
 
-    def _matrix(self) -> Tensor:
-        """The weight as ``[N, K]``."""
+    def _hold(self, weight: Tensor | FourBit) -> None:
+        assert isinstance(weight, Tensor)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+    def matrix(self) -> Tensor | FourBit:
+        """The weight ``[N, K]``, as :mod:`fastpeft.functional` takes it."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
     def extra_repr(self) -> str:
@@ -137,7 +141,7 @@ class DoRALinear(LoRALinear):
     def weight_norm(self) -> Tensor:
         """``‖W + (alpha / r) B A‖`` of each output row: ``[N]``, float32 or float64."""
         check_backend_name(self.backend)
-        weight = self._matrix()
+        weight = self.matrix()
         dtype = compute_dtype(weight)
         return self._norms.get(weight, self.lora_A, self.lora_B, self.scaling, dtype, self.backend)
 
@@ -145,7 +149,7 @@ class DoRALinear(LoRALinear):
         """``[..., K]`` to ``[..., N]``."""
         return dora_linear(
             x,
-            self._matrix(),
+            self.matrix(),
             self.bias,
             self.lora_A,
             self.lora_B,
@@ -156,3 +160,89 @@ class DoRALinear(LoRALinear):
             norm=self.weight_norm(),
             backend=self.backend,
         )
+
+
+class QLoRALinear(LoRALinear):
+    """:class:`LoRALinear` whose frozen weight is kept in 4 bits (Dettmers et al., "QLoRA", 2023).
+
+    Built by :meth:`from_linear`. The products decode the weight tile by tile; a dense one never exists. ``weight``
+    holds the packed codes (uint8), the buffers ``weight_...`` what they stand for, in the dtypes of bitsandbytes: a
+    change of the module's dtype leaves them as they are. Computes in the input's dtype, or in autocast's.
+    """
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        nested: bool = True,
+        adapter_dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+    ) -> Self:
+        """An adapter of rank ``r`` on ``linear``, whose weight is quantized (a copy) and whose bias is shared, frozen.
+
+        Args:
+            linear, r, alpha, dropout, adapter_dtype, backend: as for :meth:`LoRALinear.from_linear`.
+            quant_type: ``"nf4"`` or ``"fp4"``.
+            blocksize: elements that share a scale: 32, 64, 128, ... or 4096.
+            nested: whether the scales are quantized too, to 8 bits.
+
+        Raises:
+            TypeError: ``linear`` is of another class, or its weight of another dtype than float32, float16 or bfloat16.
+            ValueError: a number is out of its range.
+        """
+        weight: Tensor = linear.weight.t() if _is_conv1d(linear) else linear.weight  # type: ignore[assignment, operator]
+        return cls(
+            quantize(weight, quant_type, blocksize, nested),
+            linear.bias,  # type: ignore[arg-type]
+            r,
+            float(r) if alpha is None else alpha,
+            dropout,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+
+    def _hold(self, weight: Tensor | FourBit) -> None:
+        assert isinstance(weight, FourBit)
+        self.blocksize = weight.blocksize
+        self.register_buffer("weight", weight.packed)
+        self.register_buffer("weight_code", weight.code)
+        self.register_buffer("weight_absmax", weight.absmax)
+        for name, tensor in zip(_NESTED, weight.nested or (), strict=False):
+            self.register_buffer(name, tensor)
+
+    def matrix(self) -> FourBit:
+        """The weight ``[N, K]`` in 4 bits, as :mod:`fastpeft.functional` takes it."""
+        code, absmax = self._buffers["weight_code"], self._buffers["weight_absmax"]
+        nested = tuple(self._buffers[name] for name in _NESTED if name in self._buffers)
+        shape = self.out_features, self.in_features
+        return FourBit(self.weight, code, absmax, nested or None, shape, self.blocksize)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != old.dtype:
+                self._buffers[name] = old.to(buffer.device)
+        return self
+
+
+class QDoRALinear(QLoRALinear, DoRALinear):
+    """:class:`DoRALinear` whose frozen weight is kept in 4 bits; :meth:`from_linear` is :class:`QLoRALinear`'s."""
+
+
+_NESTED = ("weight_code2", "weight_absmax2", "weight_offset")
+
+
+def _is_conv1d(linear: nn.Module) -> bool:
+    """Whether ``linear`` is GPT-2's ``Conv1D``; TypeError where it is no linear layer at all."""
+    conv1d = type(linear).__name__ == "Conv1D"
+    if not conv1d and not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear must be a torch.nn.Linear or a Conv1D, got {type(linear).__name__}")
+    return conv1d

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from .backends import native
+from .nf4 import FourBit, weight_operands
 
 
 class NormCache:
@@ -28,16 +29,18 @@ class NormCache:
         self._norm: Tensor | None = None
 
     def get(
-        self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+        self, weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
     ) -> Tensor:
         """``‖W + s B A‖`` of each row, see ``fastpeft::dora_norm``; not to be written to."""
-        weight, A, B = weight.detach(), A.detach(), B.detach()
-        key = None if torch.compiler.is_compiling() else _key(weight, A, B, scaling, dtype, backend)
+        data, quant, blocksize = weight_operands(weight)
+        tensors = data.detach(), A.detach(), B.detach()
+        settings = blocksize, scaling, dtype, backend
+        key = None if torch.compiler.is_compiling() else _key(*tensors, quant, settings)
         if key is None:
-            return ops.dora_norm(weight, A, B, scaling, dtype, backend)
+            return ops.dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
         if key != self._key or self._norm is None:
             self._key = None  # an error leaves nothing behind
-            self._norm = ops.dora_norm(weight, A, B, scaling, dtype, backend)
+            self._norm = ops.dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
             self._key = key
         return self._norm
 
@@ -49,16 +52,17 @@ class NormCache:
 
 
 def _key(
-    weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+    weight: Tensor, A: Tensor, B: Tensor, quant: list[Tensor], settings: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
     """What the norm depends on; None where a change could stay unseen."""
-    if any(type(t) is not Tensor or t.is_inference() for t in (weight, A, B)):
+    if any(type(t) is not Tensor or t.is_inference() for t in (weight, A, B, *quant)):
         return None
     rows = weight if weight.is_contiguous() else weight.t()  # a Conv1D's
-    values = native.fingerprint(A), native.fingerprint(B), native.fingerprint(rows, rows.shape[1] + 1)
+    every = A.shape[1] // 2 if quant else rows.shape[1] + 1
+    values = native.fingerprint(A), native.fingerprint(B), native.fingerprint(rows, max(1, every))
     if None in values:
         return None
-    return scaling, dtype, backend, values, *(_identity(t) for t in (weight, A, B))
+    return settings, values, *(_identity(t) for t in (weight, A, B, *quant))
 
 
 def _identity(t: Tensor) -> tuple[Any, ...]:

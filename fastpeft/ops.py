@@ -1,17 +1,18 @@
 """Each op's schema, fake and autograd formula, stated once. Shapes are checked before, in functional.py.
 
-``fastpeft::lora_linear(x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend)``
-    ``-> (y, u, z)``. ``x [..., K]``, ``weight [N, K]`` (any strides), ``bias [N]``; lists ``A [r, K]``, ``B [N, r]``,
-    ``scaling`` and ``dropout_p``, one entry an adapter; ``c`` DoRA's factors ``m / norm``, ``[N]`` in float32 (float64
-    for float64), one an adapter, empty for LoRA; ``seed`` int64, one entry an adapter, None when nothing is dropped;
+``fastpeft::lora_linear(x, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z,``
+    ``backend) -> (y, u, z)``. ``x [..., K]``; ``weight [N, K]`` (any strides) with an empty ``quant``, or nf4.py's
+    packed bytes with its ``quant`` and ``blocksize``; ``bias [N]``; lists ``A [r, K]``, ``B [N, r]``, ``scaling`` and
+    ``dropout_p``, one entry an adapter; ``c`` DoRA's factors ``m / norm``, ``[N]`` in float32 (float64 for float64),
+    one an adapter, empty for LoRA; ``seed`` int64, one entry an adapter, None when nothing is dropped;
     ``adapter_index`` integers ``[...]``, the adapter that serves each token, -1 for none; ``backend`` a name or None.
     ``y [..., N]`` in the dtype of ``x``; ``u [M, Σ r]`` in float32 (float64 for float64); ``z``, if ``keep_z``, one
     ``[M, N]`` in the dtype of ``x`` for each ``c``: what it multiplies. ``u`` and ``z`` are not differentiable.
-``fastpeft::lora_linear_backward(dy, x, weight, A, B, c, u, z, …, needs, backend) -> Tensor[]``
+``fastpeft::lora_linear_backward(dy, x, weight, quant, blocksize, A, B, c, u, z, …, needs, backend) -> Tensor[]``
     the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for, in this order.
-``fastpeft::dora_norm(weight, A, B, scaling, dtype, backend) -> Tensor``
-    ``‖W + s B A‖`` of each row, ``[N]`` in float32 (float64 for float64); not differentiable. ``dtype`` is the one that
-    the products run in: a backend may round ``A`` and ``B`` to it.
+``fastpeft::dora_norm(weight, quant, blocksize, A, B, scaling, dtype, backend) -> Tensor``
+    ``‖W + s B A‖`` of each row, ``B A`` computed in ``dtype``: ``[N]`` in float32 (float64 for float64); not
+    differentiable.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 def _lora_linear_dispatch(
     x: Tensor,
     weight: Tensor,
+    quant: list[Tensor],
+    blocksize: int,
     bias: Tensor | None,
     A: list[Tensor],
     B: list[Tensor],
@@ -56,12 +59,14 @@ def _lora_linear_dispatch(
     backend: str | None,
 ) -> Forward:
     run = dispatch.choose("lora_linear", x, weight, A, B, backend)
-    return run.lora_linear(x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z)
+    return run.lora_linear(x, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z)
 
 
 def _lora_linear_fake(
     x: Tensor,
     weight: Tensor,
+    quant: list[Tensor],
+    blocksize: int,
     bias: Tensor | None,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
@@ -74,15 +79,17 @@ def _lora_linear_fake(
     backend: str | None,
 ) -> Forward:
     rows = math.prod(x.shape[:-1])  # Size.numel() would turn symbols into numbers
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y = x.new_empty((*x.shape[:-1], B[0].shape[0]))
     u = x.new_empty((rows, sum(a.shape[0] for a in A)), dtype=wide_dtype(x.dtype))
-    return y, u, [x.new_empty((rows, weight.shape[0])) for _ in c] if keep_z else []
+    return y, u, [x.new_empty((rows, B[0].shape[0])) for _ in c] if keep_z else []
 
 
 def _lora_linear_backward_dispatch(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
+    quant: list[Tensor],
+    blocksize: int,
     A: list[Tensor],
     B: list[Tensor],
     c: list[Tensor],
@@ -96,13 +103,17 @@ def _lora_linear_backward_dispatch(
     backend: str | None,
 ) -> list[Tensor]:
     run = dispatch.choose("lora_linear_backward", dy, weight, A, B, backend)
-    return run.lora_linear_backward(dy, x, weight, A, B, c, u, z, scaling, dropout_p, seed, adapter_index, needs)
+    return run.lora_linear_backward(
+        dy, x, weight, quant, blocksize, A, B, c, u, z, scaling, dropout_p, seed, adapter_index, needs
+    )
 
 
 def _lora_linear_backward_fake(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
+    quant: list[Tensor],
+    blocksize: int,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     c: Sequence[Tensor],
@@ -116,44 +127,61 @@ def _lora_linear_backward_fake(
     backend: str | None,
 ) -> list[Tensor]:
     like = [
-        dy.new_empty((*dy.shape[:-1], weight.shape[1])) if needs[0] else None,
+        dy.new_empty((*dy.shape[:-1], A[0].shape[1])) if needs[0] else None,
         weight.new_empty(weight.shape) if needs[1] else None,
-        dy.new_empty(weight.shape[0]) if needs[2] else None,
+        dy.new_empty(B[0].shape[0]) if needs[2] else None,
         *(a.new_empty(a.shape) if need else None for a, need in zip((*A, *B, *c), needs[3:], strict=True)),
     ]
     return [grad for grad in like if grad is not None]
 
 
 def _dora_norm_dispatch(
-    weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+    weight: Tensor,
+    quant: list[Tensor],
+    blocksize: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    backend: str | None,
 ) -> Tensor:
-    return dispatch.choose("dora_norm", weight, weight, [A], [B], backend).dora_norm(weight, A, B, scaling, dtype)
+    like = weight.new_empty((0, A.shape[1]), dtype=dtype)
+    run = dispatch.choose("dora_norm", like, weight, [A], [B], backend)
+    return run.dora_norm(weight, quant, blocksize, A, B, scaling, dtype)
 
 
 def _dora_norm_fake(
-    weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+    weight: Tensor,
+    quant: list[Tensor],
+    blocksize: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    backend: str | None,
 ) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
+    return weight.new_empty(B.shape[0], dtype=wide_dtype(dtype))
 
 
+_WEIGHT = "Tensor weight, Tensor[] quant, int blocksize"
 _ADAPTERS = "Tensor[] A, Tensor[] B, Tensor[] c"
 _SETTINGS = "float[] scaling, float[] dropout_p, Tensor? seed, Tensor? adapter_index"
 
 lora_linear = _define(
-    f"lora_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, {_SETTINGS}, bool keep_z, str? backend) "
+    f"lora_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_ADAPTERS}, {_SETTINGS}, bool keep_z, str? backend) "
     "-> (Tensor, Tensor, Tensor[])",
     _lora_linear_dispatch,
     _lora_linear_fake,
 )
 lora_linear_backward = _define(
-    f"lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, {_ADAPTERS}, Tensor? u, Tensor[] z, {_SETTINGS}, "
+    f"lora_linear_backward(Tensor dy, Tensor? x, {_WEIGHT}, {_ADAPTERS}, Tensor? u, Tensor[] z, {_SETTINGS}, "
     "bool[] needs, str? backend) -> Tensor[]",
     _lora_linear_backward_dispatch,
     _lora_linear_backward_fake,
 )
 
 dora_norm = _define(
-    "dora_norm(Tensor weight, Tensor A, Tensor B, float scaling, ScalarType dtype, str? backend) -> Tensor",
+    f"dora_norm({_WEIGHT}, Tensor A, Tensor B, float scaling, ScalarType dtype, str? backend) -> Tensor",
     _dora_norm_dispatch,
     _dora_norm_fake,
 )
@@ -169,6 +197,8 @@ class _LoraLinearNode(torch.autograd.Function):
     def forward(
         ctx: Any,
         keyset: torch._C.DispatchKeySet | None,
+        quant: list[Tensor],
+        blocksize: int,
         scaling: list[float],
         dropout_p: list[float],
         keep_z: bool,
@@ -183,12 +213,14 @@ class _LoraLinearNode(torch.autograd.Function):
         count = len(scaling)
         A, B, c = ABc[:count], ABc[count : 2 * count], ABc[2 * count :]
         y, u, z = _below_autograd(
-            keyset, x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend
+            *(keyset, x, weight, quant, blocksize, bias, A, B, c),
+            *(scaling, dropout_p, seed, adapter_index, keep_z, backend),
         )
-        need_x, need_weight, need_bias, *need_ABc = ctx.needs_input_grad[7:]
+        need_x, need_weight, need_bias, *need_ABc = ctx.needs_input_grad[9:]
         keep_x = need_weight or any(need_ABc[:count])
         keep_u = any(need_ABc[count : 2 * count])
         ctx.save_for_backward(x if keep_x else None, weight, u if keep_u else None, seed, adapter_index, *ABc, *z)
+        ctx.weight_format = quant, blocksize
         ctx.settings = scaling, dropout_p, backend
         ctx.needs = [need_x, need_weight, need_bias and bias is not None, *need_ABc]
         ctx.mark_non_differentiable(u, *z)
@@ -198,15 +230,17 @@ class _LoraLinearNode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        absent: tuple[None, ...] = (None,) * 7
+        absent: tuple[None, ...] = (None,) * 9
         if dy is None:
             return absent + (None,) * len(ctx.needs)
         x, weight, u, seed, adapter_index, *kept = ctx.saved_tensors
         scaling, dropout_p, backend = ctx.settings
-        count, operands = len(scaling), len(ctx.needs) - 3
-        A, B, c, z = kept[:count], kept[count : 2 * count], kept[2 * count : operands], kept[operands:]
+        count, parameters = len(scaling), len(ctx.needs) - 3
+        A, B, c, z = kept[:count], kept[count : 2 * count], kept[2 * count : parameters], kept[parameters:]
         run = lora_linear_backward if _is_watched(dy) else _lora_linear_backward_dispatch
-        grads = iter(run(dy, x, weight, A, B, c, u, z, scaling, dropout_p, seed, adapter_index, ctx.needs, backend))
+        quant, blocksize = ctx.weight_format
+        operands = dy, x, weight, quant, blocksize, A, B, c, u, z
+        grads = iter(run(*operands, scaling, dropout_p, seed, adapter_index, ctx.needs, backend))
         return absent + tuple(next(grads) if need else None for need in ctx.needs)
 
 
@@ -221,6 +255,8 @@ def _lora_linear_autograd(
     keyset: torch._C.DispatchKeySet | None,
     x: Tensor,
     weight: Tensor,
+    quant: list[Tensor],
+    blocksize: int,
     bias: Tensor | None,
     A: list[Tensor],
     B: list[Tensor],
@@ -235,10 +271,11 @@ def _lora_linear_autograd(
     """What ``torch.library.register_autograd`` would generate, without its per-call reflection; it matters for small
     layers. ``keyset`` is None where the op was not called through torch's dispatcher."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *A, *B, *c)):
-        settings = scaling, dropout_p, keep_z, backend, seed, adapter_index
+        settings = quant, blocksize, scaling, dropout_p, keep_z, backend, seed, adapter_index
         y, u, *z = _LoraLinearNode.apply(keyset, *settings, x, weight, bias, *A, *B, *c)
         return y, u, z
-    return _below_autograd(keyset, x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend)
+    operands = x, weight, quant, blocksize, bias, A, B, c
+    return _below_autograd(keyset, *operands, scaling, dropout_p, seed, adapter_index, keep_z, backend)
 
 
 _LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd", with_keyset=True)
@@ -259,6 +296,8 @@ def _is_watched(*tensors: Tensor | None) -> bool:
 def call_lora_linear(
     x: Tensor,
     weight: Tensor,
+    quant: list[Tensor],
+    blocksize: int,
     bias: Tensor | None,
     A: list[Tensor],
     B: list[Tensor],
@@ -272,7 +311,7 @@ def call_lora_linear(
 ) -> Forward:
     """The op, without the way through torch's dispatcher where nobody is there to see it: that way is a third of a
     small layer's time."""
-    args = x, weight, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend
+    args = x, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend
     if _is_watched(x, weight, bias, *A, *B, *c):
         return lora_linear(*args)
     return _lora_linear_autograd(None, *args)

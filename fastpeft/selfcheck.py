@@ -111,7 +111,7 @@ def _results(function: Callable[[_Call], Tensor], call: _Call) -> list[Tensor]:
 
 def _op(call: _Call, backend: str) -> Tensor:
     settings = [SCALING], [call.dropout_p], call.seed, None
-    return ops.lora_linear(call.x, call.weight, call.bias, [call.A], [call.B], [], *settings, False, backend)[0]
+    return ops.lora_linear(call.x, call.weight, [], 0, call.bias, [call.A], [call.B], [], *settings, False, backend)[0]
 
 
 def _eager(call: _Call) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastpeft import ops
 from fastpeft.dropout import dropout_keep, dropout_scale, dropout_seeds
+from fastpeft.nf4 import FourBit, weight_operands
 from fastpeft.reference import lora_linear_backward_reference, lora_linear_reference, wide_dtype
 
 Results = dict[str, Tensor]
@@ -33,10 +34,11 @@ class LoraInputs:
     adapter_index: Tensor | None
     dy: Tensor
     c: list[Tensor] = field(default_factory=list)
+    packed: FourBit | None = None  # what the op is given in the place of weight
 
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, by the names that :func:`oracle` gives their gradients."""
-        named = {"x": self.x, "weight": self.weight}
+        named = {"x": self.x} if self.packed else {"x": self.x, "weight": self.weight}
         if self.bias is not None:
             named["bias"] = self.bias
         named |= {f"A[{i}]": a for i, a in enumerate(self.A)}
@@ -120,7 +122,7 @@ def oracle(inputs: LoraInputs) -> Results:
     factor = [1.0 if mask is None else dropout_scale(p) for p, mask in zip(inputs.dropout_p, keep, strict=True)]
     settings = inputs.scaling, keep, factor, select
     y, u, z = lora_linear_reference(x, weight, bias, A, B, c, *settings)
-    needs = [True, True, bias is not None] + [True] * (2 * len(A) + len(c))
+    needs = [True, inputs.packed is None, bias is not None] + [True] * (2 * len(A) + len(c))
     grads = lora_linear_backward_reference(dy, x, weight, A, B, c, u, z, *settings, needs)
     grads[0] = grads[0].reshape(inputs.x.shape)
     return {"y": y.reshape(inputs.dy.shape)} | dict(zip(inputs.differentiable(), grads, strict=True))
@@ -139,7 +141,18 @@ def fused(inputs: LoraInputs, backend: str | None) -> Results:
 
     def lora_linear(i: LoraInputs) -> Tensor:
         return ops.lora_linear(
-            i.x, i.weight, i.bias, i.A, i.B, i.c, i.scaling, i.dropout_p, i.seed, i.adapter_index, True, backend
+            i.x,
+            *weight_operands(i.packed or i.weight),
+            i.bias,
+            i.A,
+            i.B,
+            i.c,
+            i.scaling,
+            i.dropout_p,
+            i.seed,
+            i.adapter_index,
+            True,
+            backend,
         )[0]
 
     return run(lora_linear, inputs)
@@ -155,7 +168,7 @@ def run(function: Callable[[LoraInputs], Tensor], inputs: LoraInputs) -> Results
     y = function(
         LoraInputs(
             x=leaves["x"],
-            weight=leaves["weight"],
+            weight=leaves.get("weight", inputs.weight),
             bias=leaves.get("bias"),
             A=[leaves[f"A[{i}]"] for i in range(count)],
             B=[leaves[f"B[{i}]"] for i in range(count)],
@@ -165,6 +178,7 @@ def run(function: Callable[[LoraInputs], Tensor], inputs: LoraInputs) -> Results
             adapter_index=inputs.adapter_index,
             dy=inputs.dy,
             c=[leaves[f"c[{i}]"] for i in range(len(inputs.c))],
+            packed=inputs.packed,
         )
     )
     grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy)

@@ -19,7 +19,7 @@ SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}
 MAX_LINES = 500
 
 # From the specification up to the modules: each may import those before it.
-LAYERS = ("reference", "dropout", "backends", "dispatch", "ops", "norm_cache", "functional", "nn")
+LAYERS = ("reference", "dropout", "nf4", "backends", "dispatch", "ops", "norm_cache", "functional", "nn")
 # Who may name an instruction set: the backends, the compiler flags of each kernel file, and what `info` shows.
 MACHINE_MODULES = {PACKAGE / "build.py", PACKAGE / "info.py", *(PACKAGE / "backends").glob("*.py")}
 MACHINE_NAMES = re.compile(

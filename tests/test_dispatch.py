@@ -63,6 +63,8 @@ def test_an_explicit_backend_is_asked_again_in_the_backward_pass() -> None:
             x @ weight.t(),
             x,
             weight,
+            [],
+            0,
             [A],
             [B],
             [],

@@ -41,7 +41,7 @@ def eager(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 def assert_as_close_as_eager(backend: str, N: int, K: int, r: int, dtype: torch.dtype, layout: str) -> None:
     draws = [draw(N, K, r, dtype, torch.float32) for _ in range(max(1, POOL // N))]
-    actual = [ops.dora_norm(in_layout(W, layout), A, B, 0.75, dtype, backend) for W, A, B in draws]
+    actual = [ops.dora_norm(in_layout(W, layout), [], 0, A, B, 0.75, dtype, backend) for W, A, B in draws]
     exact = [eager(W.double(), A.double(), B.double(), 0.75) for W, A, B in draws]
     assert all(norm.dtype == torch.float32 for norm in actual)
     assert_close_as_eager(actual, exact, [eager(*some, 0.75) for some in draws])
@@ -69,7 +69,7 @@ def test_whole_numbers_come_out_exactly(isa: str, N: int, K: int, r: int, dtype:
     torch.manual_seed(0)
     W, A, B = (torch.randint(-2, 3, shape).to(dtype) for shape in ((N, K), (r, K), (N, r)))
     W[W.shape[0] // 2] = 0
-    norm = ops.dora_norm(in_layout(W, layout), A, B, -1.0, dtype, "native")
+    norm = ops.dora_norm(in_layout(W, layout), [], 0, A, B, -1.0, dtype, "native")
     squares = (W.double() - B.double() @ A.double()).square().sum(1)
     assert torch.equal(norm, squares.float().sqrt())
 
@@ -78,11 +78,11 @@ def test_whole_numbers_come_out_exactly(isa: str, N: int, K: int, r: int, dtype:
 def test_the_number_of_threads_changes_nothing(isa: str) -> None:
     torch.manual_seed(0)
     before, results = torch.get_num_threads(), []
-    operands = draw(300, 520, 16, torch.bfloat16, torch.float32)
+    W, *adapter = draw(300, 520, 16, torch.bfloat16, torch.float32)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(ops.dora_norm(*operands, 1.0, torch.bfloat16, "native"))
+            results.append(ops.dora_norm(W, [], 0, *adapter, 1.0, torch.bfloat16, "native"))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -92,7 +92,7 @@ def test_the_number_of_threads_changes_nothing(isa: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_opcheck(backend: str, layout: str) -> None:
     W, A, B = draw(9, 12, 3, torch.float32, torch.float32)
-    torch.library.opcheck(ops.dora_norm, (in_layout(W, layout), A, B, 0.5, torch.float32, backend))
+    torch.library.opcheck(ops.dora_norm, (in_layout(W, layout), [], 0, A, B, 0.5, torch.float32, backend))
 
 
 def test_a_float64_weight_has_a_float64_norm() -> None:

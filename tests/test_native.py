@@ -145,7 +145,7 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Each plan of the base product in bfloat16, in place of the one that would be chosen."""
     monkeypatch.setattr(native, "FEW_TOKENS", dict.fromkeys(DTYPES, 0))
     monkeypatch.setattr(
-        native, "_plan", lambda dtype, weight, contracted, dora: getattr(extension().Plan, request.param)
+        native, "_plan", lambda dtype, weight, quant, contracted, dora: getattr(extension().Plan, request.param)
     )
     return request.param
 
@@ -176,13 +176,13 @@ def test_one_accumulator_is_chosen_where_it_runs() -> None:
     weight = torch.empty(64, 64, dtype=torch.bfloat16)
     possible = extension().has_base_product() and extension().isa() in native.ONE_ACCUMULATOR
     wanted = extension().Plan.one_accumulator
-    assert (native._plan(torch.bfloat16, weight, 64, False) == wanted) == possible
-    assert native._plan(torch.bfloat16, weight, 63, False) != wanted
-    assert native._plan(torch.bfloat16, torch.empty(64, 64, 2)[..., 0], 64, False) != wanted
-    assert native._plan(torch.float32, weight, 64, False) != wanted
+    assert (native._plan(torch.bfloat16, weight, [], 64, False) == wanted) == possible
+    assert native._plan(torch.bfloat16, weight, [], 63, False) != wanted
+    assert native._plan(torch.bfloat16, torch.empty(64, 64, 2)[..., 0], [], 64, False) != wanted
+    assert native._plan(torch.float32, weight, [], 64, False) != wanted
     with torch.backends.mkldnn.flags(enabled=False):
         assert not extension().has_base_product()
-        assert native._plan(torch.bfloat16, weight, 64, False) != wanted
+        assert native._plan(torch.bfloat16, weight, [], 64, False) != wanted
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8), (2, 257), (63, 100), (2, 5000), (0, 5), (5, 0)])
@@ -206,13 +206,15 @@ def test_forward_dA_and_dx_see_the_references_mask(isa: str, M: int, K: int, dty
     eye = torch.eye(K, dtype=dtype)
     settings = [1.0], [p], seed, None
     x = torch.ones(M, K, dtype=dtype)
-    _, u, _ = ops.lora_linear(x, weight, None, [eye], [torch.zeros(M, K, dtype=dtype)], [], *settings, False, "native")
+    _, u, _ = ops.lora_linear(
+        x, weight, [], 0, None, [eye], [torch.zeros(M, K, dtype=dtype)], [], *settings, False, "native"
+    )
     assert torch.equal(u, keep.to(u.dtype))
 
     A, B = torch.ones(M, K, dtype=dtype), torch.eye(M, dtype=dtype)
     needs = [True, False, False, True, False]
     dx, dA = ops.lora_linear_backward(
-        torch.eye(M, dtype=dtype), x, weight, [A], [B], [], None, [], *settings, needs, "native"
+        torch.eye(M, dtype=dtype), x, weight, [], 0, [A], [B], [], None, [], *settings, needs, "native"
     )
     assert torch.equal(dx, keep.to(dtype) * dropout_scale(p))
     assert torch.equal(dA, keep.to(dtype) * dropout_scale(p))

@@ -84,7 +84,7 @@ def test_a_block_of_zeros_and_of_ties() -> None:
         ({"absmax": torch.zeros(3, dtype=torch.uint8)}, "absmax must have one entry for each of the 64 blocks, got 3"),
         ({"absmax": torch.zeros(64)}, "absmax must be torch.uint8"),
         ({"blocksize": 48}, "blocksize must be one of"),
-        ({"quant_type": "int4"}, "quant_type must be one of"),
+        ({"code": torch.zeros(15)}, "code must hold 16 float32 numbers, got 15"),
         ({"nested": (torch.zeros(255), torch.zeros(1), torch.zeros(()))}, "code2 must hold 256 float32 numbers"),
     ],
 )

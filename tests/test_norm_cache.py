@@ -33,7 +33,9 @@ class Adapted(nn.Module):
         return self.cache.get(self.weight, self.A, self.B, self.scaling, torch.float32, None)
 
     def fresh(self) -> torch.Tensor:
-        return ops.dora_norm(self.weight.detach(), self.A.detach(), self.B.detach(), self.scaling, torch.float32, None)
+        return ops.dora_norm(
+            self.weight.detach(), [], 0, self.A.detach(), self.B.detach(), self.scaling, torch.float32, None
+        )
 
 
 @pytest.fixture
@@ -156,7 +158,8 @@ def test_a_transposed_weight_is_watched_too(computed: list[None]) -> None:
     assert cache.get(stored.t(), A, B, 1.0, torch.float32, None) is first
     stored.data[3] *= 2
     assert torch.equal(
-        cache.get(stored.t(), A, B, 1.0, torch.float32, None), ops.dora_norm(stored.t(), A, B, 1.0, torch.float32, None)
+        cache.get(stored.t(), A, B, 1.0, torch.float32, None),
+        ops.dora_norm(stored.t(), [], 0, A, B, 1.0, torch.float32, None),
     )
     assert len(computed) == 2
 

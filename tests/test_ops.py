@@ -33,14 +33,14 @@ every_typical = pytest.mark.parametrize("case", TYPICAL.values(), ids=TYPICAL)
 
 
 def forward_args(i: LoraInputs, backend: str | None) -> tuple[Any, ...]:
-    return i.x, i.weight, i.bias, i.A, i.B, i.c, i.scaling, i.dropout_p, i.seed, i.adapter_index, True, backend
+    return i.x, i.weight, [], 0, i.bias, i.A, i.B, i.c, i.scaling, i.dropout_p, i.seed, i.adapter_index, True, backend
 
 
 def backward_args(
     i: LoraInputs, u: torch.Tensor | None, z: list[torch.Tensor], needs: list[bool], backend: str | None
 ) -> tuple[Any, ...]:
     settings = i.scaling, i.dropout_p, i.seed, i.adapter_index
-    return i.dy, i.x, i.weight, i.A, i.B, i.c, u, z, *settings, needs, backend
+    return i.dy, i.x, i.weight, [], 0, i.A, i.B, i.c, u, z, *settings, needs, backend
 
 
 def requiring(i: LoraInputs, *names: str) -> tuple[LoraInputs, dict[str, torch.Tensor]]:

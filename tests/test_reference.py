@@ -71,7 +71,7 @@ def test_gradcheck_in_float64(name: str) -> None:
         bias = rest.pop(0) if i.bias is not None else None
         A, B, c = rest[:count], rest[count : 2 * count], rest[2 * count :]
         settings = i.scaling, i.dropout_p, i.seed, i.adapter_index
-        return ops.lora_linear(x, weight, bias, A, B, c, *settings, True, "reference")[0]
+        return ops.lora_linear(x, weight, [], 0, bias, A, B, c, *settings, True, "reference")[0]
 
     assert torch.autograd.gradcheck(lora_linear, [t.requires_grad_() for t in tensors])
 
@@ -79,7 +79,7 @@ def test_gradcheck_in_float64(name: str) -> None:
 def test_u_is_the_dropped_input_times_A() -> None:
     i = integers(float64_inputs((7, 9), 4, "adapters"))
     _, u, _ = ops.lora_linear(
-        i.x, i.weight, i.bias, i.A, i.B, [], i.scaling, i.dropout_p, i.seed, i.adapter_index, False, "reference"
+        i.x, i.weight, [], 0, i.bias, i.A, i.B, [], i.scaling, i.dropout_p, i.seed, i.adapter_index, False, "reference"
     )
     dropped = [i.x if keep is None else i.x * keep for keep in i.keep()]
     assert torch.equal(u, torch.cat([x @ A.t() for x, A in zip(dropped, i.A, strict=True)], dim=1))
@@ -132,7 +132,7 @@ def test_a_token_is_untouched_by_the_overflow_of_an_adapter_that_does_not_serve_
     x = torch.full((2, 4), 1.0, dtype=dtype)
     A = torch.full((2, 4), huge, dtype=dtype)
     index = torch.tensor([0, -1])
-    y, _, _ = ops.lora_linear(x, i.weight, None, [A], i.B, [], [1.0], [0.0], None, index, False, "reference")
+    y, _, _ = ops.lora_linear(x, i.weight, [], 0, None, [A], i.B, [], [1.0], [0.0], None, index, False, "reference")
     assert not y[0].isfinite().all()
     assert torch.equal(y[1], (x @ i.weight.t())[1])
 

@@ -33,6 +33,8 @@ def operands(shape: tuple[int, int, int], dtype: torch.dtype, dropout: float) ->
     return {
         "x": torch.randn(M, K).to(dtype),
         "weight": (torch.randn(N, K) / K**0.5).to(dtype),
+        "quant": [],
+        "blocksize": 0,
         "A": [torch.randn(RANK, K) / K**0.5],
         "B": [torch.randn(N, RANK) / RANK**0.5],
         "c": [],

@@ -44,14 +44,15 @@ class Scratch {
 
 class Task {
   public:
-    Task(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const Matrix& s)
-        : k_(kernels), sweep_(sweep), x_(x), s_(s) {
-        const int64_t depths = ceil_div(s.rows, kDepth);
-        depth_ = ceil_div(s.rows, depths * 2 * kLanes) * 2 * kLanes;
-        thread_local Scratch sums, stripe, left;
+    Task(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& right)
+        : k_(kernels), sweep_(sweep), x_(x), right_(right), s_(right.s) {
+        const int64_t depths = ceil_div(s_.rows, kDepth);
+        depth_ = ceil_div(s_.rows, depths * 2 * kLanes) * 2 * kLanes;
+        thread_local Scratch sums, stripe, left, decoded;
         sums_ = reinterpret_cast<float*>(sums.lines(x.size() * kPart * kStripe * sizeof(float)));
         stripe_ = reinterpret_cast<BFloat16*>(stripe.lines(depth_ * kStripe * sizeof(BFloat16)));
         left_ = left.lines(kRows * sweep.ranks * sizeof(BFloat16));
+        if (right.packed) decoded_ = reinterpret_cast<BFloat16*>(decoded.lines(kStripe * kColumns * sizeof(BFloat16)));
     }
 
     // Up to kPart rows of one stripe of columns.
@@ -71,9 +72,34 @@ class Task {
   private:
     void pack(int64_t k, int64_t depth, int64_t column) {
         if (k == packed_k_ && column == packed_column_) return;
-        k_.pack_stripe(s_, k, depth, column, stripe_);
+        if (right_.packed)
+            decode_and_pack(k, depth, column);
+        else
+            k_.pack_stripe(s_, k, depth, column, stripe_);
         packed_k_ = k;
         packed_column_ = column;
+    }
+
+    // Tiles of W, kStripe x kColumns or kColumns x kStripe, are decoded row by row of W and packed from scratch.
+    void decode_and_pack(int64_t k, int64_t depth, int64_t column) {
+        const int64_t columns = std::min(kStripe, s_.columns - column);
+        const int64_t length = right_.transposed ? s_.rows : s_.columns;  // of a row of W
+        for (int64_t d = 0; d < depth; d += kColumns) {
+            const int64_t rows = std::min(kColumns, depth - d);
+            Matrix tile{decoded_, DType::bf16, rows, columns, kStripe, 1};
+            if (right_.transposed) {
+                tile.row_stride = 1;
+                tile.column_stride = kColumns;
+                for (int64_t i = 0; i < columns; ++i)
+                    k_.decode(*right_.packed, (column + i) * length + k + d, rows, decoded_ + i * kColumns,
+                              DType::bf16);
+            } else {
+                for (int64_t i = 0; i < rows; ++i)
+                    k_.decode(*right_.packed, (k + d + i) * length + column, columns, decoded_ + i * kStripe,
+                              DType::bf16);
+            }
+            k_.pack_stripe(tile, 0, rows, 0, stripe_ + d * kStripe);
+        }
     }
 
     float* sums(size_t operand) const { return sums_ + operand * kPart * kStripe; }
@@ -119,7 +145,9 @@ class Task {
     const Kernels& k_;
     const Sweep& sweep_;
     const std::vector<Operand>& x_;
+    const RightOperand& right_;
     const Matrix& s_;
+    BFloat16* decoded_ = nullptr;
     int64_t depth_;
     float* sums_;
     BFloat16* stripe_;
@@ -148,7 +176,7 @@ bool has_base_product(const Kernels& kernels) {
     return works;
 }
 
-void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const Matrix& s) {
+void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s) {
     const int64_t stripes = ceil_div(sweep.columns, kStripe);
     const int64_t wanted = ceil_div(sweep.rows * stripes, kTasksAThread * at::get_num_threads());
     const int64_t part = std::clamp(ceil_div(wanted, kBlock) * kBlock, kBlock, kPart);

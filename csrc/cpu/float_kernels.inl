@@ -9,6 +9,7 @@ namespace {
 
 using fastpeft::cpu::DType;
 using fastpeft::cpu::Epilogue;
+using fastpeft::cpu::FourBit;
 using fastpeft::cpu::kColumns;
 using fastpeft::cpu::Kernels;
 using fastpeft::cpu::kKeepWords;
@@ -279,6 +280,43 @@ void column_dots_float(Tile a, Tile b, int64_t rows, int64_t columns, float* sum
         for (int64_t m = 0; m < rows; ++m) sum = fma(load_tile(a, m, c, n), load_tile(b, m, c, n), sum);
         store_first(sums + c, DType::f32, add(sum, load_first(sums + c, DType::f32, n)), n);
     }
+}
+
+// ---- 4-bit weights ----------------------------------------------------------------------------------------------
+
+inline float block_scale(const FourBit& w, int64_t block) {
+    constexpr int64_t kNestedBlock = 256;
+    if (w.absmax) return w.absmax[block];
+    return w.code2[w.q[block]] * w.absmax2[block / kNestedBlock] + w.offset;  // two roundings, see build.py
+}
+inline float decoded(const FourBit& w, int64_t i, float scale) {
+    return w.table[w.bytes[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale;
+}
+
+// Calls run(first, count, scale, elements before it) for the parts of [first, first + count) that share a block.
+template <typename Run>
+inline void each_block(const FourBit& w, int64_t first, int64_t count, Run run) {
+    for (int64_t done = 0; done < count;) {
+        const int64_t at = first + done, block = at / w.blocksize;
+        const int64_t n = smaller(count - done, (block + 1) * w.blocksize - at);
+        run(at, n, block_scale(w, block), done);
+        done += n;
+    }
+}
+
+inline void decode_part(const FourBit& w, int64_t first, int64_t count, float scale, void* out, DType dtype) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        alignas(64) float values[kLanes] = {};
+        const int64_t n = smaller(kLanes, count - i);
+        for (int64_t j = 0; j < n; ++j) values[j] = decoded(w, first + i + j, scale);
+        store_first(at(out, dtype, i), dtype, load(values), n);
+    }
+}
+
+void decode(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype) {
+    each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
+        decode_part(w, begin, n, scale, at(out, dtype, done), dtype);
+    });
 }
 
 // ---- few tokens: dot products with the rows of W ----------------------------------------------------------------

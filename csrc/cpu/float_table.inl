@@ -31,6 +31,7 @@ constexpr Kernels float_table(const char* name) {
         .squares = squares_float,
         .scale = scale_float,
         .column_dots = column_dots_float,
+        .decode = decode,
         .dot = dot_float,
     };
 }

@@ -31,6 +31,18 @@ struct Tile {
     int64_t ld;
 };
 
+// A 4-bit weight as bitsandbytes stores it: two codes a byte, the even element in the high nibble, blocks over the flat
+// matrix. A block's scale is absmax[block], or with nested statistics code2[q[block]] * absmax2[block / 256] + offset.
+struct FourBit {
+    const uint8_t* bytes;
+    int64_t blocksize;
+    const float* table;   // 16 values
+    const float* absmax;  // null with nested statistics
+    const uint8_t* q;
+    const float *code2, *absmax2;
+    float offset;
+};
+
 // What `expand` makes of its product: y = keep ∘ (product + second) + from + bias. With a scale per column (DoRA),
 // z = product + (second, or from without one) is written too, and y = scale ∘ z + (from − second, with one) + bias.
 struct Epilogue {
@@ -94,6 +106,9 @@ struct Kernels {
 
     // sums [columns] += column sums of a ∘ b.
     void (*column_dots)(Tile a, Tile b, int64_t rows, int64_t columns, float* sums);
+
+    // The elements [first, first + count) of a 4-bit weight: value times scale in float32, rounded once.
+    void (*decode)(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype);
 
     // For the base product in bfloat16 pairs; null where the instruction set has none.
     // Rows [row, row + rows) and columns [column, column + kStripe) of S (bfloat16), as [rows / 2][kStripe][2], with

@@ -99,6 +99,39 @@ void left(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs,
             store_bf16(static_cast<uint16_t*>(out) + m * ranks + r, load(q + m * ld_q + r));
 }
 
+// ---- 4-bit weights ----------------------------------------------------------------------------------------------
+
+// 32 elements from 16 bytes at a time, where a part starts at a whole byte.
+void decode_vector(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype) {
+    if (dtype == DType::f16) return decode(w, first, count, out, dtype);
+    alignas(64) uint16_t order[32];
+    for (uint16_t i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * 16;
+    const __m512i side_by_side = _mm512_load_si512(order), low_nibble = _mm512_set1_epi32(15);
+    const __m512 table = _mm512_loadu_ps(w.table);
+    each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
+        int64_t i = 0;
+        const __m512 scales = splat(scale);
+        for (; begin % 2 == 0 && i + 32 <= n; i += 32) {
+            const auto* bytes = reinterpret_cast<const __m128i*>(w.bytes + (begin + i) / 2);
+            const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes));
+            const __m512 even = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table), scales);
+            const __m512 odd = mul(_mm512_permutexvar_ps(_mm512_and_si512(codes, low_nibble), table), scales);
+            void* target = at(out, dtype, done + i);
+            if (dtype == DType::bf16) {
+                const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
+                _mm512_storeu_si512(target,
+                                    _mm512_permutexvar_epi16(side_by_side, reinterpret_cast<const __m512i&>(rounded)));
+            } else {
+                const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+                store(static_cast<float*>(target), _mm512_permutex2var_ps(even, lower, odd));
+                store(static_cast<float*>(target) + kLanes, _mm512_permutex2var_ps(even, upper, odd));
+            }
+        }
+        decode_part(w, begin + i, n - i, scale, at(out, dtype, done + i), dtype);
+    });
+}
+
 // ---- dropout and staging ----------------------------------------------------------------------------------------
 
 // Eight counters in 64-bit lanes whose upper halves are never read, so that a product needs no shuffle: 64 columns of

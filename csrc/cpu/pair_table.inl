@@ -47,6 +47,7 @@ constexpr Kernels pair_table(const char* name) {
         .squares = squares,
         .scale = scale_float,
         .column_dots = column_dots_float,
+        .decode = decode_vector,
         .pack_stripe = pack_stripe,
         .dot = dot,
     };

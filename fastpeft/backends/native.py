@@ -68,6 +68,8 @@ def worth_a_warning(x: Tensor) -> bool:
 def lora_linear(
     x: Tensor,
     weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
     bias: Tensor | None,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
@@ -82,14 +84,17 @@ def lora_linear(
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
     few = _few_tokens(x, weight, A, B) and (not c or (len(c) == 1 and seed is None))
-    plan = _C.Plan.dots if few else _plan(x.dtype, weight, weight.shape[1], bool(c))
-    return _C.lora_linear(x, weight, bias, A, B, c, scaling, thresholds, seed, adapter_index, keep_z, plan)
+    plan = _C.Plan.dots if few else _plan(x.dtype, weight, quant, A[0].shape[1], bool(c))
+    operands = x, weight, quant, blocksize, bias, A, B, c
+    return _C.lora_linear(*operands, scaling, thresholds, seed, adapter_index, keep_z, plan)
 
 
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     c: Sequence[Tensor],
@@ -104,14 +109,23 @@ def lora_linear_backward(
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
-    plan = _plan(dy.dtype, weight, weight.shape[0], bool(c))
-    return _C.lora_linear_backward(dy, x, weight, A, B, c, u, z, scaling, thresholds, seed, adapter_index, needs, plan)
+    plan = _plan(dy.dtype, weight, quant, B[0].shape[0], bool(c))
+    operands = dy, x, weight, quant, blocksize, A, B, c, u, z
+    return _C.lora_linear_backward(*operands, scaling, thresholds, seed, adapter_index, needs, plan)
 
 
-def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def dora_norm(
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
     """See ops.py."""
     assert _C is not None
-    return _C.dora_norm(weight, A, B, scaling, dtype == torch.bfloat16)
+    return _C.dora_norm(weight, quant, blocksize, A, B, scaling, dtype)
 
 
 def fingerprint(tensor: Tensor, every: int = 1) -> int | None:
@@ -134,20 +148,23 @@ def _dropout(
 
 def _few_tokens(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
     """Whether one sweep of dot products over the rows of W serves the call best: generation."""
-    rows, few = x.numel() // weight.shape[1], FEW_TOKENS[x.dtype]
+    rows, few = x.numel() // A[0].shape[1], FEW_TOKENS[x.dtype]
     fits = rows == 1 or (rows <= few and x.numel() * x.itemsize <= FEW_TOKENS_BYTES)
     return rows > 0 and fits and all(t.is_contiguous() for t in (weight, *A, *B))
 
 
-def _plan(dtype: torch.dtype, weight: Tensor, contracted: int, dora: bool) -> object:
+def _plan(dtype: torch.dtype, weight: Tensor, quant: Sequence[Tensor], contracted: int, dora: bool) -> object:
     """How the product with W, contracted over so many elements, and the low-rank part are computed."""
     assert _C is not None
     isa = _C.isa()
     if dtype == torch.bfloat16:
-        if isa in ONE_ACCUMULATOR and contracted % 2 == 0 and 1 in weight.stride() and _C.has_base_product():
+        fits = contracted % 2 == 0 and (quant or 1 in weight.stride()) and _C.has_base_product()
+        if fits and (quant or isa in ONE_ACCUMULATOR):
             return _C.Plan.one_accumulator
-        if isa in LOW_RANK_FIRST and not dora:  # DoRA scales the base product, so it comes first
-            return _C.Plan.vendor_last
+    if quant:
+        return _C.Plan.vendor_float32
+    if dtype == torch.bfloat16 and isa in LOW_RANK_FIRST and not dora:  # DoRA scales the base product: it comes first
+        return _C.Plan.vendor_last
     if dtype == torch.float16 and not _float16_products():
         return _C.Plan.vendor_float32
     return _C.Plan.vendor_first

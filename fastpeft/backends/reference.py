@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import dropout_keep, dropout_scale
+from ..nf4 import dequantize
 from ..reference import dora_norm_reference, lora_linear_backward_reference, lora_linear_reference
 
 NAME = "reference"
@@ -31,6 +32,8 @@ def worth_a_warning(x: Tensor) -> bool:
 def lora_linear(
     x: Tensor,
     weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
     bias: Tensor | None,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
@@ -43,6 +46,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
     x2 = _matrix(x)
+    weight = _dense(weight, quant, blocksize, A[0], B[0], x.dtype)
     keep, factor = _masks(x2.shape[0], x2.shape[1], dropout_p, seed)
     selects = _selects(len(A), adapter_index)
     y, u, z = lora_linear_reference(x2, weight, bias, A, B, c, scaling, keep, factor, selects)
@@ -53,6 +57,8 @@ def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     c: Sequence[Tensor],
@@ -65,6 +71,7 @@ def lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """See ops.py."""
+    weight = _dense(weight, quant, blocksize, A[0], B[0], dy.dtype)
     K = weight.shape[1]
     dy2 = _matrix(dy)
     x2 = None if x is None else _matrix(x)
@@ -76,9 +83,23 @@ def lora_linear_backward(
     return grads
 
 
-def dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def dora_norm(
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
     """See ops.py."""
-    return dora_norm_reference(weight, A, B, scaling)
+    weight = _dense(weight, quant, blocksize, A, B, dtype)
+    wider = dtype if dtype.itemsize >= weight.dtype.itemsize else weight.dtype
+    return dora_norm_reference(weight.to(wider), A, B, scaling)
+
+
+def _dense(weight: Tensor, quant: Sequence[Tensor], blocksize: int, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize(weight, quant, blocksize, (B.shape[0], A.shape[1]), dtype) if quant else weight
 
 
 def _matrix(x: Tensor) -> Tensor:
