@@ -32,18 +32,29 @@ void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bia
                         dtype_of(out), out.stride(0), begin, end);
         });
     };
-    // The same for rows of a 4-bit weight, a few decoded at a time in the dtype of x.
-    const auto dot_four_bit = [&](const Tensor& input, const Tensor& q, const Tensor& b) {
-        constexpr int64_t kRowsAtOnce = 16;
+    // The same for a 4-bit weight: decoded in registers, or a few rows at a time in the dtype of x.
+    const auto dot_four_bit = [&](const Tensor& q, const Tensor& b, bool pairs) {
         const cpu::FourBit w = weight.packed();
-        const int64_t tiles = (weight.N + kRowsAtOnce - 1) / kRowsAtOnce;
-        at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+        const float* bias32 = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+        if (kernels.dot_four_bit && columns % 2 == 0) {
+            const Tensor split = x.to(at::kFloat).reshape({tokens, columns / 2, 2}).transpose(1, 2).contiguous();
+            constexpr int64_t kGrainElements = 1 << 16;
+            at::parallel_for(
+                0, weight.N, std::max<int64_t>(1, kGrainElements / columns), [&](int64_t begin, int64_t end) {
+                    kernels.dot_four_bit(split.const_data_ptr<float>(), tokens, columns, w, q.const_data_ptr<float>(),
+                                         matrix(b), bias32, y.mutable_data_ptr(), dtype_of(y), y.stride(0), begin, end);
+                });
+            return;
+        }
+        constexpr int64_t kRowsAtOnce = 16;
+        const Tensor& input = pairs ? x : widened();
+        at::parallel_for(0, (weight.N + kRowsAtOnce - 1) / kRowsAtOnce, 1, [&](int64_t begin, int64_t end) {
             const Tensor tile = at::empty({kRowsAtOnce, columns}, x.options());
             for (int64_t n = begin * kRowsAtOnce; n < std::min(end * kRowsAtOnce, weight.N); n += kRowsAtOnce) {
                 const int64_t rows = std::min(kRowsAtOnce, weight.N - n);
                 kernels.decode(w, n * columns, rows * columns, tile.mutable_data_ptr(), dtype_of(tile));
                 kernels.dot(input.const_data_ptr(), input.stride(0), tokens, matrix(tile), q.const_data_ptr<float>(),
-                            matrix(b.narrow(0, n, rows)), bias.defined() ? bias.const_data_ptr<float>() + n : nullptr,
+                            matrix(b.narrow(0, n, rows)), bias32 ? bias32 + n : nullptr,
                             static_cast<char*>(y.mutable_data_ptr()) + n * y.element_size(), dtype_of(y), y.stride(0),
                             0, rows);
             }
@@ -76,7 +87,7 @@ void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bia
     }
     const Tensor B = adapters.B.size() == 1 ? adapters.B[0] : at::cat(adapters.B, 1);
     if (weight.four_bit())
-        dot_four_bit(pairs(x.scalar_type()) ? x : widened(), q, B);
+        dot_four_bit(q, B, pairs(x.scalar_type()));
     else
         dot(pairs(weight.data.scalar_type()) ? x : widened(), weight.data, q, B, y);
 }

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <bit>
+
 #include "layout.h"
 
 namespace fastpeft {
@@ -11,7 +13,9 @@ using at::Tensor;
 
 cpu::FourBit Weight::packed() const {
     const auto floats = [&](size_t i) { return quant[i].const_data_ptr<float>(); };
-    cpu::FourBit view{.bytes = data.const_data_ptr<uint8_t>(), .blocksize = blocksize, .table = floats(0)};
+    cpu::FourBit view{.bytes = data.const_data_ptr<uint8_t>(),
+                      .block_bits = std::countr_zero(static_cast<uint64_t>(blocksize)),
+                      .table = floats(0)};
     if (quant.size() == 2) {
         view.absmax = floats(1);
         return view;

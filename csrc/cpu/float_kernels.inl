@@ -297,8 +297,8 @@ inline float decoded(const FourBit& w, int64_t i, float scale) {
 template <typename Run>
 inline void each_block(const FourBit& w, int64_t first, int64_t count, Run run) {
     for (int64_t done = 0; done < count;) {
-        const int64_t at = first + done, block = at / w.blocksize;
-        const int64_t n = smaller(count - done, (block + 1) * w.blocksize - at);
+        const int64_t at = first + done, block = at >> w.block_bits;
+        const int64_t n = smaller(count - done, ((block + 1) << w.block_bits) - at);
         run(at, n, block_scale(w, block), done);
         done += n;
     }
@@ -341,14 +341,14 @@ inline void dot_row(const float* x, int64_t ld_x, const void* w, int64_t columns
     for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
 }
 
-// Runs row(sums, first token, w) for each row of W and up to four tokens at a time, and adds the low-rank part.
+// Runs row(sums, first token, n) for each row n of W and up to four tokens at a time, and adds the low-rank part.
 template <typename Row>
-void dot_rows(Row row, int64_t tokens, const Matrix& w, const float* q, const Matrix& b, const float* bias, void* y,
-              DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+void dot_rows(Row row, int64_t tokens, const float* q, const Matrix& b, const float* bias, void* y, DType y_dtype,
+              int64_t ld_y, int64_t begin, int64_t end) {
     const auto some = [&]<int Tokens>(int64_t n, int64_t t0) {
         V16 sums[Tokens];
         for (int t = 0; t < Tokens; ++t) sums[t] = zero();
-        row(sums, t0, at(w.data, w.dtype, n * w.row_stride));
+        row(sums, t0, n);
         for (int64_t r = 0; q && r < b.columns; r += kLanes) {
             const V16 up = load_first(at(b.data, b.dtype, n * b.row_stride + r), b.dtype, b.columns - r);
             for (int t = 0; t < Tokens; ++t)
@@ -368,10 +368,11 @@ void dot_rows(Row row, int64_t tokens, const Matrix& w, const float* q, const Ma
 template <DType D>
 void dot_as(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
             const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
-    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, const void* w_row) {
-        dot_row<D>(static_cast<const float*>(x) + t * ld_x, ld_x, w_row, w.columns, sums);
+    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
+        dot_row<D>(static_cast<const float*>(x) + t * ld_x, ld_x, at(w.data, w.dtype, n * w.row_stride), w.columns,
+                   sums);
     };
-    dot_rows(row, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,

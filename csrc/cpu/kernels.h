@@ -35,7 +35,7 @@ struct Tile {
 // matrix. A block's scale is absmax[block], or with nested statistics code2[q[block]] * absmax2[block / 256] + offset.
 struct FourBit {
     const uint8_t* bytes;
-    int64_t blocksize;
+    int block_bits;       // blocks are 2 ** block_bits elements
     const float* table;   // 16 values
     const float* absmax;  // null with nested statistics
     const uint8_t* q;
@@ -120,6 +120,12 @@ struct Kernels {
     // q [tokens, ranks] float32, already scaled; rows of W and B are contiguous; q and bias may be null.
     void (*dot)(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
                 const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end);
+
+    // The same for a 4-bit W [N, columns], columns even, decoded in registers; x [tokens, columns] float32, in each row
+    // the elements of even columns before those of odd ones. Null where decoding into scratch is as fast.
+    void (*dot_four_bit)(const float* x, int64_t tokens, int64_t columns, const FourBit& w, const float* q,
+                         const Matrix& b, const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin,
+                         int64_t end);
 };
 
 extern const Kernels kPlain;

@@ -237,11 +237,48 @@ inline void dot_pair_row(const uint16_t* x, int64_t ld_x, const uint16_t* w, int
 void dot(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
          const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
     if (!bf16_pairs(w.dtype)) return dot_float(x, ld_x, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
-    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, const void* w_row) {
-        dot_pair_row(static_cast<const uint16_t*>(x) + t * ld_x, ld_x, static_cast<const uint16_t*>(w_row), w.columns,
-                     sums);
+    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
+        const auto* w_row = static_cast<const uint16_t*>(w.data) + n * w.row_stride;
+        dot_pair_row(static_cast<const uint16_t*>(x) + t * ld_x, ld_x, w_row, w.columns, sums);
     };
-    dot_rows(row, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+}
+
+// One part of a row of a 4-bit weight within a block: sums[t] += scale · Σ x[t] ∘ value. The even elements of x come
+// first, the odd ones `half` behind them.
+template <int Tokens>
+inline void dot_codes(const float* x, int64_t ld_x, int64_t half, const uint8_t* bytes, int64_t count, __m512 table,
+                      float scale, V16 (&sums)[Tokens]) {
+    V16 evens[Tokens], odds[Tokens];
+    for (int t = 0; t < Tokens; ++t) evens[t] = odds[t] = zero();
+    const auto add_codes = [&](int64_t i, __m128i packed, __mmask16 here) {
+        const __m512i codes = _mm512_cvtepu8_epi32(packed);
+        const V16 even = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table);
+        const V16 odd = _mm512_permutexvar_ps(codes, table);  // the permutation looks at the low four bits alone
+        for (int t = 0; t < Tokens; ++t) {
+            evens[t] = fma(even, _mm512_maskz_loadu_ps(here, x + t * ld_x + i), evens[t]);
+            odds[t] = fma(odd, _mm512_maskz_loadu_ps(here, x + t * ld_x + half + i), odds[t]);
+        }
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= count / 2; i += kLanes)
+        add_codes(i, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i)), 0xffff);
+    if (i < count / 2) {
+        const auto here = static_cast<__mmask16>(first_bits(count / 2 - i));
+        add_codes(i, _mm_maskz_loadu_epi8(here, bytes + i), here);
+    }
+    for (int t = 0; t < Tokens; ++t) sums[t] = fma(splat(scale), add(evens[t], odds[t]), sums[t]);
+}
+
+void dot_four_bit(const float* x, int64_t tokens, int64_t columns, const FourBit& w, const float* q, const Matrix& b,
+                  const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+    const __m512 table = _mm512_loadu_ps(w.table);
+    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
+        each_block(w, n * columns, columns, [&](int64_t first, int64_t count, float scale, int64_t done) {
+            dot_codes(x + t * columns + done / 2, columns, columns / 2, w.bytes + first / 2, count, table, scale, sums);
+        });
+    };
+    dot_rows(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 // ---- the epilogue of expand --------------------------------------------------------------------------------------

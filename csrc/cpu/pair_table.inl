@@ -50,6 +50,7 @@ constexpr Kernels pair_table(const char* name) {
         .decode = decode_vector,
         .pack_stripe = pack_stripe,
         .dot = dot,
+        .dot_four_bit = dot_four_bit,
     };
 }
 
