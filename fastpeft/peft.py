@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import peft
 import torch
@@ -28,13 +28,22 @@ from transformers.pytorch_utils import Conv1D
 from .dispatch import BackendRefusal, check_backend_name
 from .explain import backend_refusals, grouped
 from .functional import compute_dtype, dora_linear, dora_norm, is_readable, lora_linear
+from .nf4 import FourBit, from_bitsandbytes
 from .norm_cache import NormCache
+
+_4BIT_CLASSES = ("Linear4bit", "LinearNF4", "LinearFP4")
+
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import Linear as _Layer
+else:
+    _Layer = object  # which of PEFT's classes it is, each fused class says
 
 
 class Operands(NamedTuple):
     """What a fused layer hands to :mod:`fastpeft.functional`; ``magnitude`` and ``norm`` are DoRA's, else empty."""
 
-    weight: Tensor
+    weight: Tensor | FourBit
     bias: Tensor | None
     A: list[Tensor]
     B: list[Tensor]
@@ -50,10 +59,11 @@ class Operands(NamedTuple):
         return dora_linear(x, weight, bias, A, B, magnitude, scaling, dropout_p, norm=norm, backend=backend)
 
 
-class FusedLinear(PeftLinear):
-    """``peft.tuners.lora.layer.Linear`` whose forward is one call of :mod:`fastpeft.functional`."""
+class FusedForward(_Layer):
+    """The forward of every fused class: one call of :mod:`fastpeft.functional` in the place of PEFT's."""
 
     fastpeft_backend: str | None = None
+    peft_class: type[Any]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's result, ``[..., K]`` to ``[..., N]``; from PEFT's own ``forward`` where the call cannot be fused."""
@@ -69,7 +79,17 @@ class FusedLinear(PeftLinear):
             or (operands.magnitude and x.dim() < 2)  # PEFT makes [1, N] of it
         ):
             return super().forward(x)
-        return operands(x, None, self.fastpeft_backend)
+        return self._run(operands, x, None)
+
+    def _run(self, operands: Operands, x: Tensor, adapter_index: Tensor | None) -> Tensor:
+        if not isinstance(operands.weight, FourBit):
+            return operands(x, adapter_index, self.fastpeft_backend)
+        base: Any = self.base_layer
+        if not base.compute_type_is_set:  # as the first forward of bitsandbytes' layer does
+            base.set_compute_type(x)
+            base.compute_type_is_set = True
+        y = operands(x.to(base.compute_dtype or x.dtype), adapter_index, self.fastpeft_backend)
+        return y.to(x.dtype)
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """``adapter_names`` has a name for each sample of ``x [samples, ..., K]``; ``"__base__"`` is no adapter."""
@@ -87,7 +107,7 @@ class FusedLinear(PeftLinear):
         position = {name: i for i, name in enumerate(served)}
         index = torch.tensor([position.get(name, -1) for name in adapter_names], device=x.device)
         adapter_index = index.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
-        return operands(x, adapter_index, self.fastpeft_backend)
+        return self._run(operands, x, adapter_index)
 
     def extra_repr(self) -> str:
         """Whether the layer is fused as it stands, or why not."""
@@ -95,7 +115,13 @@ class FusedLinear(PeftLinear):
         return f"left to PEFT: {operands}" if isinstance(operands, str) else "fused by fastpeft"
 
     def _get_name(self) -> str:
-        return PeftLinear.__name__  # repr shows PEFT's name, as state_dict keys and parameters are PEFT's
+        return self.peft_class.__name__  # repr shows PEFT's name, as state_dict keys and parameters are PEFT's
+
+
+class FusedLinear(FusedForward, PeftLinear):
+    """``peft.tuners.lora.layer.Linear``, fused."""
+
+    peft_class = PeftLinear
 
 
 @dataclass(frozen=True)
@@ -151,8 +177,8 @@ def unpatch(model: nn.Module) -> None:
         TypeError: ``model`` is no module.
     """
     for layer in _peft_layers(model).values():
-        if type(layer) is FusedLinear:
-            layer.__class__ = PeftLinear
+        if isinstance(layer, FusedForward):
+            layer.__class__ = layer.peft_class
             layer.__dict__.pop("fastpeft_backend", None)
             layer.__dict__.pop("_fastpeft_norms", None)
 
@@ -222,7 +248,7 @@ def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operan
     Modules are read through ``_modules`` and ``_parameters``: this runs in every forward, and ``nn.Module``'s attribute
     look-up would take longer than all that is done here.
     """
-    if type(layer) is not FusedLinear and type(layer) is not PeftLinear:
+    if not isinstance(layer, FusedForward) and _fused_class(type(layer)) is None:
         return f"{_class_name(layer)} is no class that fastpeft fuses"
     if layer._disable_adapters:
         return "its adapters are disabled"
@@ -234,11 +260,10 @@ def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operan
         return "a torch.func transform is active"
     modules: dict[str, Any] = layer._modules
     base = modules["base_layer"]
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    reason = _base_reason(base, weight, bias)
-    if reason is not None:
-        return reason
-    matrix = weight.t() if type(base) is Conv1D else weight
+    matrix, dtype = _matrix(base)
+    if isinstance(matrix, str):
+        return matrix
+    bias = base._parameters["bias"]
     lora_A, lora_B, lora_dropout = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
     if not type(lora_A) is type(lora_B) is type(lora_dropout) is nn.ModuleDict:
         return "the containers of its adapters are wrapped"
@@ -252,7 +277,7 @@ def operands_or_reason(layer: BaseTunerLayer, adapters: Sequence[str]) -> Operan
         if A is None:  # an adapter of other layers
             continue
         scaling = layer.scaling.get(name)
-        reason = _adapter_reason(layer, name, A, B, dropout, scaling, weight)
+        reason = _adapter_reason(layer, name, A, B, dropout, scaling, dtype)
         if reason is not None:
             return f"its adapter {name!r} {reason}"
         As.append(A._parameters["weight"])
@@ -291,10 +316,22 @@ def _peft_layers(model: nn.Module) -> dict[str, Any]:
     return {name or type(layer).__name__: layer for name, layer in model.named_modules() if is_peft_layer(layer)}
 
 
+def _fused_class(peft_class: type[Any]) -> type[Any] | None:
+    """What a layer of PEFT's class becomes; None where fastpeft has nothing for it."""
+    if peft_class is PeftLinear:
+        return FusedLinear
+    if (peft_class.__module__, peft_class.__qualname__) == ("peft.tuners.lora.bnb", "Linear4bit"):
+        from .peft_bnb import FusedLinear4bit  # bitsandbytes is there, and takes long to import where it is not needed
+
+        return FusedLinear4bit
+    return None
+
+
 def _fuse(layer: nn.Module, backend: str | None) -> None:
-    if type(layer) is PeftLinear:
-        layer.__class__ = FusedLinear
-    if type(layer) is FusedLinear:
+    fused = _fused_class(type(layer))
+    if fused is not None:
+        layer.__class__ = fused
+    if isinstance(layer, FusedForward):
         layer.fastpeft_backend = backend
 
 
@@ -306,20 +343,48 @@ def _check_backend(name: str, operands: Operands, backend: str | None) -> None:
         raise BackendRefusal(f"backend={backend!r} cannot run {name}: {reason}")
 
 
-def _base_reason(base: nn.Module, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
-        return f"its base layer is a {_class_name(base)}"
+def _matrix(base: Any) -> tuple[Tensor | FourBit | str, torch.dtype | None]:
+    """The base layer's weight as ``[N, K]``, or why PEFT has to run it; and the dtype it computes in, if it has one."""
+    four_bit = _is_4bit(base)
+    if not four_bit and type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"its base layer is a {_class_name(base)}", None
     if _is_hooked(base):
-        return "its base layer has a hook or a forward of its own"
-    if weight is None or not _is_plain(weight) or (bias is not None and not _is_plain(bias)):
-        return f"its base layer's weight is a {type(weight).__qualname__} and its bias a {type(bias).__qualname__}"
+        return "its base layer has a hook or a forward of its own", None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if bias is not None and not _is_plain(bias):
+        return (
+            f"its base layer's weight is a {type(weight).__qualname__} and its bias a {type(bias).__qualname__}",
+            None,
+        )
+    if four_bit:
+        return four_bit_weight(base), base.compute_dtype
+    if weight is None or not _is_plain(weight):
+        return f"its base layer's weight is a {type(weight).__qualname__}", None
     if bias is not None and bias.dtype != weight.dtype:
-        return f"its base layer's weight is {weight.dtype} and its bias {bias.dtype}"
-    return None
+        return f"its base layer's weight is {weight.dtype} and its bias {bias.dtype}", None
+    return weight.t() if type(base) is Conv1D else weight, weight.dtype
+
+
+def _is_4bit(base: nn.Module) -> bool:
+    """Whether it is exactly one of bitsandbytes' 4-bit layers."""
+    kind = type(base)
+    return kind.__module__ == "bitsandbytes.nn.modules" and kind.__qualname__ in _4BIT_CLASSES
+
+
+def four_bit_weight(base: Any) -> FourBit | str:
+    """The weight of a bitsandbytes 4-bit layer, or what is wrong with it. FSDP may drop ``weight.quant_state``."""
+    weight = base._parameters["weight"]
+    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
+    if state is None or type(weight).__qualname__ != "Params4bit":
+        return "its 4-bit base weight is not quantized yet, or has lost what describes it"
+    try:
+        return from_bitsandbytes(weight, state)
+    except (TypeError, ValueError) as error:
+        return f"its 4-bit base weight cannot be read: {error}"
 
 
 def _adapter_reason(
-    layer: Any, name: str, A: Any, B: Any, dropout: Any, scaling: float | Tensor | None, weight: Tensor
+    layer: Any, name: str, A: Any, B: Any, dropout: Any, scaling: float | Tensor | None, dtype: torch.dtype | None
 ) -> str | None:
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant) is not DoraLinearVariant:
@@ -340,15 +405,15 @@ def _adapter_reason(
         return f"has weights of {type(A_weight).__qualname__} and {type(B_weight).__qualname__}, or a bias in lora_A"
     if A_weight.dtype != B_weight.dtype:
         return f"is {A_weight.dtype} in lora_A and {B_weight.dtype} in lora_B"
-    if A_weight.dtype != weight.dtype and not layer.cast_input_dtype_enabled:
-        return f"is {A_weight.dtype} where the base weight is {weight.dtype}, and casting the input is switched off"
+    if A_weight.dtype != dtype and not layer.cast_input_dtype_enabled:
+        return f"is {A_weight.dtype} where the base weight is {dtype}, and casting the input is switched off"
     if type(scaling) is not float and not _is_constant(scaling):
         return "has a scaling that is not one constant number"
     return None
 
 
 def _magnitude_and_norm(
-    layer: Any, name: str, weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor
+    layer: Any, name: str, weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float | Tensor
 ) -> tuple[Tensor, Tensor] | str:
     """Of a DoRA adapter, or why PEFT has to run it."""
     module = layer.lora_magnitude_vector._modules.get(name)
@@ -385,10 +450,12 @@ def _is_constant(scaling: float | Tensor | None) -> bool:
     return isinstance(scaling, (int, float))
 
 
-def _is_plain_input(x: Tensor, weight: Tensor) -> bool:
+def _is_plain_input(x: Tensor, weight: Tensor | FourBit) -> bool:
     """False where PEFT computes something else than the op, or raises an error that is PEFT's to raise."""
     if not isinstance(x, Tensor) or x.is_nested or x.is_meta:
         return False
+    if isinstance(weight, FourBit):
+        return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if x.dtype == weight.dtype:
         return True
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
