@@ -107,7 +107,7 @@ def command(
     it are drawn from these rows.
     """
     try:
-        for package in ("matplotlib", "peft", "psutil", "transformers"):
+        for package in ("bitsandbytes", "matplotlib", "peft", "psutil", "transformers"):
             require_package(package, "pip install 'fastpeft[bench]'")
     except MissingPackage as missing:
         raise click.ClickException(str(missing)) from missing

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpeft.experiments.four_bit import to_four_bit
+
 from .cases import DTYPES, SEED, Case
 
 
@@ -100,16 +102,27 @@ def frozen(base: nn.Module, case: Case) -> nn.Module:
     return base
 
 
-def with_peft(base: nn.Module, case: Case) -> nn.Module:
-    """PEFT as it comes: float32 adapters. B is random, so that every gradient is worth comparing and DoRA's magnitude
-    is not the norm any more."""
+def is_four_bit(case: Case) -> bool:
+    """Whether the adapted layers hold their frozen weights in NF4; the frozen base beside them stays dense."""
+    return case.method in ("qlora", "qdora")
+
+
+def with_peft(base: nn.Module, case: Case, *, dense: bool = False) -> nn.Module:
+    """PEFT as it comes: float32 adapters, bitsandbytes' layers for 4-bit weights. B is random, so that every gradient
+    is worth comparing and DoRA's magnitude is not the norm any more.
+
+    Args:
+        dense: 4-bit weights are decoded into dense ones, for the oracle.
+    """
     from peft import LoraConfig, get_peft_model
 
+    if is_four_bit(case):
+        to_four_bit(base, lambda name: name in case.target_modules, decoded=dense)
     config = LoraConfig(
         r=case.rank,
         lora_alpha=2 * case.rank,
         lora_dropout=case.dropout,
-        use_dora=case.method == "dora",
+        use_dora=case.method in ("dora", "qdora"),
         target_modules=list(case.target_modules),
     )
     torch.manual_seed(SEED)

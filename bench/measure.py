@@ -14,7 +14,7 @@ from fastpeft.backends import native
 from fastpeft.experiments.memory import kept_bytes
 
 from . import parity, rows
-from .cases import Case
+from .cases import DTYPES, Case
 from .contestants import BASE, FASTPEFT, PEFT, Contestant, Runner
 from .rows import Row
 from .timing import Samples, interleave, ratios, summary
@@ -118,10 +118,9 @@ def _compile_failure(runner: Runner, case: Case) -> str | None:
 def _backend(runner: Runner) -> str:
     """What runs the first fused layer; the native backend with its instruction set."""
     layer: Any = next(module for module in runner.model.modules() if hasattr(module, "lora_A"))
-    weight = layer.base_layer.weight
-    x = weight.new_empty((1, weight.shape[1]))
     A, B = ([adapter.weight for adapter in adapters.values()] for adapters in (layer.lora_A, layer.lora_B))
-    backend = dispatch.choose("lora_linear", x, weight, A, B, None)
+    x = torch.empty(1, A[0].shape[1], dtype=DTYPES[runner.case.dtype])
+    backend = dispatch.choose("lora_linear", x, layer.base_layer.weight, A, B, None)
     return f"{native.NAME}, {native._C.isa()}" if backend is native and native._C is not None else backend.NAME
 
 

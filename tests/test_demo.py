@@ -19,7 +19,7 @@ from fastpeft.experiments.demo import command, side_by_side
 from fastpeft.experiments.memory import held_bytes, kept_bytes, peak_bytes
 from fastpeft.experiments.packages import MissingPackage, require_package
 from fastpeft.experiments.report import Result, draw_losses, results_table, smoothed
-from fastpeft.peft import FusedLinear
+from fastpeft.peft import FusedForward
 
 WORDS = ("a", "bad", "dull", "film", "good", "great", "is", "it", "movie", "poor", "the", "very")
 FLOAT = 4  # bytes
@@ -243,16 +243,16 @@ def random_data(count: int) -> data.Encoded:
     return data.Encoded(ids * mask, mask, torch.randint(2, (count,)))
 
 
-def test_the_sides_start_equal_and_share_no_memory() -> None:
-    peft, fused = side_by_side(models.add_adapters(tiny_classifier(), "lora", rank=2, dropout=0.0), learning_rate=1e-3)
+@pytest.mark.parametrize("method", models.METHODS)
+def test_the_sides_start_equal_and_share_no_memory(method: str) -> None:
+    peft, fused = side_by_side(models.add_adapters(tiny_classifier(), method, rank=2, dropout=0.0), learning_rate=1e-3)
     pairs = list(zip(peft.model.named_parameters(), fused.model.named_parameters(), strict=True))
     for (name, own), (fused_name, other) in pairs:
         assert name == fused_name
         assert torch.equal(own, other)
         assert own.data_ptr() != other.data_ptr()
     kinds = [{type(module) for module in run.model.modules()} for run in (peft, fused)]
-    assert FusedLinear not in kinds[0]
-    assert FusedLinear in kinds[1]
+    assert [any(issubclass(kind, FusedForward) for kind in side) for side in kinds] == [False, True]
 
 
 def test_without_dropout_both_sides_have_the_same_losses() -> None:

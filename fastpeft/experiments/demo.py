@@ -169,7 +169,8 @@ def train_with_progress(console: Console, runs: Sequence[Run], data: Encoded, or
 
 def measured(run: Run, test: Encoded, batch: Encoded) -> Result:
     """The run's result: judged on ``test``, its memory counted in one more step on ``batch``."""
-    test_loss, test_accuracy = evaluate(run.model, test, _EVALUATION_BATCH)
+    # On a copy: evaluated on some processors, bitsandbytes' 4-bit layers cannot be trained any more.
+    test_loss, test_accuracy = evaluate(copy.deepcopy(run.model), test, _EVALUATION_BATCH)
     peak, kept = measure_memory(run, batch)
     trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     return Result(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .four_bit import to_four_bit
 from .packages import require_package
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def llama_classifier(causal: LlamaForCausalLM, pad_token_id: int) -> LlamaForSeq
     return model
 
 
-METHODS = {"lora": "LoRA", "dora": "DoRA"}
+METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA"}
+CLASSIFIERS = ("classifier", "score")
 MODELS = {
     "minilm": ModelSource("MiniLM-L6, a BERT encoder", load_minilm, 3e-4),
     "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", load_smollm2, 3e-4),
@@ -99,13 +101,15 @@ def add_adapters(model: nn.Module, method: str, rank: int, dropout: float) -> Pe
     """
     import peft
 
+    if method in ("qlora", "qdora"):
+        to_four_bit(model, lambda name: name not in CLASSIFIERS)
     config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
         target_modules="all-linear",
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=dropout,
-        use_dora=method == "dora",
+        use_dora=method in ("dora", "qdora"),
     )
     return peft.get_peft_model(model, config)
 

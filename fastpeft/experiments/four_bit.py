@@ -1,0 +1,43 @@
+"""A model's linear layers in NF4, by bitsandbytes, for QLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ..nf4 import quantize
+
+
+def to_four_bit(model: nn.Module, wanted: Callable[[str], bool], *, decoded: bool = False) -> nn.Module:
+    """Replaces the ``nn.Linear`` layers of ``model`` by bitsandbytes' in NF4 with nested statistics, as QLoRA has them.
+
+    Args:
+        model: changed in place; its layers compute in their weights' present dtype.
+        wanted: says by a layer's own name (the last part of its path) whether it is replaced.
+        decoded: the layers stay dense, with the weights that the 4 bits stand for.
+
+    Returns:
+        ``model``.
+    """
+    import bitsandbytes
+
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if not isinstance(linear, nn.Linear) or not wanted(name):
+                continue
+            if decoded:
+                linear.weight.data = quantize(linear.weight).dequantize(linear.weight.dtype)
+                continue
+            layer = bitsandbytes.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                compute_dtype=linear.weight.dtype,
+                quant_type="nf4",
+            )
+            layer.load_state_dict(linear.state_dict())
+            setattr(parent, name, layer.to(linear.weight.device))  # quantizes
+    if not decoded:
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT looks at
+    return model
