@@ -84,7 +84,6 @@ def lora_linear(
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
     few = _few_tokens(x, weight, A, B) and (not c or (len(c) == 1 and seed is None))
-    few = few and not (quant and keep_z)  # dots do not round a 4-bit W, and dc would compare badly with dequantized ones
     plan = _C.Plan.dots if few else _plan(x.dtype, weight, quant, A[0].shape[1], bool(c))
     operands = x, weight, quant, blocksize, bias, A, B, c
     return _C.lora_linear(*operands, scaling, thresholds, seed, adapter_index, keep_z, plan)
