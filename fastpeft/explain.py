@@ -87,7 +87,7 @@ def _verdict_on(module: nn.Module) -> str | None:
     operands = peft.operands_or_reason(module, module.active_adapters)
     if isinstance(operands, str):
         return f"PEFT: {operands}"
-    if not isinstance(module, peft.FusedLinear):
+    if not isinstance(module, peft.FusedForward):
         return "PEFT: the layer is not patched; fastpeft.patch(model) would fuse it"
     return _backend_verdict(operands.weight, operands.A, operands.B, module.fastpeft_backend)
 

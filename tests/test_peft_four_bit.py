@@ -141,6 +141,7 @@ def test_enable_fuses_four_bit_layers_and_unpatch_gives_pefts_class_back() -> No
         model = four_bit_model(quantized(BF16, BF16))
     assert isinstance(layer_of(model), FusedForward)
     assert "Linear4bit" in repr(model) and "fused by fastpeft" in repr(model)
+    assert str(fastpeft.explain(model)).startswith("1 × native runs it")
     fastpeft.unpatch(model)
     assert type(layer_of(model)).__module__ == "peft.tuners.lora.bnb"
 
