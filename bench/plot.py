@@ -78,7 +78,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         loc="outside upper center",
         ncols=len(contestants),
         frameon=False,
-        title="an adapter beside its frozen base: wall time, 1× is the base alone, less is better",
+        title="An adapter beside its frozen base: wall time, 1× is the base alone, less is better",
         title_fontsize=13,
     )
     figure.supxlabel(origin(rows), fontsize=7, color="gray")
