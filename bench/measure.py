@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from fastpeft import dispatch
@@ -46,6 +48,20 @@ class Run:
             "threads": torch.get_num_threads(),
             "instruction_set": instruction_set,
         }
+
+
+def record_kernels(
+    name: str, measure: Callable[[Run], list[dict[str, Any]]], markdown: Callable[..., str], out: Path
+) -> None:
+    """Measures the native kernels, adds the rows to ``out/<machine>-<name>.jsonl``, and shows the table beside them."""
+    reason = native.unavailable()
+    if reason is not None:
+        raise click.ClickException(reason)
+    run = Run.begin()
+    found = measure(run)
+    table = markdown(found)
+    rows.write(out / f"{run.machine['name']}-{name}.jsonl", found, table)
+    click.echo(table)
 
 
 def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run) -> Iterator[Row]:

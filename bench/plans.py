@@ -16,8 +16,7 @@ import torch
 
 from fastpeft.backends import native
 
-from . import rows
-from .measure import Run
+from .measure import Run, record_kernels
 from .timing import interleave, ratios, summary
 
 RANK = 16
@@ -116,13 +115,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
 def command(rounds: int, out: Path) -> None:
     """Times the plans of the native backend against the frozen base."""
-    reason = native.unavailable()
-    if reason is not None:
-        raise click.ClickException(reason)
-    run = Run.begin()
-    found = [row for dtype in DTYPES for row in measure(dtype, rounds, run)]
-    rows.write(out / f"{run.machine['name']}-plans.jsonl", found, markdown(found))
-    click.echo(markdown(found))
+    record_kernels("plans", lambda run: [row for dtype in DTYPES for row in measure(dtype, rounds, run)], markdown, out)
 
 
 if __name__ == "__main__":

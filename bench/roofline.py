@@ -18,8 +18,7 @@ from torch import Tensor
 from fastpeft.backends import native
 from fastpeft.dropout import dropout_threshold
 
-from . import rows
-from .measure import Run
+from .measure import Run, record_kernels
 from .timing import interleave, summary
 
 TOKENS, WIDTH, RANK, DROPOUT = 512, 2048, 16, 0.05
@@ -126,13 +125,9 @@ def markdown(found: list[dict[str, Any]]) -> str:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
 def command(rounds: int, out: Path) -> None:
     """Times the native kernels against this machine's floor."""
-    reason = native.unavailable()
-    if reason is not None:
-        raise click.ClickException(reason)
-    run = Run.begin()
-    found = [row for dtype in DTYPES for row in measure(dtype, rounds, run)]
-    rows.write(out / f"{run.machine['name']}-kernels.jsonl", found, markdown(found))
-    click.echo(markdown(found))
+    record_kernels(
+        "kernels", lambda run: [row for dtype in DTYPES for row in measure(dtype, rounds, run)], markdown, out
+    )
 
 
 if __name__ == "__main__":

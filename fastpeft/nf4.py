@@ -70,6 +70,11 @@ class FourBit:
             raise ValueError(
                 f"packed must hold {(elements + 1) // 2} bytes for shape {self.shape}, got {self.packed.numel()}"
             )
+        for tensor in (self.code, self.absmax, *(self.nested or ())):
+            if tensor.device != self.packed.device:
+                raise ValueError(
+                    f"code and statistics must be on {self.packed.device} with packed, got {tensor.device}"
+                )
         blocks = -(-elements // self.blocksize)
         if self.absmax.numel() != blocks:
             raise ValueError(f"absmax must have one entry for each of the {blocks} blocks, got {self.absmax.numel()}")

@@ -242,3 +242,12 @@ def test_function_transforms_say_that_they_are_not_supported(backend: str, trans
     x = made.pop("x")
     with pytest.raises(RuntimeError):
         transform(lambda x: dora_linear(x, **made, backend=backend).sum())(x)
+
+
+def test_a_float64_weight_under_autocast_has_a_norm_too() -> None:
+    made = {"x": torch.randn(5, 8), "weight": torch.randn(6, 8).double(), "bias": None}
+    A, B, magnitude = torch.randn(2, 8), torch.randn(6, 2), torch.rand(6) + 1
+    norm = torch.linalg.vector_norm(made["weight"] + B.double() @ A.double(), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = dora_linear(**made, A=A, B=B, magnitude=magnitude, scaling=1.0)
+        assert torch.equal(y, dora_linear(**made, A=A, B=B, magnitude=magnitude, scaling=1.0, norm=norm.float()))

@@ -83,6 +83,7 @@ def test_a_block_of_zeros_and_of_ties() -> None:
         ({"packed": torch.zeros(2048)}, "packed must be uint8, got torch.float32"),
         ({"absmax": torch.zeros(3, dtype=torch.uint8)}, "absmax must have one entry for each of the 64 blocks, got 3"),
         ({"absmax": torch.zeros(64)}, "absmax must be torch.uint8"),
+        ({"code": torch.zeros(16, device="meta")}, "code and statistics must be on cpu with packed, got meta"),
         ({"blocksize": 48}, "blocksize must be one of"),
         ({"code": torch.zeros(15)}, "code must hold 16 float32 numbers, got 15"),
         ({"nested": (torch.zeros(255), torch.zeros(1), torch.zeros(()))}, "code2 must hold 256 float32 numbers"),

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 
 namespace fastpeft::cpu {
@@ -20,7 +19,6 @@ constexpr int64_t kPart = 512;    // rows whose sums wait in scratch, at most
 constexpr int64_t kDepth = 3072;  // of the contracted dimension that is packed at a time, at most
 constexpr int64_t kTasksAThread = 4;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
 
 // Whole cache lines that a thread keeps: fresh pages in every call would cost as much as the packing.

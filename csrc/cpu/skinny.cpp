@@ -13,8 +13,6 @@ namespace {
 constexpr int64_t kPackGrain = 64;      // 16 x 16 blocks a thread should have, at least
 constexpr int64_t kSumGrain = 1 << 15;  // elements, likewise
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The matrix is cut into row_parts x column_parts tasks, in whole tiles. A cut of the contracted dimension costs a
 // partial sum: columns for `product`, rows for `gradient`; a cut of the other dimension is free.
 struct Grid {

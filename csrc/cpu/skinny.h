@@ -7,6 +7,8 @@
 
 namespace fastpeft::cpu {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Adapters that share one dropout mask (or have none): a range of rank blocks. The fields of a DoRA adapter are those
 // of kernels.h's Epilogue; a scale stands in the forward pass alone.
 struct RankGroup {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dropout import dropout_keep, dropout_scale
 from ..nf4 import dequantize
-from ..reference import dora_norm_reference, lora_linear_backward_reference, lora_linear_reference
+from ..reference import dora_norm_reference, lora_linear_backward_reference, lora_linear_reference, wide_dtype
 
 NAME = "reference"
 
@@ -94,8 +94,7 @@ def dora_norm(
 ) -> Tensor:
     """See ops.py."""
     weight = _dense(weight, quant, blocksize, A, B, dtype)
-    wider = dtype if dtype.itemsize >= weight.dtype.itemsize else weight.dtype
-    return dora_norm_reference(weight.to(wider), A, B, scaling)
+    return dora_norm_reference(weight, A, B, scaling).to(wide_dtype(dtype))
 
 
 def _dense(weight: Tensor, quant: Sequence[Tensor], blocksize: int, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
