@@ -108,28 +108,30 @@ def is_four_bit(case: Case) -> bool:
 
 
 def with_peft(base: nn.Module, case: Case, *, dense: bool = False) -> nn.Module:
-    """PEFT as it comes: float32 adapters, bitsandbytes' layers for 4-bit weights. B is random, so that every gradient
-    is worth comparing and DoRA's magnitude is not the norm any more.
+    """PEFT as it comes: float32 adapters, bitsandbytes' layers for 4-bit weights. B is random and AdaLoRA's E is 1, so
+    that every gradient is worth comparing and DoRA's magnitude is not the norm any more.
 
     Args:
         dense: 4-bit weights are decoded into dense ones, for the oracle.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
     if is_four_bit(case):
         to_four_bit(base, lambda name: name in case.target_modules, decoded=dense)
-    config = LoraConfig(
-        r=case.rank,
-        lora_alpha=2 * case.rank,
-        lora_dropout=case.dropout,
-        use_dora=case.method in ("dora", "qdora"),
-        target_modules=list(case.target_modules),
-    )
+    settings = {"lora_dropout": case.dropout, "target_modules": list(case.target_modules)}
+    config: LoraConfig
+    if case.method == "adalora":  # PEFT divides its alpha by the number of ranks
+        config = AdaLoraConfig(init_r=case.rank, target_r=case.rank, lora_alpha=2 * case.rank, total_step=1, **settings)
+    else:
+        use_dora = case.method in ("dora", "qdora")
+        config = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, use_dora=use_dora, **settings)
     torch.manual_seed(SEED)
     model: nn.Module = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
+        elif "lora_E" in name:
+            nn.init.ones_(parameter)
     return model
 
 

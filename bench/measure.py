@@ -14,6 +14,7 @@ import torch
 from fastpeft import dispatch
 from fastpeft.backends import native
 from fastpeft.experiments.memory import kept_bytes
+from fastpeft.nf4 import weight_operands
 
 from . import parity, rows
 from .cases import DTYPES, Case
@@ -133,10 +134,13 @@ def _compile_failure(runner: Runner, case: Case) -> str | None:
 
 def _backend(runner: Runner) -> str:
     """What runs the first fused layer; the native backend with its instruction set."""
-    layer: Any = next(module for module in runner.model.modules() if hasattr(module, "lora_A"))
-    A, B = ([adapter.weight for adapter in adapters.values()] for adapters in (layer.lora_A, layer.lora_B))
-    x = torch.empty(1, A[0].shape[1], dtype=DTYPES[runner.case.dtype])
-    backend = dispatch.choose("lora_linear", x, layer.base_layer.weight, A, B, None)
+    from fastpeft.peft.layers import is_peft_layer, operands_or_reason
+
+    operands = next(operands_or_reason(module) for module in runner.model.modules() if is_peft_layer(module))
+    assert not isinstance(operands, str)
+    weight, _, A, B, *_ = operands
+    x = torch.empty(1, weight.shape[1], dtype=DTYPES[runner.case.dtype])
+    backend = dispatch.choose("lora_linear", x, weight_operands(weight)[0], A, B, None)
     return f"{native.NAME}, {native._C.isa()}" if backend is native and native._C is not None else backend.NAME
 
 

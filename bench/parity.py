@@ -24,8 +24,8 @@ FACTOR = 2.0
 def check(case: Case) -> dict[str, Any]:
     """``{"passed": bool, "failed": [result], "errors": {result: {"fastpeft", "peft", "rounding"}}}``.
 
-    The results are the output ``y`` and the gradients of the layer's input, of all A, of all B and of all magnitudes;
-    the errors are the largest absolute ones.
+    The results are the output ``y`` and the gradients of the layer's input, of all A, of all B, of all singular values
+    and of all magnitudes; the errors are the largest absolute ones.
     """
     low_precision = case.dtype != "fp32"
     oracle = results(
@@ -62,7 +62,7 @@ def results(runner: Runner) -> dict[str, Tensor]:
     runner.step()
     if runner.x.grad is not None:
         found["dx"] = runner.x.grad
-    for result, kind in (("dA", "lora_A"), ("dB", "lora_B"), ("dm", "lora_magnitude_vector")):
+    for result, kind in (("dA", "lora_A"), ("dB", "lora_B"), ("dE", "lora_E"), ("dm", "lora_magnitude_vector")):
         grads = [p.grad.flatten() for name, p in runner.adapters.items() if kind in name and p.grad is not None]
         if grads:
             found[result] = torch.cat(grads)

@@ -80,14 +80,14 @@ def _verdict_on(module: nn.Module) -> str | None:
         return _backend_verdict(module.matrix(), [module.lora_A], [module.lora_B], module.backend)
     if "peft" not in sys.modules:  # then no module can be PEFT's
         return None
-    from . import peft
+    from .peft import layers
 
-    if not peft.is_peft_layer(module):
+    if not layers.is_peft_layer(module):
         return None
-    operands = peft.operands_or_reason(module, module.active_adapters)
+    operands = layers.operands_or_reason(module)
     if isinstance(operands, str):
         return f"PEFT: {operands}"
-    if not isinstance(module, peft.FusedForward):
+    if not isinstance(module, layers.FusedForward):
         return "PEFT: the layer is not patched; fastpeft.patch(model) would fuse it"
     return _backend_verdict(operands.weight, operands.A, operands.B, module.fastpeft_backend)
 

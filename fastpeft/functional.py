@@ -58,7 +58,7 @@ def lora_linear(
         TypeError: an argument's type or dtype does not fit; ValueError: a shape, device or number does not.
         fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot take the call.
     """
-    return _adapted_linear(x, weight, bias, A, B, None, None, scaling, dropout_p, training, adapter_index, backend)
+    return adapted_linear(x, weight, bias, A, B, [], scaling, dropout_p, training, adapter_index, backend)
 
 
 def dora_linear(
@@ -93,7 +93,12 @@ def dora_linear(
         What :func:`lora_linear` raises; ValueError where ``m / ‖W + s B A‖`` is not finite: a row of norm 0.
     """
     magnitudes = _tensors("magnitude", magnitude)
-    return _adapted_linear(x, weight, bias, A, B, magnitudes, norm, scaling, dropout_p, training, None, backend)
+    adapters = _checked_adapters(x, weight, bias, A, B, scaling, dropout_p, backend)
+    As, Bs, factors, _ = adapters
+    if norm is None:
+        norm = [_norm(weight, a, b, s, input_dtype(x), backend) for a, b, s in zip(As, Bs, factors, strict=True)]
+    c = _dora_factors(magnitudes, _tensors("norm", norm), weight, x, len(As))
+    return _run(x, weight, bias, adapters, c, training, None, backend)
 
 
 def dora_norm(
@@ -140,20 +145,48 @@ def compute_dtype(weight: Tensor | FourBit) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if autocast and dtype != torch.float64 else dtype
 
 
-def _adapted_linear(
+def input_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that an input is computed in: its own, or autocast's where that is on."""
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def adapted_linear(
     x: Tensor,
     weight: Tensor | FourBit,
     bias: Tensor | None,
     A: Tensor | Sequence[Tensor],
     B: Tensor | Sequence[Tensor],
-    magnitudes: list[Tensor] | None,
-    norm: Tensor | Sequence[Tensor] | None,
+    c: list[Tensor],
     scaling: float | Tensor | Sequence[float | Tensor],
     dropout_p: float | Sequence[float],
-    training: bool,
-    adapter_index: Tensor | None,
-    backend: str | None,
+    training: bool = True,
+    adapter_index: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
+    """:func:`lora_linear`; with ``c = m / norm`` of each adapter, checked to be finite, :func:`dora_linear`."""
+    adapters = _checked_adapters(x, weight, bias, A, B, scaling, dropout_p, backend)
+    _check_adapter_index(x, adapter_index, len(adapters[0]))
+    return _run(x, weight, bias, adapters, c, training, adapter_index, backend)
+
+
+Adapters = tuple[list[Tensor], list[Tensor], list[float], list[float]]
+
+
+def _checked_adapters(
+    x: Tensor,
+    weight: Tensor | FourBit,
+    bias: Tensor | None,
+    A: Tensor | Sequence[Tensor],
+    B: Tensor | Sequence[Tensor],
+    scaling: float | Tensor | Sequence[float | Tensor],
+    dropout_p: float | Sequence[float],
+    backend: str | None,
+) -> Adapters:
+    """``A``, ``B``, ``scaling`` and ``dropout_p`` as lists, once everything fits together."""
     As, Bs = _tensors("A", A), _tensors("B", B)
     count = len(As)
     scalings = list(scaling) if isinstance(scaling, Sequence) else [scaling] * count
@@ -161,25 +194,28 @@ def _adapted_linear(
     check_backend_name(backend)
     _check_base(x, weight, bias)
     _check_adapters(x, weight, As, Bs, scalings, ps)
-    _check_adapter_index(x, adapter_index, count)
-
-    base_weight, device_type = weight, x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-        weight = weight if isinstance(weight, FourBit) else weight.to(x.dtype)
-    elif not isinstance(weight, FourBit) and x.dtype != weight.dtype:
+    if not isinstance(weight, FourBit) and x.dtype != weight.dtype and not _is_autocast(x):
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
-    if bias is not None and bias.dtype != x.dtype:
+    return As, Bs, _constant_scaling(Bs, scalings, x), ps
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor | FourBit,
+    bias: Tensor | None,
+    adapters: Adapters,
+    c: list[Tensor],
+    training: bool,
+    adapter_index: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    As, Bs, factors, ps = adapters
+    x = x.to(input_dtype(x))
+    if not isinstance(weight, FourBit):
+        weight = weight.to(x.dtype)
+    if bias is not None:
         bias = bias.to(x.dtype)
-    factors = _constant_scaling(Bs, scalings, x)
-    c: list[Tensor] = []
-    if magnitudes is not None:
-        if norm is None:
-            adapters = zip(As, Bs, factors, strict=True)
-            norm = [_norm(base_weight, a, b, s, x.dtype, backend) for a, b, s in adapters]
-        norms = _tensors("norm", norm)
-        c = _dora_factors(magnitudes, norms, weight, x, count)
-    seed = dropout_seeds(count, x.device) if training and any(ps) else None
+    seed = dropout_seeds(len(As), x.device) if training and any(ps) else None
     keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in c)
     operands = x, *weight_operands(weight), bias, As, Bs, c
     return ops.call_lora_linear(*operands, factors, ps, seed, adapter_index, keep_z, backend)[0]

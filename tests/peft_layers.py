@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracle import Results, assert_close_as_eager
+from oracle import POOL, Results, assert_close_as_eager
+from peft.tuners.adalora.layer import SVDLinear as PeftSVDLinear
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastpeft
+from fastpeft.dropout import dropout_keep, dropout_scale
 
 
 def lora_model(base: nn.Module, adapter_dtype: torch.dtype = torch.float32, **config: Any) -> peft.PeftModel:
@@ -49,26 +52,54 @@ def move_magnitudes(model: nn.Module, adapter: str) -> None:
             parameter.data *= 0.75 + torch.rand_like(parameter) / 2
 
 
+def adapter_dtype(layer: Any) -> torch.dtype:
+    """The dtype of the layer's adapters."""
+    return next(layer.lora_A.parameters()).dtype
+
+
 def layer_of(model: nn.Module) -> Any:
     """The one LoRA layer of :func:`lora_model`."""
     return model.base_model.model[0]
 
 
-def tiny_llama(**config: Any) -> peft.PeftModel:
-    """Two blocks, 32 wide, random weights from torch's generator; LoRA on q, v and down."""
-    base = LlamaForCausalLM(
+def adalora_model(base: nn.Module, adapter_dtype: torch.dtype = torch.float32, **config: Any) -> peft.PeftModel:
+    """:func:`lora_model` with AdaLoRA: 6 ranks, the second switched off as the allocation does it."""
+    settings = {"init_r": 6, "lora_alpha": 9, "init_lora_weights": False, "target_modules": ["0"], "total_step": 10}
+    config = peft.AdaLoraConfig(**(settings | config))
+    model = peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False)
+    weigh_as_the_base(model, "default")
+    return cast_adapters(model, adapter_dtype)
+
+
+def weigh_as_the_base(model: nn.Module, adapter: str) -> None:
+    """AdaLoRA's random matrices are standard normal; makes the adapter weigh as much as the base, and drops a rank."""
+    layer = layer_of(model)
+    layer.lora_A[adapter].data /= layer.in_features**0.5
+    layer.lora_E[adapter].data[1] = 0
+
+
+def tiny_llama_base(hidden_size: int = 32, intermediate_size: int = 48) -> LlamaForCausalLM:
+    """Two blocks, random weights from torch's generator."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=61,
-            hidden_size=32,
-            intermediate_size=48,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=32,
         )
     )
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    return peft.get_peft_model(base, peft.LoraConfig(**(settings | config)))
+
+
+TARGETS = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def tiny_llama(**config: Any) -> peft.PeftModel:
+    """:func:`tiny_llama_base` with LoRA on q, v and down."""
+    settings = {"r": 4, "lora_alpha": 8} | TARGETS
+    return peft.get_peft_model(tiny_llama_base(), peft.LoraConfig(**(settings | config)))
 
 
 def run(model: nn.Module, x: Tensor, dy: Tensor, **kwargs: Any) -> Results:
@@ -85,17 +116,45 @@ def run(model: nn.Module, x: Tensor, dy: Tensor, **kwargs: Any) -> Results:
 def no_peft_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, a layer that goes to PEFT's own forward fails the test."""
 
-    def forward(self: PeftLinear, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         pytest.fail(f"left to PEFT: {self}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PeftLinear, "forward", forward)
+        for stock in (PeftLinear, PeftSVDLinear):
+            patch.setattr(stock, "forward", forward)
         yield
+
+
+def share_masks(model: peft.PeftModel, monkeypatch: pytest.MonkeyPatch) -> peft.PeftModel:
+    """PEFT's dropout and fastpeft's have one mask for each active adapter of the layer, the same in each call."""
+
+    def forward(self: nn.Dropout, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = dropout_keep(torch.tensor(self.seed), x.shape[:-1].numel(), x.shape[-1], self.p)
+        return x * keep.view(x.shape) * dropout_scale(self.p)
+
+    layer = layer_of(model)
+    seeds = [1234 + 99 * i for i, _ in enumerate(layer.active_adapters)]
+    for name, seed in zip(layer.active_adapters, seeds, strict=True):
+        layer.lora_dropout[name].seed = seed
+    monkeypatch.setattr(nn.Dropout, "forward", forward)
+    monkeypatch.setattr("fastpeft.functional.dropout_seeds", lambda count, device: torch.tensor(seeds[:count]))
+    return model
 
 
 def signed(*shape: int) -> Tensor:
     """Random signs and magnitudes within a factor of two: no long tails, so that no single rounding decides a test."""
     return (torch.rand(shape) / 2 + 0.5) * torch.randint(2, shape).mul(2).sub(1)
+
+
+def draws_needed(model: peft.PeftModel, tokens: int) -> int:
+    """How many calls with ``tokens`` tokens are judged together, as one sample: as many as make up 32 tokens, and 32
+    elements of the smallest gradient. Of DoRA, at least four: all tokens share the error of a row's ``c``, so that they
+    count for less."""
+    smallest = min((p.numel() for p in model.parameters() if p.requires_grad), default=POOL)
+    at_least = 4 if layer_of(model).lora_magnitude_vector else 1
+    return max(at_least, POOL // max(1, tokens), math.ceil(POOL / smallest))
 
 
 def assert_parity(
@@ -108,14 +167,13 @@ def assert_parity(
     """Calls of ``model``'s layer, forward and backward: fused, they are as close to float64 as PEFT's own.
 
     Args:
-        make_x: draws an input; as many as make up 32 tokens are judged together, as one sample. Of DoRA, at least
-            four: all tokens share the error of a row's ``c``, so that they count for less.
+        make_x: draws an input; see :func:`draws_needed`.
         autocast: the dtype of an autocast region around the fused call and PEFT's. When None, PEFT still runs under
             autocast if its adapters are wider than the base, so that both compute in one dtype.
     """
     layer = layer_of(model)
     weight = layer.base_layer.weight
-    wider = autocast is None and any(A.weight.dtype.itemsize > weight.dtype.itemsize for A in layer.lora_A.values())
+    wider = autocast is None and adapter_dtype(layer).itemsize > weight.dtype.itemsize
     double_model, fused_model = copy.deepcopy(model).double(), copy.deepcopy(model)
     assert fastpeft.patch(fused_model).left_to_peft == {}
 
@@ -123,8 +181,7 @@ def assert_parity(
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
     oracle, eager, fused = [], [], []
-    draws = max(4 if layer.lora_magnitude_vector else 1, 32 // max(1, make_x().shape[:-1].numel()))
-    for _ in range(draws):
+    for _ in range(draws_needed(model, make_x().shape[:-1].numel())):
         x = make_x()
         dy = signed(*x.shape[:-1], layer.out_features)
         oracle.append(run(double_model, x.double(), dy.double(), **kwargs))
@@ -142,3 +199,18 @@ def assert_parity(
 def tokens(batch: Sequence[int] = (2, 12)) -> Tensor:
     """Random token ids for :func:`tiny_llama`."""
     return torch.randint(61, tuple(batch))
+
+
+def train(model: Any, batches: Sequence[Tensor]) -> Tensor:
+    """The loss of each step, one step a batch; AdaLoRA's ranks are allocated after each."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for step, ids in enumerate(batches):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        if hasattr(model.base_model, "update_and_allocate"):
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)

@@ -20,7 +20,7 @@ from fastpeft.bench.rows import Row
 from rich.console import Console
 from torch import nn
 
-from fastpeft.peft import FusedLinear
+from fastpeft.peft.layers import FusedLinear
 
 EAGER = tuple(contestant for contestant in CONTESTANTS if not contestant.compiled)
 TINY = LayerCase(M=6, K=32, N=48, dtype="fp32", rank=4)

@@ -19,7 +19,7 @@ from fastpeft.experiments.demo import command, side_by_side
 from fastpeft.experiments.memory import held_bytes, kept_bytes, peak_bytes
 from fastpeft.experiments.packages import MissingPackage, require_package
 from fastpeft.experiments.report import Result, draw_losses, results_table, smoothed
-from fastpeft.peft import FusedForward
+from fastpeft.peft.layers import FusedForward
 
 WORDS = ("a", "bad", "dull", "film", "good", "great", "is", "it", "movie", "poor", "the", "very")
 FLOAT = 4  # bytes
@@ -245,7 +245,7 @@ def random_data(count: int) -> data.Encoded:
 
 @pytest.mark.parametrize("method", models.METHODS)
 def test_the_sides_start_equal_and_share_no_memory(method: str) -> None:
-    peft, fused = side_by_side(models.add_adapters(tiny_classifier(), method, rank=2, dropout=0.0), learning_rate=1e-3)
+    peft, fused = side_by_side(models.add_adapters(tiny_classifier(), method, rank=2, dropout=0.0, steps=5), 1e-3)
     pairs = list(zip(peft.model.named_parameters(), fused.model.named_parameters(), strict=True))
     for (name, own), (fused_name, other) in pairs:
         assert name == fused_name
@@ -255,10 +255,11 @@ def test_the_sides_start_equal_and_share_no_memory(method: str) -> None:
     assert [any(issubclass(kind, FusedForward) for kind in side) for side in kinds] == [False, True]
 
 
-def test_without_dropout_both_sides_have_the_same_losses() -> None:
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_without_dropout_both_sides_have_the_same_losses(method: str) -> None:
     """fastpeft is at most twice as far from PEFT in float64 as PEFT in float32 is, plus the rounding of a loss."""
     samples, order = random_data(24), data.data_order(24, 4, 5, seed=0)
-    model = models.add_adapters(tiny_classifier(), "lora", rank=2, dropout=0.0)
+    model = models.add_adapters(tiny_classifier(), method, rank=2, dropout=0.0, steps=5)
     exact = training.new_run("float64", copy.deepcopy(model).double(), 1e-2)
     peft, fused = side_by_side(model, 1e-2)
     training.train_together([exact, peft, fused], samples, order, 0, lambda run: None)
@@ -277,7 +278,7 @@ def test_a_run_does_not_depend_on_its_neighbour() -> None:
         torch.manual_seed(0)
         model = tiny_classifier()
         model.load_state_dict(state)
-        return side_by_side(models.add_adapters(model, "lora", rank=2, dropout=0.3), learning_rate=1e-2)
+        return side_by_side(models.add_adapters(model, "lora", rank=2, dropout=0.3, steps=3), learning_rate=1e-2)
 
     together, alone = runs(), runs()
     training.train_together(together, samples, order, 7, lambda run: None)
@@ -302,7 +303,7 @@ def test_evaluation_does_not_depend_on_the_batches() -> None:
 
 
 def test_measuring_memory_is_not_recorded() -> None:
-    run = training.new_run("PEFT", models.add_adapters(tiny_classifier(), "lora", rank=2, dropout=0.0), 1e-3)
+    run = training.new_run("PEFT", models.add_adapters(tiny_classifier(), "lora", rank=2, dropout=0.0, steps=5), 1e-3)
     samples = random_data(4)
     run.step(samples)
     peak, kept = training.measure_memory(run, samples)

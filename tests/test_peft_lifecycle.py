@@ -15,12 +15,12 @@ import torch
 from oracle import assert_close_as_eager
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
-from peft_layers import layer_of, lora_model, no_peft_forward, tiny_llama, tokens
+from peft_layers import layer_of, lora_model, no_peft_forward, tiny_llama, tokens, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
-from fastpeft.peft import FusedLinear
+from fastpeft.peft.layers import FusedLinear
 
 lora_and_dora = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 
@@ -37,19 +37,6 @@ def fused_names(model: nn.Module) -> list[str]:
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids).logits
-
-
-def train(model: nn.Module, batches: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The loss of each step, one step a batch."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    losses = []
-    for ids in batches:
-        loss = model(input_ids=ids.to(next(model.parameters()).device), labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
 
 
 @lora_and_dora

@@ -8,12 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_layers import add_adapter, assert_parity, layer_of, lora_model, no_peft_forward, signed
+from peft_layers import add_adapter, assert_parity, layer_of, lora_model, no_peft_forward, share_masks, signed
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
-from fastpeft.dropout import dropout_keep, dropout_scale
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F16, F16), (F32, BF16)]
@@ -195,50 +194,25 @@ def test_adapter_weights_of_any_strides(use_dora: bool, monkeypatch: pytest.Monk
     assert_parity(model, lambda: signed(33, K), monkeypatch)
 
 
-@pytest.fixture
-def fixed_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's dropout multiplies by the mask that fastpeft draws for the module's ``seed``; see :func:`fix_seeds`."""
-
-    def forward(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return x
-        keep = dropout_keep(torch.tensor(self.seed), x.shape[:-1].numel(), x.shape[-1], self.p)
-        return x * keep.view(x.shape) * dropout_scale(self.p)
-
-    monkeypatch.setattr(nn.Dropout, "forward", forward)
-
-
-def fix_seeds(model: peft.PeftModel, monkeypatch: pytest.MonkeyPatch) -> peft.PeftModel:
-    """Every active adapter's mask is one and the same in each call, and another one than the other adapters'."""
-    layer = layer_of(model)
-    seeds = [1234 + 99 * i for i, _ in enumerate(layer.active_adapters)]
-    for name, seed in zip(layer.active_adapters, seeds, strict=True):
-        layer.lora_dropout[name].seed = seed
-    monkeypatch.setattr("fastpeft.functional.dropout_seeds", lambda count, device: torch.tensor(seeds[:count]))
-    return model
-
-
 @lora_and_dora
 @pytest.mark.parametrize(
     "make", [lambda dtype, *args, **config: lora_model(linear(dtype), *args, **config), several], ids=["one", "several"]
 )
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (BF16, BF16), (BF16, F32)])
-@pytest.mark.usefixtures("fixed_masks")
 def test_dropout_with_the_same_masks(
     make: Any, dtype: torch.dtype, adapter_dtype: torch.dtype, use_dora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = fix_seeds(make(dtype, adapter_dtype, lora_dropout=0.25, use_dora=use_dora), monkeypatch).train()
+    model = share_masks(make(dtype, adapter_dtype, lora_dropout=0.25, use_dora=use_dora), monkeypatch).train()
     assert_parity(model, lambda: signed(3, 11, K).to(dtype), monkeypatch)
 
 
 @lora_and_dora
 @pytest.mark.parametrize("layer_trains", [False, True])
 @pytest.mark.parametrize("dropout_trains", [False, True])
-@pytest.mark.usefixtures("fixed_masks")
 def test_dropout_asks_whom_peft_asks(
     dropout_trains: bool, layer_trains: bool, use_dora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = fix_seeds(lora_model(linear(F32), lora_dropout=0.5, use_dora=use_dora), monkeypatch)
+    model = share_masks(lora_model(linear(F32), lora_dropout=0.5, use_dora=use_dora), monkeypatch)
     layer_of(model).train(layer_trains)
     layer_of(model).lora_dropout.train(dropout_trains)
     assert_parity(model, lambda: signed(33, K), monkeypatch)

@@ -126,7 +126,7 @@ STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "base forward": (lambda layer: own_forward(layer.base_layer), BASE_HOOK),
     "base weight": (set_base_weight, "weight is a OtherTensor"),
     "base bias": (set_base_bias, "its bias a OtherTensor"),
-    "containers": (set_container, "the containers of its adapters are wrapped"),
+    "containers": (set_container, "lies in containers that are wrapped"),
     "adapter class": (wrap, "consists of test_peft_refusals.Wrapper and torch.nn.modules.linear.Linear"),
     "adapter hook": (lambda layer: layer.lora_A["default"].register_forward_hook(double), ADAPTER_HOOK),
     "adapter pre-hook": (lambda layer: layer.lora_B["default"].register_forward_pre_hook(double_first), ADAPTER_HOOK),
@@ -135,7 +135,7 @@ STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "dropout class": (set_dropout, "has test_peft_refusals.OtherDropout for dropout"),
     "dropout of everything": (drop_everything, "drops everything (p = 1.0)"),
     "adapter weight": (set_adapter_weight, "has weights of Parameter and OtherTensor"),
-    "adapter bias": (set_adapter_bias, "or a bias in lora_A"),
+    "adapter bias": (set_adapter_bias, "has a bias in lora_A"),
     "scaling with gradient": (set_scaling(torch.tensor(2.0, requires_grad=True)), "not one constant number"),
     "scaling vector": (set_scaling(torch.rand(12)), "not one constant number"),
 }
@@ -184,7 +184,7 @@ def test_hook_on_all_modules() -> None:
     ("part", "reason"),
     [
         ("base_layer.bias", "weight is torch.float32 and its bias torch.bfloat16"),
-        ("lora_B.default.weight", "is torch.float32 in lora_A and torch.bfloat16 in lora_B"),
+        ("lora_B.default.weight", "has weights of torch.float32 and torch.bfloat16"),
     ],
 )
 def test_mixed_dtypes_are_for_autocast_alone_as_in_peft(part: str, reason: str) -> None:
@@ -406,10 +406,10 @@ def test_other_lora_layers(kind: str) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        peft.AdaLoraConfig(total_step=10, target_modules=["0"]),
+        peft.LoHaConfig(target_modules=["0"]),
         peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
     ],
-    ids=["adalora", "ia3"],
+    ids=["loha", "ia3"],
 )
 def test_other_methods(config: peft.PeftConfig) -> None:
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 12)), config)

@@ -115,8 +115,8 @@ def command(**options: Any) -> None:
         except MissingPackage as error:
             raise click.ClickException(str(error)) from error
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        adapted = add_adapters(model.to(dtype), settings.method, settings.rank, settings.dropout)
-        runs = side_by_side(adapted, source.learning_rate)
+        adapted = add_adapters(model.to(dtype), settings.method, settings.rank, settings.dropout, settings.steps)
+        runs = side_by_side(adapted, source.learning_rate(settings.method))
         train_data, test_data = (encode(reviews, tokenizer, settings.length) for reviews in (train, test))
 
     title = f"{source.title} ({parameters / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})"

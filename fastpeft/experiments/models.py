@@ -27,11 +27,15 @@ _TIMED_ROUNDS = 10
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A pre-trained model: its full name, how to load it with its tokenizer, and the learning rate of its adapters."""
+    """A pre-trained model: its full name, how to load it with its tokenizer, and the learning rate of LoRA on it."""
 
     title: str
     load: Callable[[], tuple[nn.Module, Any]]
-    learning_rate: float
+    lora_learning_rate: float
+
+    def learning_rate(self, method: str) -> float:
+        """Of the adapters of ``method``. AdaLoRA's matrices start so small that it learns nothing with LoRA's."""
+        return self.lora_learning_rate * (10 if method == "adalora" else 1)
 
 
 def load_minilm() -> tuple[nn.Module, Any]:
@@ -85,7 +89,7 @@ def llama_classifier(causal: LlamaForCausalLM, pad_token_id: int) -> LlamaForSeq
     return model
 
 
-METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA"}
+METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
 CLASSIFIERS = ("classifier", "score")
 MODELS = {
     "minilm": ModelSource("MiniLM-L6, a BERT encoder", load_minilm, 3e-4),
@@ -93,24 +97,27 @@ MODELS = {
 }
 
 
-def add_adapters(model: nn.Module, method: str, rank: int, dropout: float) -> PeftModel:
-    """``model`` frozen, with an adapter (alpha twice the rank) on every linear layer and a trainable classifier.
+def add_adapters(model: nn.Module, method: str, rank: int, dropout: float, steps: int) -> PeftModel:
+    """``model`` frozen, with an adapter (scaling 2) on every linear layer and a trainable classifier.
 
     Args:
         method: a key of :data:`METHODS`.
+        rank: of each adapter; of AdaLoRA's the mean that remains of half as many again.
+        steps: the length of the training: AdaLoRA withdraws ranks from a tenth of it on, up to four fifths.
     """
     import peft
 
     if method in ("qlora", "qdora"):
         to_four_bit(model, lambda name: name not in CLASSIFIERS)
-    config = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_CLS,
-        target_modules="all-linear",
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=dropout,
-        use_dora=method in ("dora", "qdora"),
-    )
+    settings = {"task_type": peft.TaskType.SEQ_CLS, "target_modules": "all-linear", "lora_dropout": dropout}
+    config: peft.LoraConfig
+    if method == "adalora":
+        first = (3 * rank + 1) // 2
+        schedule = {"tinit": steps // 10, "tfinal": steps // 5, "total_step": steps}
+        config = peft.AdaLoraConfig(init_r=first, target_r=rank, lora_alpha=2 * first, **schedule, **settings)
+    else:
+        use_dora = method in ("dora", "qdora")
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=use_dora, **settings)
     return peft.get_peft_model(model, config)
 
 

@@ -30,12 +30,15 @@ class Run:
     seconds: list[float] = field(default_factory=list)
 
     def step(self, batch: Encoded) -> float:
-        """Forward, backward, update; the loss before the update."""
+        """Forward, backward, update; the loss before the update, without what a method adds to regularise itself."""
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = classification_loss(self.model, batch)
-        loss.backward()
+        trained, loss = losses_on(self.model, batch)
+        trained.backward()
         self.optimizer.step()
+        allocate_ranks = getattr(getattr(self.model, "base_model", None), "update_and_allocate", None)
+        if allocate_ranks is not None:  # AdaLoRA
+            allocate_ranks(len(self.losses))
         self.losses.append(loss.item())
         self.seconds.append(time.perf_counter() - started)
         return self.losses[-1]
@@ -51,10 +54,10 @@ def new_run(name: str, model: nn.Module, learning_rate: float) -> Run:
     return Run(name, model, torch.optim.AdamW(trainable, lr=learning_rate))
 
 
-def classification_loss(model: nn.Module, batch: Encoded) -> Tensor:
-    """Mean cross-entropy, in float32."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    return F.cross_entropy(logits.float(), batch.labels)
+def losses_on(model: nn.Module, batch: Encoded) -> tuple[Tensor, Tensor]:
+    """What the model is trained on, its own loss in its own dtype; and the mean cross-entropy in float32, detached."""
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+    return output.loss, F.cross_entropy(output.logits.detach().float(), batch.labels)
 
 
 def train_together(
@@ -67,7 +70,7 @@ def train_together(
     """
     for run in runs:
         run.model.train()
-        classification_loss(run.model, data.take(order[0])).backward()
+        losses_on(run.model, data.take(order[0]))[0].backward()
     for number, index in enumerate(order):
         batch = data.take(index)
         for run in runs:
@@ -96,6 +99,6 @@ def measure_memory(run: Run, batch: Encoded) -> tuple[int, int]:
     The step changes the model; ``run`` does not record it.
     """
     run.model.train()
-    kept = kept_bytes(run.model, lambda: classification_loss(run.model, batch))
+    kept = kept_bytes(run.model, lambda: losses_on(run.model, batch)[0])
     extra = Run(run.name, run.model, run.optimizer)
     return peak_bytes(run.model, run.optimizer, lambda: extra.step(batch)), kept

@@ -1,0 +1,153 @@
+"""What users call: :func:`patch` and its report, :func:`unpatch`, and the switch for layers that PEFT makes later."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+from peft.tuners.adalora.model import AdaLoraModel
+from peft.tuners.lora.model import LoraModel
+from torch import nn
+
+from ..dispatch import BackendRefusal, check_backend_name
+from ..explain import backend_refusals, grouped
+from .layers import FusedForward, fuse, is_peft_layer, operands_or_reason
+from .operands import Operands
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`patch` found: the names of the fused layers, and those left to PEFT, each with its reason."""
+
+    fused: list[str]
+    left_to_peft: dict[str, str]
+
+    def __str__(self) -> str:
+        counts = f"fused: {len(self.fused)}, left to PEFT: {len(self.left_to_peft)}"
+        return f"{counts}\n{grouped(self.left_to_peft)}" if self.left_to_peft else counts
+
+
+def patch(model: nn.Module, *, backend: str | None = None) -> Report:
+    """Fuses the LoRA and AdaLoRA layers of ``model`` in place; parameters, names and state_dict keys stay as they are.
+
+    Patching twice is harmless; the last ``backend`` counts. A layer whose present state stands in the way (merged,
+    disabled, hooked, another variant of LoRA) is reported as left to PEFT and is fused once the state allows it.
+
+    Args:
+        model: a PEFT model, or any module that holds PEFT layers.
+        backend: ``"native"`` or ``"reference"`` for all its layers; None takes the fastest that accepts a call.
+
+    Raises:
+        TypeError: ``model`` is no module. ValueError: it holds no PEFT layer, or ``backend`` is unknown.
+        fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot run one of the layers.
+    """
+    check_backend_name(backend)
+    layers = _peft_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model must hold at least one PEFT layer, got a {type(model).__name__} without any; "
+            "peft.get_peft_model(model, config) adds them"
+        )
+    report = Report([], {})
+    for name, layer in layers.items():
+        operands = operands_or_reason(layer)
+        if isinstance(operands, str):
+            report.left_to_peft[name] = operands
+        else:
+            _check_backend(name, operands, backend)
+            report.fused.append(name)
+    for layer in layers.values():
+        fuse(layer, backend)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives every fused layer of ``model`` PEFT's class back.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    for layer in _peft_layers(model).values():
+        if isinstance(layer, FusedForward):
+            layer.__class__ = layer.peft_class
+            layer.__dict__.pop("fastpeft_backend", None)
+            layer.__dict__.pop("_fastpeft_norms", None)
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: peft.LoraConfig, *, backend: str | None = None, **kwargs: Any
+) -> nn.Module:
+    """``peft.get_peft_model(model, peft_config, **kwargs)``, then :func:`patch`.
+
+    Raises:
+        TypeError: ``peft_config`` is no ``peft.LoraConfig``. Else what the two functions raise.
+    """
+    if not isinstance(peft_config, peft.LoraConfig):
+        raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}")
+    check_backend_name(backend)
+    peft_model = peft.get_peft_model(model, peft_config, **kwargs)
+    patch(peft_model, backend=backend)
+    return peft_model
+
+
+_switch_lock = threading.Lock()
+_wanted_by: set[object] = set()
+_PROCESS = object()
+_PEFTS_OWN = {model: model._create_new_module for model in (LoraModel, AdaLoraModel)}
+
+
+def _fusing(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Stands for a ``_create_new_module``, through which all layers of PEFT's come into being."""
+
+    def create_fused_module(*args: Any, **kwargs: Any) -> nn.Module:
+        layer = create(*args, **kwargs)
+        fuse(layer, None)
+        return layer
+
+    return create_fused_module
+
+
+def _switch(change: Callable[[object], None], who: object) -> None:
+    with _switch_lock:
+        change(who)
+        for model, create in _PEFTS_OWN.items():
+            model._create_new_module = staticmethod(_fusing(create) if _wanted_by else create)
+
+
+def enable() -> None:
+    """From now on every (Ada)LoRA layer that PEFT makes in this process is fused, by Trainer, TRL ...."""
+    _switch(_wanted_by.add, _PROCESS)
+
+
+def disable() -> None:
+    """Undoes :func:`enable`. Layers made before stay fused."""
+    _switch(_wanted_by.discard, _PROCESS)
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """:func:`enable` for the length of a ``with`` block; blocks may be nested."""
+    block = object()
+    _switch(_wanted_by.add, block)
+    try:
+        yield
+    finally:
+        _switch(_wanted_by.discard, block)
+
+
+def _peft_layers(model: nn.Module) -> dict[str, Any]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return {name or type(layer).__name__: layer for name, layer in model.named_modules() if is_peft_layer(layer)}
+
+
+def _check_backend(name: str, operands: Operands, backend: str | None) -> None:
+    if backend is None:
+        return
+    reason = backend_refusals("lora_linear", operands.weight, operands.A, operands.B)[backend]
+    if reason is not None:
+        raise BackendRefusal(f"backend={backend!r} cannot run {name}: {reason}")
