@@ -36,14 +36,19 @@ void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bia
     const auto dot_four_bit = [&](const Tensor& q, const Tensor& b, bool pairs) {
         const cpu::FourBit w = weight.packed();
         const float* bias32 = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
-        if (kernels.dot_four_bit && columns % 2 == 0) {
-            const Tensor split = x.to(at::kFloat).reshape({tokens, columns / 2, 2}).transpose(1, 2).contiguous();
+        constexpr int64_t kGroup = 64;
+        if (kernels.dot_four_bit && columns % kGroup == 0 && w.block_bits >= 6) {
+            const Tensor split = (pairs ? x : x.to(at::kFloat))
+                                     .reshape({tokens, columns / kGroup, kGroup / 2, 2})
+                                     .permute({1, 0, 3, 2})
+                                     .contiguous();
             constexpr int64_t kGrainElements = 1 << 16;
-            at::parallel_for(
-                0, weight.N, std::max<int64_t>(1, kGrainElements / columns), [&](int64_t begin, int64_t end) {
-                    kernels.dot_four_bit(split.const_data_ptr<float>(), tokens, columns, w, q.const_data_ptr<float>(),
-                                         matrix(b), bias32, y.mutable_data_ptr(), dtype_of(y), y.stride(0), begin, end);
-                });
+            at::parallel_for(0, weight.N, std::max<int64_t>(1, kGrainElements / columns),
+                             [&](int64_t begin, int64_t end) {
+                                 kernels.dot_four_bit(split.const_data_ptr(), dtype_of(split), tokens, columns, w,
+                                                      q.const_data_ptr<float>(), matrix(b), bias32,
+                                                      y.mutable_data_ptr(), dtype_of(y), y.stride(0), begin, end);
+                             });
             return;
         }
         constexpr int64_t kRowsAtOnce = 16;

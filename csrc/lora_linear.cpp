@@ -116,11 +116,11 @@ Tensor scaled(const Tensor& in, const Tensor& scale, double factor, uint64_t see
 Tensor column_dots(const Tensor& a, const Tensor& b) {
     constexpr int64_t kGrainColumns = 64;
     const cpu::Kernels& kernels = cpu::kernels();
-    const int64_t rows = a.size(0), columns = a.size(1), size = a.element_size();
+    const int64_t rows = a.size(0), columns = a.size(1);
     const Tensor sums = at::zeros({columns}, at::dtype(at::kFloat));
     at::parallel_for(0, columns, kGrainColumns, [&](int64_t begin, int64_t end) {
         const auto tile = [&](const Tensor& t, int64_t m) {
-            const char* data = static_cast<const char*>(t.const_data_ptr()) + (m * t.stride(0) + begin) * size;
+            const char* data = static_cast<const char*>(t.const_data_ptr()) + (m * t.stride(0) + begin) * t.element_size();
             return cpu::Tile{data, dtype_of(t), t.stride(0)};
         };
         for (int64_t m = 0; m < rows; m += cpu::kRows)
@@ -157,6 +157,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
     const Tensor y2 = y.dim() == 2 ? y : y.view({-1, N});
     const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
     const bool dora = !adapters.c.empty();
+    const at::ScalarType z_dtype = x2.size(0) == 1 ? at::kFloat : x.scalar_type();  // see ops.py
 
     if (plan == Plan::dots) {
         int64_t ranks = 0;
@@ -172,7 +173,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
         few_tokens_product(x2, weight, {}, adapters, u, z);
         const Tensor product = z * adapters.c[0];
         y2.copy_(bias ? product + bias32 : product);
-        return {y, u, keep_z ? std::vector<Tensor>{z.to(y.scalar_type())} : std::vector<Tensor>{}};
+        return {y, u, keep_z ? std::vector<Tensor>{z.to(z_dtype)} : std::vector<Tensor>{}};
     }
 
     const cpu::Kernels& kernels = cpu::kernels();
@@ -213,6 +214,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
     up.panel_out = panel_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
     base_and_low_rank(kernels, up, y2, inputs, weight, true, plan);
+    for (Tensor& each : z) each = each.to(z_dtype);
     return {y, u, z};
 }
 

@@ -7,7 +7,8 @@
     one an adapter, empty for LoRA; ``seed`` int64, one entry an adapter, None when nothing is dropped;
     ``adapter_index`` integers ``[...]``, the adapter that serves each token, -1 for none; ``backend`` a name or None.
     ``y [..., N]`` in the dtype of ``x``; ``u [M, Σ r]`` in float32 (float64 for float64); ``z``, if ``keep_z``, one
-    ``[M, N]`` in the dtype of ``x`` for each ``c``: what it multiplies. ``u`` and ``z`` are not differentiable.
+    ``[M, N]`` for each ``c``: what it multiplies, in the dtype of ``x``, or that of ``u`` where ``M`` is 1, since then no
+    sum averages its rounding. ``u`` and ``z`` are not differentiable.
 ``fastpeft::lora_linear_backward(dy, x, weight, quant, blocksize, A, B, c, u, z, …, needs, backend) -> Tensor[]``
     the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for, in this order.
 ``fastpeft::dora_norm(weight, quant, blocksize, A, B, scaling, dtype, backend) -> Tensor``
@@ -81,7 +82,8 @@ def _lora_linear_fake(
     rows = math.prod(x.shape[:-1])  # Size.numel() would turn symbols into numbers
     y = x.new_empty((*x.shape[:-1], B[0].shape[0]))
     u = x.new_empty((rows, sum(a.shape[0] for a in A)), dtype=wide_dtype(x.dtype))
-    return y, u, [x.new_empty((rows, B[0].shape[0])) for _ in c] if keep_z else []
+    like_z = u if rows == 1 else y
+    return y, u, [like_z.new_empty((rows, B[0].shape[0])) for _ in c] if keep_z else []
 
 
 def _lora_linear_backward_dispatch(

@@ -37,7 +37,8 @@ def lora_linear_reference(
     ``z = y + s u Bᵀ`` and ``y = c z``; with it ``z = D(x) Wᵀ + s u Bᵀ`` and ``y = y - D(x) Wᵀ + c z``; then ``+ b``.
 
     Returns:
-        ``y [M, N]`` in the dtype of ``x``, ``u [M, Σ r]`` (the adapters' columns side by side), and each ``z [M, N]``.
+        ``y [M, N]`` in the dtype of ``x``, ``u [M, Σ r]`` (the adapters' columns side by side), and each ``z [M, N]``:
+        in the dtype of ``x``, of one token in that of ``u``.
     """
     linear = torch.nn.functional.linear
     y = linear(x, weight, None if c else bias)
@@ -51,7 +52,7 @@ def lora_linear_reference(
         if not c:
             y = z
             continue
-        zs.append(z)
+        zs.append(z if len(x) != 1 else z.to(u.dtype))
         scaled = (c[i] * z).to(x.dtype)
         y = scaled if keep[i] is None else y - before + scaled
     return y if not c or bias is None else y + bias, torch.cat(us, dim=1), zs

@@ -20,7 +20,10 @@ from fastpeft.nn import QDoRALinear, QLoRALinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # M, K, N: a few tokens; odd rows, which blocks cross and which start in the middle of a byte; stripes, depths, parts.
-SHAPES = [(1, 130, 66), (3, 63, 100), (70, 257, 33), (65, 96, 128), (20, 3202, 66), (35, 66, 3202), (577, 64, 70)]
+SHAPES = [
+    *[(1, 130, 66), (3, 63, 100), (70, 257, 33), (65, 96, 128), (20, 3202, 66), (35, 66, 3202), (577, 64, 70)],
+    *[(1, 4224, 33), (5, 192, 66), (8, 128, 9)],  # a few tokens and whole groups of 64, more and less than one run
+]
 FORMATS = [("nf4", 64, True), ("fp4", 32, False), ("nf4", 4096, False), ("fp4", 128, True)]
 
 
@@ -84,7 +87,7 @@ def test_the_norm_is_as_close_as_eager(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-@pytest.mark.parametrize("shape", [(65, 96, 128), (1, 63, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(65, 96, 128), (1, 63, 100), (1, 4224, 6)], ids=str)
 def test_with_a_unit_input_the_output_is_the_dequantized_weight_bit_by_bit(
     backend: str, shape: tuple[int, int, int], form: tuple[str, int, bool], dtype: torch.dtype
 ) -> None:

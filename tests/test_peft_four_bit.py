@@ -153,6 +153,36 @@ def test_a_weight_that_cannot_be_read_is_left_to_peft(change: str) -> None:
     assert ("not quantized yet" if change == "no quant_state" else "packed must hold") in str(report)
 
 
+@pytest.mark.parametrize("change", ["data", "code", "absmax of statistics", "blocksize", "repacked"])
+def test_what_was_read_of_a_weight_is_dropped_when_it_changes(change: str) -> None:
+    model = four_bit_model(quantized(BF16, BF16))
+    fastpeft.patch(model)
+    layer, x = layer_of(model), torch.randn(3, K, dtype=BF16)
+    base, before = layer.base_layer, layer(x)
+    assert torch.equal(layer(x), before)
+    state = base.weight.quant_state
+    match change:
+        case "data":
+            base.weight.data = ~base.weight.data
+        case "code":
+            state.code = -state.code
+        case "absmax of statistics":
+            state.state2.absmax = 2 * state.state2.absmax
+        case "blocksize":
+            state.blocksize, state.absmax = 128, state.absmax[::2].contiguous()
+        case _:
+            state.packing_format_for_cpu = True
+            assert "repacked in place" in str(fastpeft.explain(model))
+            return
+    after = layer(x)
+    assert not torch.equal(after, before)
+    again = copy.deepcopy(model)
+    fastpeft.unpatch(again)
+    assert "_fastpeft_four_bit" not in vars(layer_of(again))
+    fastpeft.patch(again)
+    assert torch.equal(layer_of(again)(x), after)
+
+
 def test_a_quant_state_that_sharding_dropped_is_found_on_the_module() -> None:
     model = four_bit_model(quantized(BF16, BF16))
     base = layer_of(model).base_layer

@@ -341,8 +341,16 @@ inline void dot_row(const float* x, int64_t ld_x, const void* w, int64_t columns
     for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
 }
 
-// Runs row(sums, first token, n) for each row n of W and up to four tokens at a time, and adds the low-rank part.
-template <typename Row>
+// Calls run<n>() for an n of 1 to Most.
+template <int Most, typename Run>
+inline void with_count(int64_t n, Run run) {
+    if constexpr (Most > 1)
+        if (n < Most) return with_count<Most - 1>(n, run);
+    run.template operator()<Most>();
+}
+
+// Runs row(sums, first token, n) for each row n of W and up to Most tokens at a time, and adds the low-rank part.
+template <int Most, typename Row>
 void dot_rows(Row row, int64_t tokens, const float* q, const Matrix& b, const float* bias, void* y, DType y_dtype,
               int64_t ld_y, int64_t begin, int64_t end) {
     const auto some = [&]<int Tokens>(int64_t n, int64_t t0) {
@@ -357,12 +365,9 @@ void dot_rows(Row row, int64_t tokens, const float* q, const Matrix& b, const fl
         for (int t = 0; t < Tokens; ++t)
             store_first(at(y, y_dtype, (t0 + t) * ld_y + n), y_dtype, splat(sum(sums[t]) + (bias ? bias[n] : 0.0f)), 1);
     };
-    for (int64_t n = begin; n < end; ++n) {
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) some.template operator()<4>(n, t);
-        for (; t + 2 <= tokens; t += 2) some.template operator()<2>(n, t);
-        for (; t < tokens; ++t) some.template operator()<1>(n, t);
-    }
+    for (int64_t n = begin; n < end; ++n)
+        for (int64_t t = 0; t < tokens; t += Most)
+            with_count<Most>(tokens - t, [&]<int Tokens>() { some.template operator()<Tokens>(n, t); });
 }
 
 template <DType D>
@@ -372,7 +377,7 @@ void dot_as(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const 
         dot_row<D>(static_cast<const float*>(x) + t * ld_x, ld_x, at(w.data, w.dtype, n * w.row_stride), w.columns,
                    sums);
     };
-    dot_rows(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows<4>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,

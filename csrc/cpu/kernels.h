@@ -121,9 +121,10 @@ struct Kernels {
     void (*dot)(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
                 const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end);
 
-    // The same for a 4-bit W [N, columns], columns even, decoded in registers; x [tokens, columns] float32, in each row
-    // the elements of even columns before those of odd ones. Null where decoding into scratch is as fast.
-    void (*dot_four_bit)(const float* x, int64_t tokens, int64_t columns, const FourBit& w, const float* q,
+    // The same for a 4-bit W [N, columns] of whole blocks, columns a multiple of 64, decoded in registers; x [columns /
+    // 64] [tokens][2][32], the even elements and the odd ones of each 64, in bfloat16 or float32. Null where decoding
+    // into scratch is as fast.
+    void (*dot_four_bit)(const void* x, DType dtype, int64_t tokens, int64_t columns, const FourBit& w, const float* q,
                          const Matrix& b, const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin,
                          int64_t end);
 };

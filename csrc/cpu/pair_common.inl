@@ -101,21 +101,40 @@ void left(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs,
 
 // ---- 4-bit weights ----------------------------------------------------------------------------------------------
 
-// 32 elements from 16 bytes at a time, where a part starts at a whole byte.
+// 64 elements of one block in bfloat16, the even ones and the odd ones. The table times the scale is rounded as each
+// decoded element would be, and stands twice in a vector: the permutation looks at the low five bits of an index.
+struct PairCodes {
+    PairCodes(const uint8_t* bytes, V16 scaled_table) {
+        const __m512bh twice = _mm512_cvtne2ps_pbh(scaled_table, scaled_table);
+        const __m512i table = reinterpret_cast<const __m512i&>(twice);
+        const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+        even = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
+        odd = _mm512_permutexvar_epi16(codes, table);
+    }
+    __m512i even, odd;
+};
+
+// 64 or 32 elements at a time, where a part starts at a whole byte.
 void decode_vector(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype) {
     if (dtype == DType::f16) return decode(w, first, count, out, dtype);
     alignas(64) uint16_t order[32];
     for (uint16_t i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * 16;
-    const __m512i side_by_side = _mm512_load_si512(order), low_nibble = _mm512_set1_epi32(15);
-    const __m512 table = _mm512_loadu_ps(w.table);
+    const __m512i side_by_side = _mm512_load_si512(order);
+    const Interleave interleave;
+    const V16 table = load(w.table);
     each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
         int64_t i = 0;
-        const __m512 scales = splat(scale);
+        const V16 scaled = mul(table, splat(scale));
+        for (; dtype == DType::bf16 && begin % 2 == 0 && i + 64 <= n; i += 64) {
+            const PairCodes codes(w.bytes + (begin + i) / 2, scaled);
+            _mm512_storeu_si512(at(out, dtype, done + i), interleave.low(codes.even, codes.odd));
+            _mm512_storeu_si512(at(out, dtype, done + i + 32), interleave.high(codes.even, codes.odd));
+        }
         for (; begin % 2 == 0 && i + 32 <= n; i += 32) {
             const auto* bytes = reinterpret_cast<const __m128i*>(w.bytes + (begin + i) / 2);
             const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes));
-            const __m512 even = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table), scales);
-            const __m512 odd = mul(_mm512_permutexvar_ps(_mm512_and_si512(codes, low_nibble), table), scales);
+            const V16 even = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), scaled);
+            const V16 odd = _mm512_permutexvar_ps(codes, scaled);  // it looks at the low four bits alone
             void* target = at(out, dtype, done + i);
             if (dtype == DType::bf16) {
                 const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
@@ -241,44 +260,77 @@ void dot(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const flo
         const auto* w_row = static_cast<const uint16_t*>(w.data) + n * w.row_stride;
         dot_pair_row(static_cast<const uint16_t*>(x) + t * ld_x, ld_x, w_row, w.columns, sums);
     };
-    dot_rows(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows<4>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
-// One part of a row of a 4-bit weight within a block: sums[t] += scale · Σ x[t] ∘ value. The even elements of x come
-// first, the odd ones `half` behind them.
-template <int Tokens>
-inline void dot_codes(const float* x, int64_t ld_x, int64_t half, const uint8_t* bytes, int64_t count, __m512 table,
-                      float scale, V16 (&sums)[Tokens]) {
-    V16 evens[Tokens], odds[Tokens];
-    for (int t = 0; t < Tokens; ++t) evens[t] = odds[t] = zero();
-    const auto add_codes = [&](int64_t i, __m128i packed, __mmask16 here) {
-        const __m512i codes = _mm512_cvtepu8_epi32(packed);
-        const V16 even = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table);
-        const V16 odd = _mm512_permutexvar_ps(codes, table);  // the permutation looks at the low four bits alone
-        for (int t = 0; t < Tokens; ++t) {
-            evens[t] = fma(even, _mm512_maskz_loadu_ps(here, x + t * ld_x + i), evens[t]);
-            odds[t] = fma(odd, _mm512_maskz_loadu_ps(here, x + t * ld_x + half + i), odds[t]);
-        }
-    };
-    int64_t i = 0;
-    for (; i + kLanes <= count / 2; i += kLanes)
-        add_codes(i, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i)), 0xffff);
-    if (i < count / 2) {
-        const auto here = static_cast<__mmask16>(first_bits(count / 2 - i));
-        add_codes(i, _mm_maskz_loadu_epi8(here, bytes + i), here);
+// Runs run(group, scale) for the groups of 64 elements that begin at `first`, each within a block: the scales of many
+// are worked out ahead, where no vector instruction waits for them.
+template <typename Run>
+inline void each_group(const FourBit& w, int64_t first, int64_t groups, Run run) {
+    constexpr int64_t kAhead = 64;
+    float scales[kAhead];
+    for (int64_t g = 0; g < groups; g += kAhead) {
+        const int64_t count = smaller(kAhead, groups - g);
+        for (int64_t i = 0; i < count; ++i) scales[i] = block_scale(w, (first + (g + i) * 64) >> w.block_bits);
+        for (int64_t i = 0; i < count; ++i) run(g + i, splat(scales[i]));
     }
-    for (int t = 0; t < Tokens; ++t) sums[t] = fma(splat(scale), add(evens[t], odds[t]), sums[t]);
 }
 
-void dot_four_bit(const float* x, int64_t tokens, int64_t columns, const FourBit& w, const float* q, const Matrix& b,
-                  const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
-    const __m512 table = _mm512_loadu_ps(w.table);
+// The row of a 4-bit weight that begins at `first` against x [groups][ld_x / 64][32 even elements, 32 odd ones].
+template <int Tokens>
+inline void dot_four_bit_row(const uint16_t* x, int64_t ld_x, const FourBit& w, int64_t first, int64_t groups,
+                             V16 (&sums)[Tokens]) {
+    const V16 table = load(w.table);
+    V16 odd[Tokens];
+    for (int t = 0; t < Tokens; ++t) odd[t] = zero();
+    each_group(w, first, groups, [&](int64_t g, V16 scale) {
+        const PairCodes codes(w.bytes + first / 2 + g * 32, mul(table, scale));
+        for (int t = 0; t < Tokens; ++t) {
+            const uint16_t* x_group = x + g * ld_x + t * 64;
+            sums[t] = dot_pairs(sums[t], codes.even, _mm512_loadu_si512(x_group));
+            odd[t] = dot_pairs(odd[t], codes.odd, _mm512_loadu_si512(x_group + 32));
+        }
+    });
+    for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
+}
+
+template <int Tokens>
+inline void dot_four_bit_row(const float* x, int64_t ld_x, const FourBit& w, int64_t first, int64_t groups,
+                             V16 (&sums)[Tokens]) {
+    const V16 table = load(w.table);
+    V16 odd[Tokens];
+    for (int t = 0; t < Tokens; ++t) odd[t] = zero();
+    each_group(w, first, groups, [&](int64_t g, V16 scale) {
+        const V16 scaled = mul(table, scale);
+        const auto* bytes = reinterpret_cast<const __m128i*>(w.bytes + first / 2 + g * 32);
+        for (int64_t i = 0; i < 2; ++i) {
+            const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes + i));
+            const V16 evens = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), scaled);
+            const V16 odds = _mm512_permutexvar_ps(codes, scaled);
+            for (int t = 0; t < Tokens; ++t) {
+                const float* x_group = x + g * ld_x + t * 64 + i * kLanes;
+                sums[t] = fma(evens, load(x_group), sums[t]);
+                odd[t] = fma(odds, load(x_group + 32), odd[t]);
+            }
+        }
+    });
+    for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
+}
+
+template <typename Element>
+void dot_four_bit_as(const void* x, int64_t tokens, int64_t columns, const FourBit& w, const float* q, const Matrix& b,
+                     const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
     const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
-        each_block(w, n * columns, columns, [&](int64_t first, int64_t count, float scale, int64_t done) {
-            dot_codes(x + t * columns + done / 2, columns, columns / 2, w.bytes + first / 2, count, table, scale, sums);
-        });
+        dot_four_bit_row(static_cast<const Element*>(x) + t * 64, tokens * 64, w, n * columns, columns / 64, sums);
     };
-    dot_rows(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows<8>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+}
+
+void dot_four_bit(const void* x, DType dtype, int64_t tokens, int64_t columns, const FourBit& w, const float* q,
+                  const Matrix& b, const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin,
+                  int64_t end) {
+    const auto run = dtype == DType::bf16 ? dot_four_bit_as<uint16_t> : dot_four_bit_as<float>;
+    run(x, tokens, columns, w, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 // ---- the epilogue of expand --------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Up to so many tokens, while they fit half a first-level cache, dot products with the rows of W beat any other plan.
 FEW_TOKENS = {torch.bfloat16: 4, torch.float32: 8, torch.float16: 16}
 FEW_TOKENS_BYTES = 16384
+FEW_TOKENS_FOUR_BIT = 8  # the same of a 4-bit W, at any size: each weight is decoded once for all of them
 # Where the base product and the low-rank part share their accumulators (docs/kernels.md): at every measured shape.
 ONE_ACCUMULATOR = ("avx512",)
 # With AMX the vendor's bfloat16 product adds onto the low-rank part at no cost.
@@ -85,7 +86,7 @@ def lora_linear(
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = _dropout(scaling, dropout_p, seed)
-    few = _few_tokens(x, weight, A, B) and (not c or (len(c) == 1 and seed is None))
+    few = _few_tokens(x, weight, quant, A, B) and (not c or (len(c) == 1 and seed is None))
     plan = _C.Plan.dots if few else _plan(x.dtype, weight, quant, A[0].shape[1], bool(c))
     operands = x, weight, quant, blocksize, bias, A, B, c
     return _C.lora_linear(*operands, scaling, thresholds, seed, adapter_index, keep_z, plan)
@@ -148,10 +149,13 @@ def _dropout(
     return thresholds, [s * dropout_scale(p) for s, p in zip(scaling, dropout_p, strict=True)]
 
 
-def _few_tokens(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
+def _few_tokens(x: Tensor, weight: Tensor, quant: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
     """Whether one sweep of dot products over the rows of W serves the call best: generation."""
-    rows, few = x.numel() // A[0].shape[1], FEW_TOKENS[x.dtype]
-    fits = rows == 1 or (rows <= few and x.numel() * x.itemsize <= FEW_TOKENS_BYTES)
+    rows = x.numel() // A[0].shape[1]
+    if quant:
+        fits = rows <= FEW_TOKENS_FOUR_BIT
+    else:
+        fits = rows == 1 or (rows <= FEW_TOKENS[x.dtype] and x.numel() * x.itemsize <= FEW_TOKENS_BYTES)
     return rows > 0 and fits and all(t.is_contiguous() for t in (weight, *A, *B))
 
 

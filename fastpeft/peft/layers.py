@@ -46,12 +46,13 @@ class FusedForward(_Layer):
     def _run(self, operands: Operands, x: Tensor, adapter_index: Tensor | None) -> Tensor:
         if not isinstance(operands.weight, FourBit):
             return operands(x, adapter_index, self.fastpeft_backend)
-        base: Any = self.base_layer
+        base: Any = self._modules["base_layer"]
         if not base.compute_type_is_set:  # as the first forward of bitsandbytes' layer does
             base.set_compute_type(x)
             base.compute_type_is_set = True
-        y = operands(x.to(base.compute_dtype or x.dtype), adapter_index, self.fastpeft_backend)
-        return y.to(x.dtype)
+        if base.compute_dtype in (None, x.dtype):
+            return operands(x, adapter_index, self.fastpeft_backend)
+        return operands(x.to(base.compute_dtype), adapter_index, self.fastpeft_backend).to(x.dtype)
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """``adapter_names`` has a name for each sample of ``x [samples, ..., K]``; ``"__base__"`` is no adapter."""

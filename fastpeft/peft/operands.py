@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def read_operands(layer: Any, adapters: Sequence[str]) -> Operands | str:
     if _are_functorch_transforms_active():
         return "a torch.func transform is active"
     base = layer._modules["base_layer"]
-    matrix, dtype = _matrix(base)
+    matrix, dtype = _matrix(layer, base)
     if isinstance(matrix, str):
         return matrix
     bias = base._parameters["bias"]
@@ -87,7 +88,7 @@ def read_operands(layer: Any, adapters: Sequence[str]) -> Operands | str:
     return Operands(matrix, bias, [a.A for a in found], [a.B for a in found], c, scalings, ps)
 
 
-def _matrix(base: Any) -> tuple[Tensor | FourBit | str, torch.dtype | None]:
+def _matrix(layer: Any, base: Any) -> tuple[Tensor | FourBit | str, torch.dtype | None]:
     """The base layer's weight as ``[N, K]``, or why PEFT has to run it; and the dtype it computes in, if it has one."""
     four_bit = _is_4bit(base)
     if not four_bit and type(base) is not nn.Linear and type(base) is not Conv1D:
@@ -101,7 +102,7 @@ def _matrix(base: Any) -> tuple[Tensor | FourBit | str, torch.dtype | None]:
             None,
         )
     if four_bit:
-        return four_bit_weight(base), base.compute_dtype
+        return _four_bit_weight(layer, base), base.compute_dtype
     if weight is None or not _is_plain(weight):
         return f"its base layer's weight is a {type(weight).__qualname__}", None
     if bias is not None and bias.dtype != weight.dtype:
@@ -115,16 +116,27 @@ def _is_4bit(base: nn.Module) -> bool:
     return kind.__module__ == "bitsandbytes.nn.modules" and kind.__qualname__ in _4BIT_CLASSES
 
 
-def four_bit_weight(base: Any) -> FourBit | str:
-    """The weight of a bitsandbytes 4-bit layer, or what is wrong with it. FSDP may drop ``weight.quant_state``."""
+def _four_bit_weight(layer: Any, base: Any) -> FourBit | str:
+    """The weight of a bitsandbytes 4-bit layer, or what is wrong with it. FSDP may drop ``weight.quant_state``.
+
+    Reading and checking takes as long as a small layer's product: what was read is kept in ``layer`` and holds as long as
+    it consists of the same tensors.
+    """
     weight = base._parameters["weight"]
     state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
     if state is None or type(weight).__qualname__ != "Params4bit":
         return "its 4-bit base weight is not quantized yet, or has lost what describes it"
+    memory = weight.data_ptr(), weight.numel()
+    parts = (*vars(state).values(), *(vars(state.state2).values() if state.nested else ()))
+    kept = layer.__dict__.get("_fastpeft_four_bit")
+    if kept is not None and kept[0] == memory and len(kept[1]) == len(parts) and all(map(is_, kept[1], parts)):
+        return kept[2]
     try:
-        return from_bitsandbytes(weight, state)
+        found = from_bitsandbytes(weight, state)
     except (TypeError, ValueError) as error:
         return f"its 4-bit base weight cannot be read: {error}"
+    layer.__dict__["_fastpeft_four_bit"] = memory, parts, found
+    return found
 
 
 def _lora_adapter(layer: Any, name: str, matrix: Tensor | FourBit, dtype: torch.dtype | None) -> _Adapter | str | None:

@@ -74,8 +74,8 @@ def unpatch(model: nn.Module) -> None:
     for layer in _peft_layers(model).values():
         if isinstance(layer, FusedForward):
             layer.__class__ = layer.peft_class
-            layer.__dict__.pop("fastpeft_backend", None)
-            layer.__dict__.pop("_fastpeft_norms", None)
+            for name in ("fastpeft_backend", "_fastpeft_norms", "_fastpeft_four_bit"):
+                layer.__dict__.pop(name, None)
 
 
 def get_peft_model(
