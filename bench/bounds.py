@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .cases import DTYPES, METHODS
-from .contestants import FASTPEFT, PEFT
+from .contestants import BASE, FASTPEFT, PEFT
 from .rows import Row
 
 STATED_FOR = "a 2-core Xeon with AMX"
-_LARGE = ("512×2048×2048", "2048×2048×2048", "512×4096×4096")
+_TOKENS_512, _TOKENS_2048 = ("512×2048×2048", "512×4096×4096"), ("2048×2048×2048",)
+_LARGE = (*_TOKENS_512, *_TOKENS_2048)
 
 
-def times(rival: str) -> Callable[[Row, Row], float | None]:
+Others = Callable[[str, str], Row | None]  # the row of another contestant or another method in the same case
+Measure = Callable[[Row, Others], float | None]
+
+
+def times(rival: str) -> Measure:
     """Median ratio of wall seconds to ``rival``'s; None while parity fails."""
-    return lambda row, peft: None if row.against is None else row.against[rival]["median"]
+    return lambda row, others: None if row.against is None else row.against[rival]["median"]
 
 
-def kept_over_needed(row: Row, peft: Row) -> float | None:
+def times_lora(row: Row, others: Others) -> float | None:
+    """:func:`times` of the base over that of fastpeft's LoRA; None while parity fails or where LoRA has no row."""
+    lora = others(FASTPEFT.name, "lora")
+    if row.against is None or lora is None or lora.against is None:
+        return None
+    return row.against[BASE.name]["median"] / lora.against[BASE.name]["median"]
+
+
+def kept_over_needed(row: Row, others: Others) -> float | None:
     """Kept bytes over those of ``x`` as it came, ``u [M, r]`` in float32 and the seed."""
     case = row.case
     x, u, seed = case["M"] * case["K"] * DTYPES[case["dtype"]].itemsize, case["M"] * case["rank"] * 4, 8
     return None if row.kept_bytes is None else row.kept_bytes / (x + u + (seed if case["dropout"] else 0))
 
 
-def kept_over_peft(row: Row, peft: Row) -> float | None:
+def kept_over_peft(row: Row, others: Others) -> float | None:
     """Kept bytes over PEFT's."""
-    return None if row.kept_bytes is None or not peft.kept_bytes else row.kept_bytes / peft.kept_bytes
+    peft = others(PEFT.name, row.case["method"])
+    return None if row.kept_bytes is None or peft is None or not peft.kept_bytes else row.kept_bytes / peft.kept_bytes
 
 
 @dataclass(frozen=True)
 class Bound:
-    """``measure(row, PEFT's row)`` is at most ``limit`` on each of fastpeft's rows that fit; None fits all."""
+    """``measure(row, others)`` is at most ``limit`` on each of fastpeft's rows that fit; None fits all."""
 
     text: str
     limit: float
-    measure: Callable[[Row, Row], float | None]
+    measure: Measure
     kind: str | None = None
     dtype: str | None = None
     phase: str | None = None
@@ -80,6 +95,16 @@ BOUNDS = (
         Bound("model: step over the base", 2.0, times("base"), "model", "bf16", "step", True),
         Bound("kept: share of PEFT's", 0.4, kept_over_peft, dtype="bf16", phase="step"),
     ),
+    *_of(
+        "qlora",
+        Bound("layer: step over LoRA's, 512 tokens", 1.3, times_lora, "layer", "bf16", "step", shapes=_TOKENS_512),
+        Bound("layer: step over LoRA's, 2048 tokens", 1.12, times_lora, "layer", "bf16", "step", shapes=_TOKENS_2048),
+        Bound("one token: over LoRA's", 1.0, times_lora, dtype="bf16", phase="generate"),
+    ),
+    *_of(
+        "qdora",
+        Bound("layer: step over LoRA's", 1.45, times_lora, "layer", "bf16", "step", False, _LARGE),
+    ),
     Bound("not slower than PEFT", 1.0, times("peft"), dtype="fp32"),
     Bound("one token: not slower than PEFT", 1.0, times("peft"), phase="generate"),
 )
@@ -101,21 +126,26 @@ class Finding:
 
 def check(rows: Sequence[Row]) -> list[Finding]:
     """Every bound on every row that it is about; a row whose parity fails misses its bounds on time."""
-    peft = {_place(row): row for row in rows if row.contestant == PEFT.name}
+    places = {_place(row, row.contestant, row.case["method"]): row for row in rows}
     findings = []
     for bound in BOUNDS:
         fitting = [row for row in rows if bound.fits(row)]
         if not fitting:
             findings.append(Finding(bound, "", None, "not measured"))
         for row in fitting:
-            measured = bound.measure(row, peft[_place(row)])
+            measured = bound.measure(row, partial(_other, places, row))
             where = f"{row.title}, {row.phase}"
             if measured is None:
-                findings.append(Finding(bound, where, None, "miss: parity fails"))
+                reason = "no row to compare with" if row.parity["passed"] else "parity fails"
+                findings.append(Finding(bound, where, None, f"miss: {reason}"))
             else:
                 findings.append(Finding(bound, where, measured, "pass" if measured <= bound.limit else "miss"))
     return findings
 
 
-def _place(row: Row) -> tuple[object, ...]:
-    return row.identity[:-1]
+def _other(places: Mapping[object, Row], row: Row, contestant: str, method: str) -> Row | None:
+    return places.get(_place(row, contestant, method))
+
+
+def _place(row: Row, contestant: str, method: str) -> tuple[object, ...]:
+    return replace(row, contestant=contestant, case=row.case | {"method": method}).identity

@@ -7,7 +7,7 @@
     one an adapter, empty for LoRA; ``seed`` int64, one entry an adapter, None when nothing is dropped;
     ``adapter_index`` integers ``[...]``, the adapter that serves each token, -1 for none; ``backend`` a name or None.
     ``y [..., N]`` in the dtype of ``x``; ``u [M, Σ r]`` in float32 (float64 for float64); ``z``, if ``keep_z``, one
-    ``[M, N]`` for each ``c``: what it multiplies, in the dtype of ``x``, or that of ``u`` where ``M`` is 1, since then no
+    ``[M, N]`` for each ``c``: what it multiplies, in the dtype of ``x``, or in that of ``u`` where ``M`` is 1 and no
     sum averages its rounding. ``u`` and ``z`` are not differentiable.
 ``fastpeft::lora_linear_backward(dy, x, weight, quant, blocksize, A, B, c, u, z, …, needs, backend) -> Tensor[]``
     the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for, in this order.

@@ -119,8 +119,8 @@ def _is_4bit(base: nn.Module) -> bool:
 def _four_bit_weight(layer: Any, base: Any) -> FourBit | str:
     """The weight of a bitsandbytes 4-bit layer, or what is wrong with it. FSDP may drop ``weight.quant_state``.
 
-    Reading and checking takes as long as a small layer's product: what was read is kept in ``layer`` and holds as long as
-    it consists of the same tensors.
+    Reading and checking takes as long as a small layer's product: what was read is kept in ``layer``, and holds as long
+    as it consists of the same tensors.
     """
     weight = base._parameters["weight"]
     state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
