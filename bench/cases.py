@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LAYER_SHAPES = ((1, 2048, 2048), (512, 1024, 1024), (512, 2048, 2048), (2048, 2048, 2048), (512, 4096, 4096))
+LAYER_SHAPES = (
+    (1, 2048, 2048),
+    (1, 4096, 4096),
+    (512, 1024, 1024),
+    (512, 2048, 2048),
+    (2048, 2048, 2048),
+    (512, 4096, 4096),
+)
 RANK = 16
 METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
 DROPOUTS = (0.0, 0.05)

@@ -120,7 +120,8 @@ Tensor column_dots(const Tensor& a, const Tensor& b) {
     const Tensor sums = at::zeros({columns}, at::dtype(at::kFloat));
     at::parallel_for(0, columns, kGrainColumns, [&](int64_t begin, int64_t end) {
         const auto tile = [&](const Tensor& t, int64_t m) {
-            const char* data = static_cast<const char*>(t.const_data_ptr()) + (m * t.stride(0) + begin) * t.element_size();
+            const char* data =
+                static_cast<const char*>(t.const_data_ptr()) + (m * t.stride(0) + begin) * t.element_size();
             return cpu::Tile{data, dtype_of(t), t.stride(0)};
         };
         for (int64_t m = 0; m < rows; m += cpu::kRows)

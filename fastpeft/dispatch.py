@@ -1,6 +1,6 @@
 """Which backend takes a call, and why the others refused.
 
-The order of preference is native, reference. An explicit request that cannot be met raises with the reason; an
+The order of preference is native, triton, reference. An explicit request that cannot be met raises with the reason; an
 automatic choice falls through, and :func:`refusals` is what ``explain``, the report and ``fastpeft info`` show.
 """
 
@@ -12,9 +12,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from .backends import native, reference
+from .backends import native, reference, triton
 
-BACKENDS: tuple[ModuleType, ...] = (native, reference)
+BACKENDS: tuple[ModuleType, ...] = (native, triton, reference)
 _BY_NAME = {backend.NAME: backend for backend in BACKENDS}
 _warned: set[str] = set()
 

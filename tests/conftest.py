@@ -12,6 +12,12 @@ import zlib
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton's kernels are made for its interpreter; nobody else's are
+    os.environ["TRITON_INTERPRET"] = "1"
+    import fastpeft.kernels  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
 torch.set_num_threads(2)
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty, and at::empty inside C++

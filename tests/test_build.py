@@ -123,7 +123,7 @@ def make_wheel(csrc: Path, **environment: str) -> tuple[set[str], str]:
     """The names in the wheel that setup.py makes of this package over ``csrc``, and what was printed."""
     project = csrc.parent / "project"
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
-    for folder in ("fastpeft", "bench"):
+    for folder in ("fastpeft", "bench", "kernels"):
         shutil.copytree(ROOT / folder, project / folder, ignore=ignored)
     shutil.copytree(csrc, project / "csrc")
     for file in ("setup.py", "pyproject.toml", "LICENSE"):

@@ -14,6 +14,7 @@ from fastpeft import dispatch, ops
 from fastpeft.backends import native, reference
 
 PASSES = ("lora_linear", "lora_linear_backward")
+ON_CPU = "it runs on NVIDIA GPUs, and x is on cpu"
 
 
 def operands(dtype: torch.dtype, adapter_dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
@@ -27,7 +28,7 @@ def operands(dtype: torch.dtype, adapter_dtype: torch.dtype | None = None) -> tu
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_native_takes_what_it_computes_in(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     x, weight, A, B = operands(dtype, adapter_dtype)
-    assert dispatch.refusals(op, x, weight, [A], [B]) == {"native": None, "reference": None}
+    assert dispatch.refusals(op, x, weight, [A], [B]) == {"native": None, "triton": ON_CPU, "reference": None}
     assert dispatch.choose(op, x, weight, [A], [B], None) is native
     assert dispatch.choose(op, x, weight, [A], [B], "native") is native
     assert dispatch.choose(op, x, weight, [A], [B], "reference") is reference
@@ -52,7 +53,7 @@ def test_a_backend_refuses_an_op_that_it_does_not_have(monkeypatch: pytest.Monke
     x, weight, A, B = operands(torch.float32)
     monkeypatch.setattr(reference, "other_linear", reference.lora_linear, raising=False)
     refusals = dispatch.refusals("other_linear", x, weight, [A], [B])
-    assert refusals == {"native": "it has no other_linear", "reference": None}
+    assert refusals == {"native": "it has no other_linear", "triton": ON_CPU, "reference": None}
     assert dispatch.choose("other_linear", x, weight, [A], [B], None) is reference
 
 

@@ -1,0 +1,33 @@
+"""Triton kernels for NVIDIA GPUs, each with its launcher and its launch config.
+
+Tensors in, tensors out, no autograd and no choices: fastpeft/backends/triton.py makes those.
+"""
+
+from .dora_norm import DoraNormConfig, dora_norm
+from .dropout import DropoutConfig, dropout
+from .four_bit import FourBitDecodeConfig, four_bit_decode
+from .lora_down import LoraDownConfig, lora_down
+from .lora_gradients import DyOutputs, LoraDaConfig, LoraDyConfig, lora_dA, lora_dy
+from .lora_linear import MASKED_INPUT, LoraLinearConfig, LoraUpConfig, Tail, lora_linear, lora_up
+
+__all__ = [
+    "MASKED_INPUT",
+    "DoraNormConfig",
+    "DropoutConfig",
+    "DyOutputs",
+    "FourBitDecodeConfig",
+    "LoraDaConfig",
+    "LoraDownConfig",
+    "LoraDyConfig",
+    "LoraLinearConfig",
+    "LoraUpConfig",
+    "Tail",
+    "dora_norm",
+    "dropout",
+    "four_bit_decode",
+    "lora_dA",
+    "lora_down",
+    "lora_dy",
+    "lora_linear",
+    "lora_up",
+]

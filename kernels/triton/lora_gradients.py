@@ -1,0 +1,220 @@
+"""``dy`` read once for ``v`` and ``dB`` (and DoRA's ``dc``), ``x`` once for ``dA``.
+
+Sums over tokens are made of partial sums, one a program, which torch adds in order: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from .tiles import keep_tile
+
+
+@dataclass(frozen=True)
+class LoraDyConfig:
+    """Tile sizes and launch shape of :func:`_lora_dy_kernel`."""
+
+    BLOCK_M: int = 64
+    BLOCK_N: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+    enable_fp_fusion: bool = True
+
+
+@dataclass(frozen=True)
+class LoraDaConfig:
+    """Tile sizes and launch shape of :func:`_lora_dA_kernel`; a program sums ``TILES`` tiles of tokens."""
+
+    BLOCK_M: int = 64
+    BLOCK_K: int = 128
+    TILES: int = 8
+    num_warps: int = 4
+    num_stages: int = 2
+    enable_fp_fusion: bool = True
+
+
+@triton.jit
+def _lora_dy_kernel(
+    dy_ptr,
+    B_ptr,
+    u_ptr,
+    index_ptr,
+    adapter,
+    c_ptr,
+    z_ptr,
+    v_ptr,
+    dB_ptr,
+    dc_ptr,
+    dz_ptr,
+    scale,
+    M,
+    N,
+    RANK,
+    stride_dm,
+    stride_dn,
+    stride_bn,
+    stride_br,
+    stride_um,
+    stride_vm,
+    HAS_INDEX: tl.constexpr,
+    HAS_C: tl.constexpr,
+    NEEDS_V: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    NEEDS_DC: tl.constexpr,
+    NEEDS_DZ: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile, first_rank = tl.program_id(0), tl.program_id(1) * BLOCK_R
+    rows, r = tile * BLOCK_M + tl.arange(0, BLOCK_M), first_rank + tl.arange(0, BLOCK_R)
+    dtype = dy_ptr.dtype.element_ty
+    served = rows < M
+    if HAS_INDEX:
+        served = served & (tl.load(index_ptr + rows, mask=rows < M, other=-1) == adapter)
+    if NEEDS_DB:
+        u_at = u_ptr + rows[:, None].to(tl.int64) * stride_um + r[None, :]
+        u = tl.load(u_at, mask=(rows[:, None] < M) & (r[None, :] < RANK), other=0.0)
+        u = (u * scale).to(dtype)
+    v = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        inside = (rows[:, None] < M) & (columns[None, :] < N)
+        dy_at = dy_ptr + rows[:, None].to(tl.int64) * stride_dm + columns[None, :].to(tl.int64) * stride_dn
+        dy = tl.load(dy_at, mask=inside, other=0.0)
+        flat = rows[:, None].to(tl.int64) * N + columns[None, :]
+        if NEEDS_DC:
+            if first_rank == 0:
+                z = tl.load(z_ptr + flat, mask=inside, other=0.0)
+                dc = tl.sum(dy.to(tl.float32) * z.to(tl.float32), axis=0)
+                tl.store(dc_ptr + tile.to(tl.int64) * N + columns, dc, mask=columns < N)
+        if HAS_C:
+            c = tl.load(c_ptr + columns, mask=columns < N, other=0.0)
+            dy = (dy.to(tl.float32) * c[None, :]).to(dtype)
+            if NEEDS_DZ:
+                if first_rank == 0:
+                    tl.store(dz_ptr + flat, dy, mask=inside)
+        if NEEDS_V:
+            B_at = B_ptr + columns[:, None].to(tl.int64) * stride_bn + r[None, :].to(tl.int64) * stride_br
+            B = tl.load(B_at, mask=(columns[:, None] < N) & (r[None, :] < RANK), other=0.0)
+            v = tl.dot(dy, B.to(dtype), v, input_precision=PRECISION)
+        if NEEDS_DB:
+            dB = tl.dot(tl.trans(dy), u, input_precision=PRECISION)
+            dB_at = dB_ptr + (tile.to(tl.int64) * N + columns[:, None]) * RANK + r[None, :]
+            tl.store(dB_at, dB, mask=(columns[:, None] < N) & (r[None, :] < RANK))
+    if NEEDS_V:
+        v = tl.where(served[:, None], v * scale, 0.0)
+        v_at = v_ptr + rows[:, None].to(tl.int64) * stride_vm + r[None, :]
+        tl.store(v_at, v, mask=(rows[:, None] < M) & (r[None, :] < RANK))
+
+
+@triton.jit
+def _lora_dA_kernel(
+    x_ptr,
+    v_ptr,
+    dA_ptr,
+    seed_ptr,
+    threshold,
+    M,
+    K,
+    RANK,
+    stride_xm,
+    stride_xk,
+    stride_vm,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first, part, first_rank = tl.program_id(0) * BLOCK_K, tl.program_id(1), tl.program_id(2) * BLOCK_R
+    k, r = first + tl.arange(0, BLOCK_K), first_rank + tl.arange(0, BLOCK_R)
+    sums = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for tile in range(TILES):
+        m = (part * TILES + tile) * BLOCK_M
+        rows = m + tl.arange(0, BLOCK_M)
+        x_at = x_ptr + rows[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
+        x = tl.load(x_at, mask=(rows[:, None] < M) & (k[None, :] < K), other=0.0)
+        if HAS_DROPOUT:
+            x = tl.where(keep_tile(seed_ptr, threshold, m, first, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
+        v_at = v_ptr + rows[None, :].to(tl.int64) * stride_vm + r[:, None]
+        v = tl.load(v_at, mask=(rows[None, :] < M) & (r[:, None] < RANK), other=0.0)
+        sums = tl.dot(v.to(x.dtype), x, sums, input_precision=PRECISION)
+    dA_at = dA_ptr + (part.to(tl.int64) * RANK + r[:, None]) * K + k[None, :]
+    tl.store(dA_at, sums, mask=(r[:, None] < RANK) & (k[None, :] < K))
+
+
+@dataclass(frozen=True)
+class DyOutputs:
+    """What :func:`lora_dy` writes, each None where nobody wants it.
+
+    ``v [M, r]`` in float32, its rows may be apart; of each tile of tokens the sums ``dB [tiles, N, r]`` and
+    ``dc [tiles, N]`` in float32; ``dz = c dy [M, N]``.
+    """
+
+    v: Tensor | None
+    dB: Tensor | None
+    dc: Tensor | None
+    dz: Tensor | None
+
+
+def lora_dy(
+    dy: Tensor,
+    B: Tensor,
+    u: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    adapter: int,
+    c: Tensor | None,
+    z: Tensor | None,
+    out: DyOutputs,
+    rank_block: int,
+    precision: str,
+    config: LoraDyConfig,
+) -> None:
+    """One read of ``dy [M, N]``: ``v = scale c∘dy B``, ``dB = scale (c∘dy)ᵀ u``, ``dc = Σ dy∘z`` and ``dz = c∘dy``."""
+    M, N = dy.shape
+    rank = B.shape[1]
+    grid = triton.cdiv(M, config.BLOCK_M), triton.cdiv(rank, rank_block)
+    _lora_dy_kernel[grid](
+        *(dy, B, u, index, adapter, c, z, out.v, out.dB, out.dc, out.dz, scale, M, N, rank),
+        *(*dy.stride(), *B.stride(), 0 if u is None else u.stride(0), 0 if out.v is None else out.v.stride(0)),
+        HAS_INDEX=index is not None,
+        HAS_C=c is not None,
+        NEEDS_V=out.v is not None,
+        NEEDS_DB=out.dB is not None,
+        NEEDS_DC=out.dc is not None,
+        NEEDS_DZ=out.dz is not None,
+        BLOCK_R=rank_block,
+        PRECISION=precision,
+        **vars(config),
+    )
+
+
+def lora_dA(
+    x: Tensor,
+    v: Tensor,
+    dA: Tensor,
+    threshold: int,
+    seed: Tensor | None,
+    rank_block: int,
+    precision: str,
+    config: LoraDaConfig,
+) -> None:
+    """Writes ``vᵀ D(x)`` of each part of the tokens to ``dA [parts, r, K]``, float32."""
+    (M, K), rank = x.shape, v.shape[1]
+    grid = triton.cdiv(K, config.BLOCK_K), dA.shape[0], triton.cdiv(rank, rank_block)
+    _lora_dA_kernel[grid](
+        *(x, v, dA, seed, threshold, M, K, rank, *x.stride(), v.stride(0)),
+        HAS_DROPOUT=threshold > 0,
+        BLOCK_R=rank_block,
+        PRECISION=precision,
+        **vars(config),
+    )

@@ -1,0 +1,164 @@
+"""Compiles every Triton kernel ahead of time, with no GPU, and prints what became of it as JSON.
+
+``python tests/triton_aot.py [architecture ...]``. A call of each launcher on tensors of a usual size is recorded, and
+what it would launch is compiled: the same types, constants and divisibilities as at run time. The result maps
+``kernel, variant, sm_90`` to registers, bytes spilled, bytes of shared memory, and the matrix instruction.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from fastpeft.kernels import dora_norm, dropout, four_bit, lora_down, lora_gradients, lora_linear  # noqa: F401
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastpeft import kernels
+
+ARCHITECTURES = (80, 90, 100)
+MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
+M, K, N, RANK = 2048, 4096, 4096, 16
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.uint8: "u8"}
+ALIGNMENT = 16
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches() -> dict[str, Callable[[], object]]:
+    """A call of every launcher in each variant that differs in more than a flag of its epilogue."""
+    f32, u8 = torch.float32, torch.uint8
+    x, y, weight = tensor(M, K), tensor(M, N), tensor(N, K)
+    A, B, u = tensor(RANK, K, dtype=f32), tensor(N, RANK, dtype=f32), tensor(M, RANK, dtype=f32)
+    c, z, bias, seed = tensor(N, dtype=f32), tensor(M, N), tensor(N), tensor(dtype=torch.int64)
+    common = RANK, "ieee"
+    plain, masked = kernels.Tail(u, B, 2.0, bias=bias), kernels.Tail(u, A.t(), 1.0, 3277, seed)
+    dora, dropped = kernels.Tail(u, B, 2.0, c=c, z=z), kernels.Tail(u, B, 2.0, 3277, seed, c, z)
+    gradients = kernels.DyOutputs(u, tensor(32, N, RANK, dtype=f32), None, None)
+    all_gradients = kernels.DyOutputs(u, tensor(32, N, RANK, dtype=f32), tensor(32, N, dtype=f32), tensor(M, N))
+    dA = tensor(4, RANK, K, dtype=f32)
+    nested = [tensor(16, dtype=f32), tensor(N * K // 64, dtype=u8), *(tensor(n, dtype=f32) for n in (256, 1024, 1))]
+    down, linear, up = kernels.LoraDownConfig(), kernels.LoraLinearConfig(), kernels.LoraUpConfig()
+    dy, by_x = kernels.LoraDyConfig(), kernels.LoraDaConfig()
+    return {
+        "lora_down": lambda: kernels.lora_down(x, A, u, 0, None, None, 0, *common, down),
+        "lora_down, dropout": lambda: kernels.lora_down(x, A, u, 3277, seed, None, 0, *common, down),
+        "lora_linear": lambda: kernels.lora_linear(x, weight, y, plain, 0.0, *common, linear),
+        "lora_linear, dx with dropout": lambda: kernels.lora_linear(y, weight.t(), x, masked, 0.0, *common, linear),
+        "lora_linear, dora": lambda: kernels.lora_linear(x, weight, y, dora, 0.0, *common, linear),
+        "lora_linear, dora with dropout": lambda: kernels.lora_linear(
+            x, weight, y, dropped, 1.05, *common, kernels.MASKED_INPUT
+        ),
+        "lora_up": lambda: kernels.lora_up(y, None, y, plain, *common, up),
+        "lora_up, dx with dropout": lambda: kernels.lora_up(x, None, x, masked, *common, up),
+        "lora_up, dora with dropout": lambda: kernels.lora_up(y, z, y, dora, *common, up),
+        "lora_dy": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, None, None, gradients, *common, dy),
+        "lora_dy, dora": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, c, z, all_gradients, *common, dy),
+        "lora_dA": lambda: kernels.lora_dA(x, u, dA, 0, None, *common, by_x),
+        "lora_dA, dropout": lambda: kernels.lora_dA(x, u, dA, 3277, seed, *common, by_x),
+        "dropout": lambda: kernels.dropout(x, x, 3277, 1.05, seed, kernels.DropoutConfig()),
+        "dora_norm": lambda: kernels.dora_norm(weight, A.bfloat16(), B, c, 2.0, *common, kernels.DoraNormConfig()),
+        "four_bit_decode": lambda: kernels.four_bit_decode(
+            tensor(N * K // 2, dtype=u8), nested, 6, 256, weight, kernels.FourBitDecodeConfig()
+        ),
+    }
+
+
+class Recorder:
+    """Stands for a kernel: keeps what it is launched with."""
+
+    def __init__(self, kernel: triton.JITFunction) -> None:
+        self.kernel = kernel
+        self.launched: list[tuple[triton.JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.launched.append((self.kernel, args, kwargs))
+
+
+def recorded(launch: Callable[[], object]) -> tuple[triton.JITFunction, tuple[Any, ...], dict[str, Any]]:
+    """The one kernel that ``launch`` starts, and with what."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("fastpeft.kernels.")]
+    places = [
+        (module, name, kernel)
+        for module in modules
+        for name, kernel in vars(module).items()
+        if name.startswith("_") and name.endswith("_kernel")
+    ]
+    recorders = [Recorder(kernel) for *_, kernel in places]
+    for (module, name, _), recorder in zip(places, recorders, strict=True):
+        setattr(module, name, recorder)
+    try:
+        launch()
+    finally:
+        for module, name, kernel in places:
+            setattr(module, name, kernel)
+    (launched,) = [call for recorder in recorders for call in recorder.launched]
+    return launched
+
+
+def source(
+    kernel: triton.JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton would compile for this launch, and its options (warps, stages)."""
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {name: v for name, v in kwargs.items() if name in names}
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    fixed = {p.name for p in kernel.params if p.do_not_specialize}
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(names):
+        value = values[name]
+        if name in constants or value is None or (type(value) is int and value == 1 and name not in fixed):
+            signature[name], constexprs[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], divisible = f"*{TYPES[value.dtype]}", True
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            divisible = isinstance(value, int) and value % ALIGNMENT == 0
+        if divisible and name not in fixed:
+            attributes[(position,)] = [["tt.divisibility", ALIGNMENT]]
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes), options
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of stack: what was spilled."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump.stdout)
+    assert found is not None, dump.stdout
+    return {"registers": int(found[1]), "spilled": int(found[2])}
+
+
+def compiled(architectures: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, launch in launches().items():
+        for architecture in architectures:
+            made, options = source(*recorded(launch))
+            binary = triton.compile(made, target=GPUTarget("cuda", architecture, 32), options=options)
+            ptx = binary.asm["ptx"]
+            yield (
+                f"{name}, sm_{architecture}",
+                resources(binary.asm["cubin"])
+                | {
+                    "shared": binary.metadata.shared,
+                    "matrix": next((i for i in MATRIX_INSTRUCTIONS if i in ptx), None),
+                },
+            )
+
+
+if __name__ == "__main__":
+    chosen = tuple(map(int, sys.argv[1:])) or ARCHITECTURES
+    print(json.dumps({"triton": triton.__version__, "kernels": dict(compiled(chosen))}, indent=1))
