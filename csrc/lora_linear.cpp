@@ -200,8 +200,9 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
             cpu::RankGroup& group = up.groups[i];
             group.scale = adapters.c[i].const_data_ptr<float>();
             if (keep_z) {
-                z.push_back(at::empty({x2.size(0), N}, x.options()));
+                z.push_back(at::empty({x2.size(0), N}, x.options().dtype(z_dtype)));
                 group.z = z.back().mutable_data_ptr();
+                group.z_dtype = dtype_of(z.back());
             }
             if (group.threshold) {  // the mask is on x: y has none
                 inputs.push_back(scaled(x2, {}, dropout_scale(group.threshold), group.seed, group.threshold));
@@ -215,7 +216,6 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
     up.panel_out = panel_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
     base_and_low_rank(kernels, up, y2, inputs, weight, true, plan);
-    for (Tensor& each : z) each = each.to(z_dtype);
     return {y, u, z};
 }
 

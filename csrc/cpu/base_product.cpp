@@ -122,8 +122,8 @@ class Task {
         if (g.operand) target.second = {sums(g.operand) + offset, DType::f32, kStripe};
         if (g.scale) target.scale = g.scale + column;
         if (g.z) {
-            target.z = static_cast<BFloat16*>(g.z) + m * sweep_.columns + column;
-            target.z_dtype = DType::bf16;
+            target.z = static_cast<char*>(g.z) + (m * sweep_.columns + column) * (g.z_dtype == DType::f32 ? 4 : 2);
+            target.z_dtype = g.z_dtype;
             target.ld_z = sweep_.columns;
         }
         if (&g == &sweep_.groups.back()) {

@@ -122,8 +122,8 @@ class Task {
         if (s_.bias && &g == &s_.groups.back()) target.bias = s_.bias + c;
         if (g.scale) target.scale = g.scale + c;
         if (g.z) {
-            target.z = const_cast<char*>(contiguous(g.z));
-            target.z_dtype = s_.dtype;
+            target.z = static_cast<char*>(g.z) + (m * s_.columns + c) * (g.z_dtype == DType::f32 ? 4 : 2);
+            target.z_dtype = g.z_dtype;
             target.ld_z = s_.columns;
         }
         k_.expand(left_.get() + kRows * g.first_rank * element_, pairs_, rows, columns, g.ranks, panel, stride, target);

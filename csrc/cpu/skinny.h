@@ -17,7 +17,8 @@ struct RankGroup {
     uint32_t threshold;  // 0: nothing is dropped
     size_t operand = 0;  // the base product that is its `second`, counted from 1; 0: it has none
     const float* scale = nullptr;
-    void* z = nullptr;  // [rows, columns], contiguous, in the output's dtype
+    void* z = nullptr;  // [rows, columns], contiguous
+    DType z_dtype = {};
 };
 
 // What a sweep over a [rows, columns] matrix does; parts whose pointers are null are left out.
