@@ -7,7 +7,7 @@ REVIEWS := data/vaderSentiment-3.3.2.tar.gz
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test lint format bench tables microbench clean
+.PHONY: setup demo test lint format bench tables gpu-check microbench clean
 
 setup: $(VENV)/native.stamp $(REVIEWS)
 
@@ -34,6 +34,10 @@ bench: setup
 tables: setup
 	$(BIN)/python -m fastpeft bench --plot-only
 	$(BIN)/python -m fastpeft.bench.readme
+
+# On a machine with a GPU, with the python that has torch with CUDA; installs nothing.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(ARGS)
 
 microbench: setup
 	$(BIN)/python -m pytest bench/microbench $(ARGS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEVICES = ("cpu", "cuda")
 LAYER_SHAPES = (
     (1, 2048, 2048),
     (1, 4096, 4096),
@@ -18,6 +19,7 @@ LAYER_SHAPES = (
     (2048, 2048, 2048),
     (512, 4096, 4096),
 )
+GPU_LAYER_SHAPES = ((1, 4096, 4096), (512, 4096, 4096), (2048, 4096, 4096), (4096, 4096, 4096), (8192, 4096, 4096))
 RANK = 16
 METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
 DROPOUTS = (0.0, 0.05)
@@ -39,6 +41,10 @@ class Case(Protocol):
     @property
     def method(self) -> str:
         """A key of :data:`METHODS`."""
+
+    @property
+    def device(self) -> str:
+        """One of :data:`DEVICES`."""
 
     @property
     def shape(self) -> str:
@@ -78,6 +84,7 @@ class LayerCase:
     rank: int = RANK
     dropout: float = 0.0
     method: str = "lora"
+    device: str = "cpu"
 
     kind: ClassVar[str] = "layer"
     target_modules: ClassVar[Sequence[str]] = ("linear",)
@@ -93,15 +100,15 @@ class LayerCase:
     def base(self) -> nn.Module:
         torch.manual_seed(SEED)
         linear = nn.Linear(self.K, self.N, bias=False, dtype=DTYPES[self.dtype])
-        return nn.ModuleDict({"linear": linear}).requires_grad_(False)
+        return nn.ModuleDict({"linear": linear}).requires_grad_(False).to(self.device)
 
     def entry(self, model: nn.Module) -> nn.Module:
         return next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "linear")
 
     def inputs(self) -> tuple[Tensor, Tensor | None]:
         generator = torch.Generator().manual_seed(SEED)
-        x = torch.randn(self.M, self.K, generator=generator).to(DTYPES[self.dtype])
-        dy = torch.randn(self.M, self.N, generator=generator).to(DTYPES[self.dtype])
+        x = torch.randn(self.M, self.K, generator=generator).to(self.device, DTYPES[self.dtype])
+        dy = torch.randn(self.M, self.N, generator=generator).to(self.device, DTYPES[self.dtype])
         return x.requires_grad_(), dy
 
     def train(self, entry: nn.Module, x: Tensor) -> Tensor:
@@ -127,6 +134,7 @@ class ModelCase:
     rank: int = RANK
     dropout: float = 0.0
     method: str = "lora"
+    device: str = "cpu"
     tokens: int = 512
     layers: int = 4
     hidden: int = 1024
@@ -168,14 +176,14 @@ class ModelCase:
         )
         model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[self.dtype]).requires_grad_(False)
         model.enable_input_require_grads()
-        return model
+        return model.to(self.device)
 
     def entry(self, model: nn.Module) -> nn.Module:
         return model
 
     def inputs(self) -> tuple[Tensor, Tensor | None]:
         generator = torch.Generator().manual_seed(SEED)
-        return torch.randint(self.vocabulary, (1, self.tokens), generator=generator), None
+        return torch.randint(self.vocabulary, (1, self.tokens), generator=generator).to(self.device), None
 
     def train(self, entry: nn.Module, x: Tensor) -> Tensor:
         return entry(input_ids=x, labels=x).loss

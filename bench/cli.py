@@ -15,8 +15,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastpeft.experiments.packages import MissingPackage, require_package
 
 from . import bounds, plot, rows, table
-from .cases import DROPOUTS, DTYPES, LAYER_SHAPES, METHODS, RANK, Case, LayerCase, ModelCase
-from .contestants import CONTESTANTS
+from .cases import (
+    DEVICES,
+    DROPOUTS,
+    DTYPES,
+    GPU_LAYER_SHAPES,
+    LAYER_SHAPES,
+    METHODS,
+    RANK,
+    Case,
+    LayerCase,
+    ModelCase,
+)
+from .contestants import CONTESTANTS, is_four_bit
 from .measure import Run, measure
 
 QUICK_SHAPES = ((1, 2048, 2048), (512, 1024, 1024), (512, 2048, 2048))
@@ -45,14 +56,15 @@ def choose_cases(
     rank: int,
     dropouts: Sequence[float],
     methods: Sequence[str],
+    device: str = "cpu",
     *,
     layer: bool,
     model: bool,
 ) -> list[Case]:
     """Layers at each shape, and the model, by each method at each dtype and dropout."""
     settings = list(itertools.product(methods, dtypes, dropouts))
-    layers = [LayerCase(*shape, dtype, rank, p, method) for method, dtype, p in settings for shape in shapes]
-    models = [ModelCase(dtype, rank, p, method) for method, dtype, p in settings]
+    layers = [LayerCase(*shape, dtype, rank, p, method, device) for method, dtype, p in settings for shape in shapes]
+    models = [ModelCase(dtype, rank, p, method, device) for method, dtype, p in settings]
     return [*(layers if layer else []), *(models if model else [])]
 
 
@@ -63,8 +75,11 @@ def choose_cases(
 @click.option(
     "--shape", "shapes", type=Shape(), metavar="MxKxN", multiple=True, help="Layers of this shape instead; repeatable."
 )
+@click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="Repeatable.  [all]")
-@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Repeatable.  [bf16, fp32]")
+@click.option(
+    "--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Repeatable.  [bf16, fp32; on a GPU bf16]"
+)
 @click.option("--rank", type=click.IntRange(min=1), default=RANK, show_default=True)
 @click.option(
     "--dropout", "dropouts", type=click.FloatRange(0, 1, max_open=True), multiple=True, help="Repeatable.  [0, 0.05]"
@@ -88,6 +103,7 @@ def command(
     layer: bool,
     model: bool,
     shapes: tuple[tuple[int, int, int], ...],
+    device: str,
     methods: tuple[str, ...],
     dtypes: tuple[str, ...],
     rank: int,
@@ -107,12 +123,15 @@ def command(
     it are drawn from these rows.
     """
     try:
-        for package in ("bitsandbytes", "matplotlib", "peft", "psutil", "transformers"):
+        four_bit = ("bitsandbytes",) if not methods or any(map(is_four_bit, methods)) else ()
+        for package in (*four_bit, "matplotlib", "peft", "psutil", "transformers"):
             require_package(package, "pip install 'fastpeft[bench]'")
     except MissingPackage as missing:
         raise click.ClickException(str(missing)) from missing
     console = Console()
-    path = out / f"{rows.machine()['name']}.jsonl"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("torch finds no NVIDIA GPU", param_hint="--device")
+    path = out / f"{rows.machine(device)['name']}.jsonl"
     try:
         recorded = rows.load(path) if path.exists() else []
     except ValueError as error:
@@ -126,16 +145,17 @@ def command(
             torch.set_num_threads(threads)
         everything = not (layer or model)
         cases = choose_cases(
-            shapes or (QUICK_SHAPES if quick else LAYER_SHAPES),
-            dtypes or (("bf16",) if quick else ("bf16", "fp32")),
+            shapes or (QUICK_SHAPES if quick else LAYER_SHAPES if device == "cpu" else GPU_LAYER_SHAPES),
+            dtypes or (("bf16",) if quick or device == "cuda" else ("bf16", "fp32")),
             rank,
             dropouts or DROPOUTS,
             methods or (("lora",) if quick else tuple(METHODS)),
+            device,
             layer=layer or everything,
             model=model or (everything and not quick and not shapes),
         )
         wants_compiled = not quick if compiled is None else compiled
-        shown = _run(cases, rounds, wants_compiled, path, console)
+        shown = _run(cases, rounds, wants_compiled, Run.begin(device), path, console)
         recorded += shown
     table.show(shown, console)
     path.with_suffix(".md").write_text(table.markdown(rows.latest(recorded)), encoding="utf-8")
@@ -148,9 +168,8 @@ def command(
             ctx.exit(1)
 
 
-def _run(cases: Sequence[Case], rounds: int, compiled: bool, path: Path, console: Console) -> list[rows.Row]:
+def _run(cases: Sequence[Case], rounds: int, compiled: bool, run: Run, path: Path, console: Console) -> list[rows.Row]:
     contestants = [contestant for contestant in CONTESTANTS if compiled or not contestant.compiled]
-    run = Run.begin()
     measured: list[rows.Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

@@ -102,9 +102,9 @@ def frozen(base: nn.Module, case: Case) -> nn.Module:
     return base
 
 
-def is_four_bit(case: Case) -> bool:
+def is_four_bit(method: str) -> bool:
     """Whether the adapted layers hold their frozen weights in NF4; the frozen base beside them stays dense."""
-    return case.method in ("qlora", "qdora")
+    return method in ("qlora", "qdora")
 
 
 def with_peft(base: nn.Module, case: Case, *, dense: bool = False) -> nn.Module:
@@ -116,7 +116,7 @@ def with_peft(base: nn.Module, case: Case, *, dense: bool = False) -> nn.Module:
     """
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
-    if is_four_bit(case):
+    if is_four_bit(case.method):
         to_four_bit(base, lambda name: name in case.target_modules, decoded=dense)
     settings = {"lora_dropout": case.dropout, "target_modules": list(case.target_modules)}
     config: LoraConfig

@@ -34,8 +34,8 @@ class Run:
     dirty: bool | None
 
     @classmethod
-    def begin(cls) -> Run:
-        return cls(_now(), rows.machine(), rows.versions(), *rows.commit())
+    def begin(cls, device: str = "cpu") -> Run:
+        return cls(_now(), rows.machine(device), rows.versions(), *rows.commit())
 
     def facts(self) -> dict[str, Any]:
         """What a row of the native kernels starts with."""
@@ -91,7 +91,8 @@ def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run
     backend = _backend(runners[FASTPEFT.name]) if FASTPEFT.name in runners else None
 
     for phase in case.phases:
-        samples = interleave({name: runner.phase(phase) for name, runner in runners.items()}, rounds)
+        phases = {name: runner.phase(phase) for name, runner in runners.items()}
+        samples = interleave(phases, rounds, torch.cuda.synchronize if case.device == "cuda" else _nothing)
         for contestant in contestants:
             name = contestant.name
             timed = samples.get(name)
@@ -139,9 +140,13 @@ def _backend(runner: Runner) -> str:
     operands = next(operands_or_reason(module) for module in runner.model.modules() if is_peft_layer(module))
     assert not isinstance(operands, str)
     weight, _, A, B, *_ = operands
-    x = torch.empty(1, weight.shape[1], dtype=DTYPES[runner.case.dtype])
+    x = torch.empty(1, weight.shape[1], dtype=DTYPES[runner.case.dtype], device=weight.device)
     backend = dispatch.choose("lora_linear", x, weight_operands(weight)[0], A, B, None)
     return f"{native.NAME}, {native._C.isa()}" if backend is native and native._C is not None else backend.NAME
+
+
+def _nothing() -> None:
+    """The processor has no queue to wait for."""
 
 
 def _now() -> str:

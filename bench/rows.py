@@ -29,7 +29,7 @@ class Row:
     Attributes:
         run: start of the ``fastpeft bench`` that measured it, ISO 8601 in UTC; shared by its rows.
         date: when this row was measured.
-        machine: ``name, cpu, cores, memory_gib, features, system``.
+        machine: ``name, cpu, cores, memory_gib, features, system``; of what ran on a GPU ``name, gpu, …``.
         versions: of python, torch, peft, transformers, fastpeft.
         commit: fastpeft's git commit; None outside of its repository.
         dirty: whether tracked files differed from it, results left out.
@@ -81,7 +81,7 @@ class Row:
                 f"a row must have the fields of {cls.__name__}; "
                 f"missing: {sorted(expected - found)}, unknown: {sorted(found - expected)}"
             )
-        values["case"].setdefault("method", "lora")  # what rows without a method are of
+        values["case"] = {"method": "lora", "device": "cpu"} | values["case"]  # what rows without these are of
         return cls(**values)
 
     @property
@@ -128,10 +128,20 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return list({row.identity: row for row in rows if row.threads == threads}.values())
 
 
-def machine() -> dict[str, Any]:
-    """Facts about this machine; ``name`` is fit for a file name."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Facts about this machine, or about its GPU; ``name`` is fit for a file name."""
     import psutil
 
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        return {
+            "name": slug(gpu.name),
+            "gpu": gpu.name,
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+            "multiprocessors": gpu.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "system": f"{platform.system()} {platform.machine()}",
+        }
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # newer torch has it
     cpu = capabilities.get("cpu_name") or platform.processor() or platform.machine()
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
@@ -154,7 +164,7 @@ def slug(name: str) -> str:
 def versions() -> dict[str, str]:
     """Of what decides a measurement."""
     found = {"python": platform.python_version(), "fastpeft": fastpeft.__version__}
-    for package in ("torch", "peft", "transformers"):
+    for package in ("torch", "triton", "peft", "transformers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

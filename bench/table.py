@@ -104,7 +104,7 @@ def origin(rows: Sequence[Row]) -> str:
     commits = sorted({f"{(row.commit or 'unknown')[:8]}{' with changes' if row.dirty else ''}" for row in rows})
     dates = sorted({row.date[:10] for row in rows})
     parts = [
-        f"{last.machine['cpu']}, {last.machine['cores']} cores, {last.threads} threads",
+        last.machine.get("gpu") or f"{last.machine['cpu']}, {last.machine['cores']} cores, {last.threads} threads",
         ", ".join(f"{name} {number}" for name, number in last.versions.items()),
         f"backend {', '.join(sorted({row.backend for row in rows if row.backend}))}",
         f"commit {', '.join(commits)}",

@@ -112,7 +112,7 @@ def test_a_case_yields_a_complete_row_for_each_contestant_and_phase() -> None:
         assert Row.from_json(r.to_json()) == r
         assert set(json.loads(r.to_json())) == {field.name for field in fields(Row)}
         assert r.machine.keys() == {"name", "cpu", "cores", "memory_gib", "features", "system"}
-        assert r.versions.keys() == {"python", "torch", "peft", "transformers", "fastpeft"}
+        assert r.versions.keys() == {"python", "torch", "triton", "peft", "transformers", "fastpeft"}
         assert r.threads == torch.get_num_threads()
         assert r.case["shape"] == "1×32×48"
         assert r.rounds == 2

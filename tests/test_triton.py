@@ -1,9 +1,11 @@
-"""The Triton backend, its kernels run on CPU tensors by Triton's interpreter: conftest.py, triton_interpreter.py."""
+"""The Triton backend: on a GPU where there is one, else its kernels run on CPU tensors by Triton's interpreter, see
+conftest.py and triton_interpreter.py. Oracle and eager compute on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 import triton_interpreter
 from cases import CASES, Case, expected
-from oracle import Expected, LoraInputs, assert_close_as_eager, fused, make_inputs
+from oracle import Expected, LoraInputs, Results, assert_close_as_eager, fused, make_inputs
 from test_dora_norm import eager as eager_norm
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -20,6 +22,7 @@ from fastpeft import kernels, nf4, ops
 from fastpeft.backends import triton as backend
 from fastpeft.dropout import dropout_keep, dropout_threshold
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLANNED = {
     "plain": Case(M=70, K=130, N=90),
@@ -33,8 +36,38 @@ PLANNED = {
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend takes calls on CPU tensors."""
-    triton_interpreter.use(monkeypatch)
+    """Without a GPU the backend takes calls on CPU tensors."""
+    if DEVICE == "cpu":
+        triton_interpreter.use(monkeypatch)
+
+
+without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
+
+
+def run(inputs: LoraInputs) -> Results:
+    """``y`` and every gradient by the backend, on the CPU again."""
+    return {name: result.cpu() for name, result in fused(on_device(inputs), "triton").items()}
+
+
+def on_device(inputs: LoraInputs) -> LoraInputs:
+    """The same numbers where the backend runs."""
+    return LoraInputs(**{name: moved_to(DEVICE, value) for name, value in vars(inputs).items()})
+
+
+def moved_to(device: str, value: Any) -> Any:
+    """A tensor, a list of them or a 4-bit weight on ``device``, strides kept; anything else as it is."""
+    if device == "cpu":
+        return value
+    if isinstance(value, torch.Tensor):
+        span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        if value.numel() == 0:
+            return value.to(device)
+        return value.as_strided((span,), (1,)).to(device).as_strided(value.shape, value.stride())
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved_to(device, each) for each in value)
+    if isinstance(value, nf4.FourBit):
+        return nf4.FourBit(**{name: moved_to(device, each) for name, each in vars(value).items()})
+    return value
 
 
 @triton.jit
@@ -45,6 +78,7 @@ def _square_kernel(a_ptr, b_ptr, out_ptr, rounded_ptr, SIZE: tl.constexpr):
     tl.store(rounded_ptr + at, product.to(rounded_ptr.dtype.element_ty))
 
 
+@without_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_interpreters_product_and_its_rounding_are_right(dtype: torch.dtype) -> None:
     a, b, out = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype), torch.empty(16, 16)
@@ -56,7 +90,7 @@ def test_the_interpreters_product_and_its_rounding_are_right(dtype: torch.dtype)
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_every_gradient_are_as_close_as_eager(case: Case) -> None:
-    expected(case).assert_met_by(lambda inputs: fused(inputs, "triton"))
+    expected(case).assert_met_by(run)
 
 
 @pytest.fixture(params=backend.Plan)
@@ -75,24 +109,25 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.mark.parametrize("case", PLANNED.values(), ids=PLANNED)
 def test_every_plan_is_as_close_as_eager(plan: None, case: Case) -> None:
-    Expected.of(case.inputs).assert_met_by(lambda inputs: fused(inputs, "triton"))
+    Expected.of(case.inputs).assert_met_by(run)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8), (2, 257), (63, 100), (33, 130)])
 def test_the_mask_is_the_references(rows: int, columns: int, p: float) -> None:
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
-    out = torch.empty(rows, columns)
-    kernels.dropout(torch.ones(rows, columns), out, dropout_threshold(p), 1.0, seed, kernels.DropoutConfig())
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=DEVICE)
+    x, out = torch.ones(rows, columns, device=DEVICE), torch.empty(rows, columns, device=DEVICE)
+    kernels.dropout(x, out, dropout_threshold(p), 1.0, seed, kernels.DropoutConfig())
     assert torch.equal(out != 0, dropout_keep(seed, rows, columns, p))
 
 
 def test_a_product_that_drops_its_input_reads_w_once() -> None:
     """``base - dropped + c (dropped + s u Bᵀ)``, both products in the one kernel."""
-    x, weight = torch.randn(70, 130), torch.randn(90, 130)
-    u, B, c, seed = torch.randn(70, 4), torch.randn(90, 4), torch.rand(90), torch.tensor(5)
+    with torch.device(DEVICE):
+        x, weight = torch.randn(70, 130), torch.randn(90, 130)
+        u, B, c, seed = torch.randn(70, 4), torch.randn(90, 4), torch.rand(90), torch.tensor(5)
+        y, z = torch.empty(70, 90), torch.empty(70, 90)
     keep, factor = dropout_keep(seed, 70, 130, 0.25), 4 / 3
-    y, z = torch.empty(70, 90), torch.empty(70, 90)
     tail = kernels.Tail(u, B, 1.5, dropout_threshold(0.25), seed, c, z)
     kernels.lora_linear(x, weight, y, tail, factor, 16, "ieee", kernels.MASKED_INPUT)
 
@@ -110,7 +145,8 @@ def test_a_product_that_drops_its_input_reads_w_once() -> None:
 @pytest.mark.parametrize("rank", [1, 16, 70])
 def test_the_norm_is_as_close_as_eager(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
     made = make_inputs((1, shape[1]), shape[0], (rank,), dtype)
-    norm = ops.dora_norm(made.weight, [], 0, made.A[0], made.B[0], 0.75, dtype, "triton")
+    weight, A, B = moved_to(DEVICE, (made.weight, made.A[0], made.B[0]))
+    norm = ops.dora_norm(weight, [], 0, A, B, 0.75, dtype, "triton").cpu()
     exact = eager_norm(made.weight.double(), made.A[0].double(), made.B[0].double(), 0.75)
     assert_close_as_eager(norm, exact, eager_norm(made.weight, made.A[0], made.B[0], 0.75))
 
@@ -122,8 +158,8 @@ def test_a_4_bit_weight_is_decoded_bit_by_bit(
     shape: tuple[int, int], form: tuple[str, int, bool], dtype: torch.dtype
 ) -> None:
     packed = nf4.quantize(torch.randn(shape), *form)
-    decoded = backend._dense(*nf4.weight_operands(packed), *shape, dtype)
-    assert torch.equal(decoded, packed.dequantize(dtype))
+    decoded = backend._dense(*nf4.weight_operands(moved_to(DEVICE, packed)), *shape, dtype)
+    assert torch.equal(decoded.cpu(), packed.dequantize(dtype))
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["qlora", "qdora"])
@@ -133,19 +169,19 @@ def test_forward_and_gradients_over_4_bits(dora: bool) -> None:
         packed = nf4.quantize(made.weight)
         return replace(made, weight=packed.dequantize(torch.float16), packed=packed)
 
-    Expected.of(make).assert_met_by(lambda inputs: fused(inputs, "triton"))
+    Expected.of(make).assert_met_by(run)
 
 
 @pytest.mark.parametrize("case", [Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(M=300, dora=True)], ids=str)
 def test_the_same_call_twice_gives_the_same_bits(case: Case) -> None:
     inputs = case.inputs()
-    first, second = fused(inputs, "triton"), fused(inputs, "triton")
+    first, second = run(inputs), run(inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("case", [Case(), Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(dora=True)], ids=str)
 def test_only_the_gradients_asked_for(case: Case) -> None:
-    i = case.inputs()
+    i = on_device(case.inputs())
     settings = i.scaling, i.dropout_p, i.seed, i.adapter_index
     _, u, z = ops.lora_linear(i.x, i.weight, [], 0, i.bias, i.A, i.B, i.c, *settings, True, "triton")
     count = 3 + len(i.A) + len(i.B) + len(i.c)
@@ -157,6 +193,7 @@ def test_only_the_gradients_asked_for(case: Case) -> None:
         assert torch.equal(one, every[n])
 
 
+@without_gpu
 def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, A, B = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
 
