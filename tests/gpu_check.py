@@ -4,9 +4,9 @@
 
 Uses the python it is started with, which needs torch with CUDA, Triton, transformers, peft and pytest; what it lacks
 of the bench's other packages may lie in a folder made by ``pip install --target FOLDER``. Puts fastpeft together in a
-folder of its own (nothing is installed), runs the Triton backend's tests on the GPU, then ``fastpeft bench``, and leaves
-behind the tests' report, the rows by device name with their table, and a summary, which is printed last. The exit code
-is 1 when a test failed. Without bitsandbytes the 4-bit methods are left out of the bench, and it says so.
+folder of its own (nothing is installed), runs the Triton backend's tests on the GPU, then ``fastpeft bench``, and
+leaves behind the tests' report, the rows by device name with their table, and a summary, which is printed last. The
+exit code is 1 when a test failed. Without bitsandbytes the 4-bit methods are left out of the bench, and it says so.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python tests/peft_suite.py PEFT_CHECKOUT [PYTEST_ARGUMENT ...]
 
-By default the LoRA part of ``tests/test_custom_models.py``; name other files or ``-k`` expressions to run those. The
+By default the LoRA, DoRA and AdaLoRA parts of ``tests/test_custom_models.py``; name other files or ``-k`` expressions to run those. The
 exit code is 1 when fastpeft has a failure that stock PEFT has not. The module is also the plugin of the second run.
 PEFT's tests need diffusers, datasets, parameterized and scipy besides fastpeft's own test requirements.
 """
@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-DEFAULT_ARGUMENTS = ("tests/test_custom_models.py", "-k", "lora and not adalora and not xlora and not randlora")
+DEFAULT_ARGUMENTS = ("tests/test_custom_models.py", "-k", "lora and not xlora and not randlora")
 COMMON_ARGUMENTS = ("-o", "addopts=", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=no", "-rN")
 
 

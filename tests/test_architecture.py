@@ -66,6 +66,19 @@ def test_the_reference_imports_torch_alone() -> None:
     assert {name.partition(".")[0] for _, name in found} <= {"__future__", "collections", "typing", "torch"}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / "triton").glob("*.py")), ids=lambda p: p.stem)
+def test_triton_kernels_import_torch_and_triton_alone(path: Path) -> None:
+    outside = {name.partition(".")[0] for level, name in imports(path) if level == 0}
+    assert outside <= {"__future__", "dataclasses", "torch", "triton"}
+    assert {level for level, _ in imports(path)} <= {0, 1}
+    assert {word for _, word in code_words(path)}.isdisjoint({"autograd", "environ", "getenv"})
+
+
+def test_the_folder_of_kernels_is_no_package() -> None:
+    """A package of this name would hide Hugging Face's, which bitsandbytes and transformers import."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_data_flows_one_way(layer: str) -> None:
     path = PACKAGE / layer
