@@ -30,6 +30,7 @@ Tensor dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double 
                   ranks = padded(rank);
     const Tensor q = ranks == rank ? left.contiguous() : at::constant_pad_nd(left, {0, ranks - rank});  // [rows, ranks]
     const Tensor right_panel = panel(kernels, right, pairs);
+    const int64_t step = along && pairs && !four_bit ? columns : cpu::kColumns;
     const Tensor norms = at::zeros({weight.N}, at::dtype(at::kFloat));
 
     // Rows [m, m_end) and columns [begin, end).
@@ -51,9 +52,9 @@ Tensor dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double 
         for (; m < m_end; m += cpu::kRows) {
             const int64_t row_count = std::min(cpu::kRows, m_end - m);
             kernels.left(q.const_data_ptr<float>() + m * ranks, ranks, row_count, ranks, pairs, q_tile);
-            for (int64_t c = begin; c < end; c += cpu::kColumns) {
+            for (int64_t c = begin; c < end; c += step) {
                 const auto* p = static_cast<const char*>(right_panel.const_data_ptr()) + c * ranks * (pairs ? 2 : 4);
-                const int64_t count = std::min(cpu::kColumns, end - c);
+                const int64_t count = std::min(step, end - c);
                 float* sums = norms.mutable_data_ptr<float>();
                 kernels.squares(q_tile, pairs, row_count, count, ranks, p, ranks * cpu::kLanes,
                                 w_tile(m, row_count, c, count), along ? sums + m : nullptr, along ? nullptr : sums + c);

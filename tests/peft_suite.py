@@ -2,8 +2,9 @@
 
     python tests/peft_suite.py PEFT_CHECKOUT [PYTEST_ARGUMENT ...]
 
-By default the LoRA, DoRA and AdaLoRA parts of ``tests/test_custom_models.py``; name other files or ``-k`` expressions to run those. The
-exit code is 1 when fastpeft has a failure that stock PEFT has not. The module is also the plugin of the second run.
+By default the LoRA, DoRA and AdaLoRA parts of ``tests/test_custom_models.py``; name other files or ``-k`` expressions
+to run those. The exit code is 1 when fastpeft has a failure that stock PEFT has not. The module is also the plugin of
+the second run.
 PEFT's tests need diffusers, datasets, parameterized and scipy besides fastpeft's own test requirements.
 """
 

@@ -112,4 +112,11 @@ void expand_amx(const void* q, int64_t rows, int64_t columns, int64_t ranks, con
     }
 }
 
+void square_rows_amx(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+                     int64_t panel_stride, Tile w, float* row_sums) {
+    sum_squares<PairSquares>(rows, columns, w, row_sums, nullptr, [&](const PairSquares& sink) {
+        expand_amx(q, rows, columns, ranks, panel, panel_stride, sink);
+    });
+}
+
 }  // namespace

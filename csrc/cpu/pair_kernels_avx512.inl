@@ -6,6 +6,7 @@ namespace {
 constexpr int kPairRows = 8;
 
 inline __m512i load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
+inline V16 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 inline __m512i splat_pair(const uint16_t* p) {
     int32_t pair;
     __builtin_memcpy(&pair, p, 4);
@@ -127,6 +128,59 @@ void expand_pairs(const void* q, int64_t rows, int64_t columns, int64_t ranks, c
     for (; m + kPairRows <= rows; m += kPairRows)
         expand_pair_columns<kPairRows>(left_q, m, ranks, p, panel_stride, sink);
     for (; m < rows; ++m) expand_pair_columns<1>(left_q, m, ranks, p, panel_stride, sink);
+}
+
+// Squares of W + q · panel summed along the columns of Rows rows. The sums of the product begin with W; 256 columns are
+// summed by themselves.
+template <int Rows>
+inline void square_pair_rows(const uint16_t* q, int64_t columns, int64_t ranks, const uint16_t* panel,
+                             int64_t panel_stride, const uint16_t* w, int64_t ld_w, float* row_sums) {
+    constexpr int64_t kAhead = 1024;  // elements of a row: eight streams alone do not keep the memory busy
+    V16 totals[Rows];
+    for (int i = 0; i < Rows; ++i) totals[i] = zero();
+    for (int64_t first = 0; first < columns; first += kColumns) {
+        V16 squares[Rows];
+        for (int i = 0; i < Rows; ++i) squares[i] = zero();
+        for (int64_t c = first; c < smaller(first + kColumns, columns); c += 2 * kLanes) {
+            const uint16_t* low = panel + c / kLanes * panel_stride;
+            const uint16_t* high = c + kLanes < columns ? low + panel_stride : low;
+            const uint32_t here = first_bits(columns - c);
+            V16 sums[Rows][2];
+            for (int i = 0; i < Rows; ++i) {
+                const uint16_t* p = w + i * ld_w + c;
+                _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T1);
+                sums[i][0] = widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(here), p));
+                sums[i][1] = widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(here >> kLanes), p + kLanes));
+            }
+            for (int64_t r = 0; r < ranks; r += 2) {
+                const __m512i p0 = load_pairs(low + r * kLanes), p1 = load_pairs(high + r * kLanes);
+                for (int i = 0; i < Rows; ++i) {
+                    const __m512i t = splat_pair(q + i * ranks + r);
+                    sums[i][0] = dot_pairs(sums[i][0], t, p0);
+                    sums[i][1] = dot_pairs(sums[i][1], t, p1);
+                }
+            }
+            for (int i = 0; i < Rows; ++i) {
+                squares[i] = fma(sums[i][0], sums[i][0], squares[i]);
+                if (c + kLanes < columns) squares[i] = fma(sums[i][1], sums[i][1], squares[i]);
+            }
+        }
+        for (int i = 0; i < Rows; ++i) totals[i] = add(totals[i], squares[i]);
+    }
+    for (int i = 0; i < Rows; ++i) row_sums[i] += sum(totals[i]);
+}
+
+void square_rows_pairs(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+                       int64_t panel_stride, Tile w, float* row_sums) {
+    const auto* left_q = static_cast<const uint16_t*>(q);
+    const auto* p = static_cast<const uint16_t*>(panel);
+    const auto* tile = static_cast<const uint16_t*>(w.data);
+    int64_t m = 0;
+    for (; m + kPairRows <= rows; m += kPairRows)
+        square_pair_rows<kPairRows>(left_q + m * ranks, columns, ranks, p, panel_stride, tile + m * w.ld, w.ld,
+                                    row_sums + m);
+    for (; m < rows; ++m)
+        square_pair_rows<1>(left_q + m * ranks, columns, ranks, p, panel_stride, tile + m * w.ld, w.ld, row_sums + m);
 }
 
 }  // namespace

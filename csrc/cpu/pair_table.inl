@@ -27,7 +27,8 @@ void expand(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ra
 void squares(const void* q, bool pairs, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
              int64_t panel_stride, Tile w, float* row_sums, float* column_sums) {
     if (!pairs) return squares_float(q, pairs, rows, columns, ranks, panel, panel_stride, w, row_sums, column_sums);
-    sum_squares<PairSquares>(rows, columns, w, row_sums, column_sums, [&](const PairSquares& sink) {
+    if (row_sums) return PAIR(square_rows)(q, rows, columns, ranks, panel, panel_stride, w, row_sums);
+    sum_squares<PairSquares>(rows, columns, w, nullptr, column_sums, [&](const PairSquares& sink) {
         PAIR(expand)(q, rows, columns, ranks, panel, panel_stride, sink);
     });
 }
