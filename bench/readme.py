@@ -17,6 +17,8 @@ RESULTS = Path("bench", "results")
 KERNELS = ("*-kernels.jsonl", "*-plans.jsonl")  # rows of roofline.py and plans.py, beside those of layers and models
 NO_ROWS = "No rows recorded yet: `make bench` records them."
 _PHASES = {"step": "training step", "generate": "one token"}
+_DTYPE = "bf16"
+_EXCERPT = ("1×4096×4096", "512×2048×2048")  # the layers that methods besides LoRA are shown at
 
 
 @click.command()
@@ -52,7 +54,7 @@ def _machine(path: Path, found: Sequence[Row]) -> str:
     ]
     places: dict[tuple[str, str], dict[str, Row]] = {}
     for row in found:
-        if row.phase in _PHASES:
+        if row.phase in _PHASES and _is_shown(row):
             places.setdefault((_label(row), _PHASES[row.phase]), {})[row.contestant] = row
     lines = [
         [
@@ -68,10 +70,17 @@ def _machine(path: Path, found: Sequence[Row]) -> str:
         [
             table.markdown_table(["layer M×K×N, or model", "phase"], numbers, lines),
             "\n".join(f"- {note}" for note in table.notes(found)),
-            f"The forward pass alone and the seconds: [{path.stem}.md]({path.with_suffix('.md').as_posix()}); "
-            f"every row: [{path.name}]({path.as_posix()}).",
+            f"An excerpt; all shapes, the other dtypes, the forward pass alone and the seconds: "
+            f"[{path.stem}.md]({path.with_suffix('.md').as_posix()}); every row: [{path.name}]({path.as_posix()}).",
             f"![Wall time over the frozen base]({path.with_suffix('.png').as_posix()})",
         ]
+    )
+
+
+def _is_shown(row: Row) -> bool:
+    case = row.case
+    return case["dtype"] == _DTYPE and (
+        case["method"] == "lora" or case["kind"] == "model" or case["shape"] in _EXCERPT
     )
 
 

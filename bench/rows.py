@@ -16,7 +16,7 @@ import torch
 
 import fastpeft
 
-from .cases import METHODS
+from .cases import DTYPES, METHODS
 
 Summary = dict[str, float]
 """``min``, ``q1``, ``median``, ``q3``."""
@@ -123,9 +123,18 @@ def load(path: Path) -> list[Row]:
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """The newest of the rows that measure the same thing, with as many threads as the very last one."""
+    """The newest of the rows that measure the same thing, with as many threads as the very last one; by method, dtype,
+    dropout and size."""
     threads = rows[-1].threads if rows else 0
-    return list({row.identity: row for row in rows if row.threads == threads}.values())
+    newest = {row.identity: row for row in rows if row.threads == threads}
+    return sorted(newest.values(), key=_order)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    case = row.case
+    size = [case[name] for name in ("M", "K", "N")] if case["kind"] == "layer" else [case["tokens"], case["hidden"]]
+    kinds = list(METHODS).index(case["method"]), list(DTYPES).index(case["dtype"])
+    return (*kinds, case["dropout"], case["kind"], *size, case["rank"])
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

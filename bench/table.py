@@ -100,7 +100,7 @@ def _listed(cases: Sequence[str]) -> str:
 
 def origin(rows: Sequence[Row]) -> str:
     """Machine, versions, commits and dates of ``rows`` in a sentence."""
-    last = rows[-1]
+    last = max(rows, key=lambda row: row.date)
     commits = sorted({f"{(row.commit or 'unknown')[:8]}{' with changes' if row.dirty else ''}" for row in rows})
     dates = sorted({row.date[:10] for row in rows})
     parts = [
