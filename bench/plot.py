@@ -33,7 +33,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(4 + 4.5 * len(dropouts), 2.2 + _INCHES_PER_LINE * sum(heights) + 0.8 * len(groups)))
     figure.set_layout_engine("constrained")
     panels = figure.subplots(
-        len(groups), len(dropouts), squeeze=False, sharex=True, sharey="row", height_ratios=heights
+        len(groups), len(dropouts), squeeze=False, sharex="row", sharey="row", height_ratios=heights
     )
     contestants = [contestant for contestant in CONTESTANTS if any(row.contestant == contestant.name for row in drawn)]
     for group, line_of_panels in zip(groups, panels, strict=True):
