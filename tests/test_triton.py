@@ -163,11 +163,23 @@ def test_a_4_bit_weight_is_decoded_bit_by_bit(
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["qlora", "qdora"])
-def test_forward_and_gradients_over_4_bits(dora: bool) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("M", "K", "form"),
+    [
+        (33, 100, ("nf4", 64, True)),
+        (1, 192, ("nf4", 64, True)),
+        (16, 128, ("fp4", 128, False)),
+        (3, 64, ("nf4", 32, True)),
+    ],
+)
+def test_forward_and_gradients_over_4_bits(
+    M: int, K: int, form: tuple[str, int, bool], dtype: torch.dtype, dora: bool
+) -> None:
     def make() -> LoraInputs:
-        made = make_inputs((33, 100), 66, (4,), torch.float16, torch.float32, dora=dora)
-        packed = nf4.quantize(made.weight)
-        return replace(made, weight=packed.dequantize(torch.float16), packed=packed)
+        made = make_inputs((M, K), 66, (4,), dtype, torch.float32, dora=dora)
+        packed = nf4.quantize(made.weight, *form)
+        return replace(made, weight=packed.dequantize(dtype), packed=packed)
 
     Expected.of(make).assert_met_by(run)
 

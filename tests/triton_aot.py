@@ -48,6 +48,7 @@ def launches() -> dict[str, Callable[[], object]]:
     all_gradients = kernels.DyOutputs(u, tensor(32, N, RANK, dtype=f32), tensor(32, N, dtype=f32), tensor(M, N))
     dA = tensor(4, RANK, K, dtype=f32)
     nested = [tensor(16, dtype=f32), tensor(N * K // 64, dtype=u8), *(tensor(n, dtype=f32) for n in (256, 1024, 1))]
+    packed = tensor(N * K // 2, dtype=u8)
     down, linear, up = kernels.LoraDownConfig(), kernels.LoraLinearConfig(), kernels.LoraUpConfig()
     dy, by_x = kernels.LoraDyConfig(), kernels.LoraDaConfig()
     return {
@@ -68,8 +69,11 @@ def launches() -> dict[str, Callable[[], object]]:
         "lora_dA, dropout": lambda: kernels.lora_dA(x, u, dA, 3277, seed, *common, by_x),
         "dropout": lambda: kernels.dropout(x, x, 3277, 1.05, seed, kernels.DropoutConfig()),
         "dora_norm": lambda: kernels.dora_norm(weight, A.bfloat16(), B, c, 2.0, *common, kernels.DoraNormConfig()),
+        "four_bit_linear": lambda: kernels.four_bit_linear(
+            x[:1], packed, nested, 6, 256, y[:1], plain, *common, kernels.FourBitLinearConfig()
+        ),
         "four_bit_decode": lambda: kernels.four_bit_decode(
-            tensor(N * K // 2, dtype=u8), nested, 6, 256, weight, kernels.FourBitDecodeConfig()
+            packed, nested, 6, 256, weight, kernels.FourBitDecodeConfig()
         ),
     }
 

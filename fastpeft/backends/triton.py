@@ -20,6 +20,7 @@ from ..nf4 import NESTED_BLOCKSIZE
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter computes nonsense in bfloat16
+FEW_TOKENS = 16  # a tile's rows: more of them cost nothing, and two tiles would decode W twice
 RANK_BLOCK = 64  # ranks that a program holds at most; the matrix instructions want 16 at least
 
 
@@ -92,8 +93,9 @@ def lora_linear(
     kernels = _kernels()
     x2, N = _matrix(x), B[0].shape[0]
     M, K = x2.shape
-    weight = _dense(weight, quant, blocksize, N, K, x.dtype)
     masks = [_Mask(p, seed, i) for i, p in enumerate(dropout_p)]
+    in_loop = bool(quant) and _decodes_in_loop(M, K, blocksize) and (not c or (len(c) == 1 and not masks[0].threshold))
+    dense = weight if in_loop else _dense(weight, quant, blocksize, N, K, x.dtype)
     scales = [s * mask.factor for s, mask in zip(scaling, masks, strict=True)]
     index = None if adapter_index is None else adapter_index.reshape(-1)
     u = x.new_zeros((M, sum(a.shape[0] for a in A)), dtype=torch.float32)
@@ -106,15 +108,24 @@ def lora_linear(
         kernels.lora_down(
             x2, a, parts[i], mask.threshold, mask.seed, index, i, config=kernels.LoraDownConfig(), **settings
         )
+    if in_loop:
+        tail = kernels.Tail(u, *_side_by_side(B, scales), c=c[0] if c else None, z=z[0] if z else None, bias=bias)
+        y = x.new_empty((M, N))
+        kernels.four_bit_linear(
+            *(x2, weight, quant, _block_bits(blocksize), NESTED_BLOCKSIZE, y, tail),
+            config=kernels.FourBitLinearConfig(),
+            **settings,
+        )
+        return y.view(*x.shape[:-1], N), u, z
     if not c:
-        y = _product(x2, weight, kernels.Tail(u, *_side_by_side(B, scales), bias=bias), settings)
+        y = _product(x2, dense, kernels.Tail(u, *_side_by_side(B, scales), bias=bias), settings)
         return y.view(*x.shape[:-1], N), u, []
     tails = [
         kernels.Tail(part, b, scale, c=factor, z=z[i] if z else None)
         for i, (part, b, scale, factor) in enumerate(zip(parts, B, scales, c, strict=True))
     ]
     tails[-1] = replace(tails[-1], bias=bias)
-    y = _dora_product(x2, weight, tails, masks, settings)
+    y = _dora_product(x2, dense, tails, masks, settings)
     return y.view(*x.shape[:-1], N), u, z
 
 
@@ -313,9 +324,19 @@ def _dense(weight: Tensor, quant: Sequence[Tensor], blocksize: int, N: int, K: i
         return weight
     kernels = _kernels()
     out = weight.new_empty((N, K), dtype=dtype)
-    bits = blocksize.bit_length() - 1
+    bits = _block_bits(blocksize)
     kernels.four_bit_decode(weight, quant, bits, NESTED_BLOCKSIZE, out, kernels.FourBitDecodeConfig())
     return out
+
+
+def _decodes_in_loop(M: int, K: int, blocksize: int) -> bool:
+    """Whether the product decodes W itself: a few tokens, each read of W once, in whole groups."""
+    group = _kernels().GROUP
+    return M <= FEW_TOKENS and K % group == 0 and blocksize >= group
+
+
+def _block_bits(blocksize: int) -> int:
+    return blocksize.bit_length() - 1
 
 
 def _settings(x: Tensor, A: Sequence[Tensor]) -> dict[str, Any]:

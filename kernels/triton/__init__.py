@@ -5,17 +5,19 @@ Tensors in, tensors out, no autograd and no choices: fastpeft/backends/triton.py
 
 from .dora_norm import DoraNormConfig, dora_norm
 from .dropout import DropoutConfig, dropout
-from .four_bit import FourBitDecodeConfig, four_bit_decode
+from .four_bit import GROUP, FourBitDecodeConfig, FourBitLinearConfig, four_bit_decode, four_bit_linear
 from .lora_down import LoraDownConfig, lora_down
 from .lora_gradients import DyOutputs, LoraDaConfig, LoraDyConfig, lora_dA, lora_dy
 from .lora_linear import MASKED_INPUT, LoraLinearConfig, LoraUpConfig, Tail, lora_linear, lora_up
 
 __all__ = [
+    "GROUP",
     "MASKED_INPUT",
     "DoraNormConfig",
     "DropoutConfig",
     "DyOutputs",
     "FourBitDecodeConfig",
+    "FourBitLinearConfig",
     "LoraDaConfig",
     "LoraDownConfig",
     "LoraDyConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "dora_norm",
     "dropout",
     "four_bit_decode",
+    "four_bit_linear",
     "lora_dA",
     "lora_down",
     "lora_dy",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .tiles import keep_tile
 
