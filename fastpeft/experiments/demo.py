@@ -200,8 +200,14 @@ def _notes(settings: Settings, results: Sequence[Result]) -> str:
         if settings.dropout
         else "Without dropout the losses of the two differ by rounding alone, which training amplifies."
     )
+    repacked = (
+        "On some processors bitsandbytes repacks 4-bit weights in an evaluation, and PEFT then takes DoRA's norm from "
+        "what it cannot read any more: PEFT's test figures are off there (docs/peft.md).\n"
+        if settings.method == "qdora"
+        else ""
+    )
     return (
-        f"{agreement} The accuracy has a standard error of {standard_error:.1%}.\n"
+        f"{agreement} The accuracy has a standard error of {standard_error:.1%}.\n{repacked}"
         "Peak memory: the weights, the optimizer and all other tensors of one training step. Kept for backward: what "
         "the forward pass leaves for the backward pass, the weights not counted."
     )
