@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from enum import Enum
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class Plan(Enum):
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine at all; None when it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "Triton is not installed"
     if not torch.cuda.is_available() and not _is_interpreted():
         return "torch finds no NVIDIA GPU"
@@ -52,9 +54,8 @@ def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence
         return f"it runs on NVIDIA GPUs, and x is on {x.device}"
     if torch.version.hip is not None:
         return "it was never tried on AMD GPUs"
-    reason = unavailable()
-    if reason is not None:
-        return reason
+    if not _is_installed():
+        return "Triton is not installed"
     if x.dtype not in DTYPES:
         return f"it computes in float32, bfloat16 or float16, and x is {x.dtype}"
     if _is_interpreted() and x.dtype not in INTERPRETED_DTYPES:
@@ -74,6 +75,18 @@ def worth_a_warning(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype in DTYPES and unavailable() is not None
 
 
+def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on torch's current device, which need not be the first argument's."""
+
+    @wraps(op)
+    def run(first: Tensor, *args: Any) -> Any:
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return op(first, *args)
+
+    return run
+
+
+@_on_its_device
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -93,6 +106,7 @@ def lora_linear(
     kernels = _kernels()
     x2, N = _matrix(x), B[0].shape[0]
     M, K = x2.shape
+    bias = None if bias is None else bias.contiguous()
     masks = [_Mask(p, seed, i) for i, p in enumerate(dropout_p)]
     in_loop = bool(quant) and _decodes_in_loop(M, K, blocksize) and (not c or (len(c) == 1 and not masks[0].threshold))
     dense = weight if in_loop else _dense(weight, quant, blocksize, N, K, x.dtype)
@@ -129,6 +143,7 @@ def lora_linear(
     return y.view(*x.shape[:-1], N), u, z
 
 
+@_on_its_device
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -209,6 +224,7 @@ def lora_linear_backward(
     return grads + [grad for some in (dA, dB, dc) for _, grad in sorted(some.items())]
 
 
+@_on_its_device
 def dora_norm(
     weight: Tensor,
     quant: Sequence[Tensor],
@@ -349,6 +365,11 @@ def _settings(x: Tensor, A: Sequence[Tensor]) -> dict[str, Any]:
 
 def _matrix(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+@lru_cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _is_interpreted() -> bool:
