@@ -178,7 +178,7 @@ def _lora_adapter(layer: Any, name: str, matrix: Tensor | FourBit, dtype: torch.
 
 
 def _svd_adapter(layer: Any, name: str, matrix: Tensor | FourBit, dtype: torch.dtype | None) -> _Adapter | str | None:
-    """AdaLoRA: ``A`` with the singular values and the scaling multiplied in, in float32 (or float64)."""
+    """AdaLoRA: ``A`` with the singular values multiplied in, in float32 (or float64)."""
     modules = layer._modules
     holders, dropouts = [modules[kind] for kind in ("lora_A", "lora_B", "lora_E", "ranknum")], modules["lora_dropout"]
     if {nn.ParameterDict} != set(map(type, holders)) or type(dropouts) is not nn.ModuleDict:
@@ -192,9 +192,11 @@ def _svd_adapter(layer: Any, name: str, matrix: Tensor | FourBit, dtype: torch.d
         return reason
     if A.shape[0] == 0:
         return "has rank 0"
-    # PEFT lets the number of ranks learn, too, where the base is in a low precision.
-    factor = E.to(torch.promote_types(E.dtype, torch.float32)) * (scaling / (ranknum + _ADALORA_EPSILON))
-    return _Adapter(A * factor, B, 1.0, _dropout_p(dropout))
+    A = A * E.to(torch.promote_types(E.dtype, torch.float32))
+    scale = scaling / (ranknum + _ADALORA_EPSILON)
+    if scale.requires_grad:  # PEFT lets the number of ranks learn, too, where the base is in a low precision
+        return _Adapter(A * scale, B, 1.0, _dropout_p(dropout))
+    return _Adapter(A, B, scale.item() if is_readable(scale) else scale, _dropout_p(dropout))
 
 
 def _dropout_reason(dropout: Any) -> str | None:
