@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from .cases import DTYPES, METHODS
+from fastpeft.experiments.models import METHODS
+
+from .cases import DTYPES
 from .contestants import BASE, FASTPEFT, PEFT
 from .rows import Row
 

@@ -21,7 +21,6 @@ LAYER_SHAPES = (
 )
 GPU_LAYER_SHAPES = ((1, 4096, 4096), (512, 4096, 4096), (2048, 4096, 4096), (4096, 4096, 4096), (8192, 4096, 4096))
 RANK = 16
-METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
 DROPOUTS = (0.0, 0.05)
 SEED = 0
 
@@ -40,7 +39,7 @@ class Case(Protocol):
     def dropout(self) -> float: ...
     @property
     def method(self) -> str:
-        """A key of :data:`METHODS`."""
+        """A key of :data:`fastpeft.experiments.models.METHODS`."""
 
     @property
     def device(self) -> str:

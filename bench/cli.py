@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastpeft.experiments.models import FOUR_BIT_METHODS, METHODS
 from fastpeft.experiments.packages import MissingPackage, require_package
 
 from . import bounds, plot, rows, table
@@ -21,13 +22,12 @@ from .cases import (
     DTYPES,
     GPU_LAYER_SHAPES,
     LAYER_SHAPES,
-    METHODS,
     RANK,
     Case,
     LayerCase,
     ModelCase,
 )
-from .contestants import CONTESTANTS, is_four_bit
+from .contestants import CONTESTANTS
 from .measure import Run, measure
 
 QUICK_SHAPES = ((1, 2048, 2048), (512, 1024, 1024), (512, 2048, 2048))
@@ -123,7 +123,7 @@ def command(
     it are drawn from these rows.
     """
     try:
-        four_bit = ("bitsandbytes",) if not methods or any(map(is_four_bit, methods)) else ()
+        four_bit = ("bitsandbytes",) if not methods or set(methods) & set(FOUR_BIT_METHODS) else ()
         for package in (*four_bit, "matplotlib", "peft", "psutil", "transformers"):
             require_package(package, "pip install 'fastpeft[bench]'")
     except MissingPackage as missing:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.experiments.four_bit import to_four_bit
+from fastpeft.experiments.models import DORA_METHODS, FOUR_BIT_METHODS
 
 from .cases import DTYPES, SEED, Case
 
@@ -102,28 +103,25 @@ def frozen(base: nn.Module, case: Case) -> nn.Module:
     return base
 
 
-def is_four_bit(method: str) -> bool:
-    """Whether the adapted layers hold their frozen weights in NF4; the frozen base beside them stays dense."""
-    return method in ("qlora", "qdora")
-
-
 def with_peft(base: nn.Module, case: Case, *, dense: bool = False) -> nn.Module:
-    """PEFT as it comes: float32 adapters, bitsandbytes' layers for 4-bit weights. B is random and AdaLoRA's E is 1, so
-    that every gradient is worth comparing and DoRA's magnitude is not the norm any more.
+    """PEFT as it comes: float32 adapters, bitsandbytes' layers for 4-bit weights (the frozen base beside it stays dense).
+
+    B is random and AdaLoRA's E is 1, so that every gradient is worth comparing and DoRA's magnitude is not the norm
+    any more.
 
     Args:
         dense: 4-bit weights are decoded into dense ones, for the oracle.
     """
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
-    if is_four_bit(case.method):
+    if case.method in FOUR_BIT_METHODS:
         to_four_bit(base, lambda name: name in case.target_modules, decoded=dense)
     settings = {"lora_dropout": case.dropout, "target_modules": list(case.target_modules)}
     config: LoraConfig
     if case.method == "adalora":  # PEFT divides its alpha by the number of ranks
         config = AdaLoraConfig(init_r=case.rank, target_r=case.rank, lora_alpha=2 * case.rank, total_step=1, **settings)
     else:
-        use_dora = case.method in ("dora", "qdora")
+        use_dora = case.method in DORA_METHODS
         config = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, use_dora=use_dora, **settings)
     torch.manual_seed(SEED)
     model: nn.Module = get_peft_model(base, config)

@@ -92,7 +92,7 @@ def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run
 
     for phase in case.phases:
         phases = {name: runner.phase(phase) for name, runner in runners.items()}
-        samples = interleave(phases, rounds, torch.cuda.synchronize if case.device == "cuda" else _nothing)
+        samples = interleave(phases, rounds, torch.cuda.synchronize if case.device == "cuda" else lambda: None)
         for contestant in contestants:
             name = contestant.name
             timed = samples.get(name)
@@ -143,10 +143,6 @@ def _backend(runner: Runner) -> str:
     x = torch.empty(1, weight.shape[1], dtype=DTYPES[runner.case.dtype], device=weight.device)
     backend = dispatch.choose("lora_linear", x, weight_operands(weight)[0], A, B, None)
     return f"{native.NAME}, {native._C.isa()}" if backend is native and native._C is not None else backend.NAME
-
-
-def _nothing() -> None:
-    """The processor has no queue to wait for."""
 
 
 def _now() -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cases import METHODS
+from fastpeft.experiments.models import METHODS
+
 from .contestants import BASE, CONTESTANTS, FASTPEFT
 from .rows import Row
 from .table import origin

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from fastpeft.experiments.models import METHODS
+
 from . import rows, table
-from .cases import METHODS, RANK
+from .cases import RANK
 from .contestants import BASE, CONTESTANTS, FASTPEFT, PEFT
 from .rows import Row
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 import fastpeft
+from fastpeft.experiments.models import METHODS
 
-from .cases import DTYPES, METHODS
+from .cases import DTYPES
 
 Summary = dict[str, float]
 """``min``, ``q1``, ``median``, ``q3``."""

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastpeft.experiments.models import METHODS
+
 from .bounds import STATED_FOR, Finding
-from .cases import METHODS
 from .contestants import BASE, CONTESTANTS, FASTPEFT
 from .rows import Row
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from fastpeft.bench import bounds, cli, contestants, parity, plot, readme, rows, table, timing
-from fastpeft.bench.cases import METHODS, LayerCase, ModelCase
+from fastpeft.bench.cases import LayerCase, ModelCase
 from fastpeft.bench.contestants import BASE, CONTESTANTS, FASTPEFT, PEFT, PEFT_AUTOCAST, PEFT_COMPILED
 from fastpeft.bench.measure import Run, measure
 from fastpeft.bench.rows import Row
 from rich.console import Console
 from torch import nn
 
+from fastpeft.experiments.models import METHODS
 from fastpeft.peft.layers import FusedLinear
 
 EAGER = tuple(contestant for contestant in CONTESTANTS if not contestant.compiled)

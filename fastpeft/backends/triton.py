@@ -112,10 +112,10 @@ def lora_linear(
     dense = weight if in_loop else _dense(weight, quant, blocksize, N, K, x.dtype)
     scales = [s * mask.factor for s, mask in zip(scaling, masks, strict=True)]
     index = None if adapter_index is None else adapter_index.reshape(-1)
-    u = x.new_zeros((M, sum(a.shape[0] for a in A)), dtype=torch.float32)
-    z = [x.new_zeros((M, N), dtype=torch.float32 if M == 1 else x.dtype) for _ in c] if keep_z else []
+    u = x.new_empty((M, sum(a.shape[0] for a in A)), dtype=torch.float32)
+    z = [x.new_empty((M, N), dtype=torch.float32 if M == 1 else x.dtype) for _ in c] if keep_z else []
     if M == 0:
-        return x.new_zeros((*x.shape[:-1], N)), u, z
+        return x.new_empty((*x.shape[:-1], N)), u, z
     settings = _settings(x, A)
     parts = u.split([a.shape[0] for a in A], dim=1)
     for i, (a, mask) in enumerate(zip(A, masks, strict=True)):
@@ -190,12 +190,13 @@ def lora_linear_backward(
             dc=v.new_empty((tiles, N)) if c and need_c[i] else None,
             dz=dy2.new_empty((M, N)) if c and (i > 0 or need_x or need_weight) else None,
         )
-        kernels.lora_dy(
-            *(flowing, B[i], u_parts[i] if u_parts and need_B[i] else None, scaling[i] * masks[i].factor, index, i),
-            *(c[i] if c else None, z[i] if z else None, out),
-            config=config,
-            **settings,
-        )
+        if any(result is not None for result in vars(out).values()):
+            kernels.lora_dy(
+                *(flowing, B[i], u_parts[i] if u_parts and need_B[i] else None, scaling[i] * masks[i].factor, index, i),
+                *(c[i] if c else None, z[i] if z else None, out),
+                config=config,
+                **settings,
+            )
         if out.dB is not None:
             dB[i] = out.dB.sum(0).to(B[i].dtype)
         if out.dc is not None:

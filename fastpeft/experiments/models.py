@@ -90,6 +90,8 @@ def llama_classifier(causal: LlamaForCausalLM, pad_token_id: int) -> LlamaForSeq
 
 
 METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
+FOUR_BIT_METHODS = ("qlora", "qdora")
+DORA_METHODS = ("dora", "qdora")
 CLASSIFIERS = ("classifier", "score")
 MODELS = {
     "minilm": ModelSource("MiniLM-L6, a BERT encoder", load_minilm, 3e-4),
@@ -107,7 +109,7 @@ def add_adapters(model: nn.Module, method: str, rank: int, dropout: float, steps
     """
     import peft
 
-    if method in ("qlora", "qdora"):
+    if method in FOUR_BIT_METHODS:
         to_four_bit(model, lambda name: name not in CLASSIFIERS)
     settings = {"task_type": peft.TaskType.SEQ_CLS, "target_modules": "all-linear", "lora_dropout": dropout}
     config: peft.LoraConfig
@@ -116,7 +118,7 @@ def add_adapters(model: nn.Module, method: str, rank: int, dropout: float, steps
         schedule = {"tinit": steps // 10, "tfinal": steps // 5, "total_step": steps}
         config = peft.AdaLoraConfig(init_r=first, target_r=rank, lora_alpha=2 * first, **schedule, **settings)
     else:
-        use_dora = method in ("dora", "qdora")
+        use_dora = method in DORA_METHODS
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=use_dora, **settings)
     return peft.get_peft_model(model, config)
 

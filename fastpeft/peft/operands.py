@@ -135,7 +135,8 @@ def _four_bit_weight(layer: Any, base: Any) -> FourBit | str:
         found = from_bitsandbytes(weight, state)
     except (TypeError, ValueError) as error:
         return f"its 4-bit base weight cannot be read: {error}"
-    layer.__dict__["_fastpeft_four_bit"] = memory, parts, found
+    if found.packed.data_ptr() == weight.data_ptr():  # not a copy, which would miss what is written into the weight
+        layer.__dict__["_fastpeft_four_bit"] = memory, parts, found
     return found
 
 

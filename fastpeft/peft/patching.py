@@ -120,7 +120,7 @@ def _switch(change: Callable[[object], None], who: object) -> None:
 
 
 def enable() -> None:
-    """From now on every (Ada)LoRA layer that PEFT makes in this process is fused, by Trainer, TRL ...."""
+    """From now on every (Ada)LoRA layer that PEFT makes in this process is fused, whoever asks for it."""
     _switch(_wanted_by.add, _PROCESS)
 
 
