@@ -104,7 +104,7 @@ def frozen(base: nn.Module, case: Case) -> nn.Module:
 
 
 def with_peft(base: nn.Module, case: Case, *, dense: bool = False) -> nn.Module:
-    """PEFT as it comes: float32 adapters, bitsandbytes' layers for 4-bit weights (the frozen base beside it stays dense).
+    """PEFT as it comes: float32 adapters, bitsandbytes' layers for 4-bit weights (the base beside it stays dense).
 
     B is random and AdaLoRA's E is 1, so that every gradient is worth comparing and DoRA's magnitude is not the norm
     any more.
