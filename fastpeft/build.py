@@ -1,9 +1,10 @@
-"""Builds the C++ extension ``fastpeft._C`` from csrc/.
+"""Builds the C++ extension ``fastpeft._C`` from csrc/, and ``fastpeft._cuda`` from csrc/cuda where nvcc is found.
 
 setup.py loads this file by its path, before fastpeft or torch are there; ``python -m fastpeft build`` builds in place,
 from csrc/ of a checkout or from the copy inside an installed package. Nothing but a compiler, Python's headers and
 torch is needed. Every file is compiled for the oldest processor of its architecture, save those named after an
-instruction set, which run only where the processor has it.
+instruction set, which run only where the processor has it. The CUDA part knows nothing of torch: it is built beside a
+torch without CUDA, too, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,31 +33,36 @@ X86_FLAGS = {
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=off"]
 COMPILERS = ("g++", "c++", "clang++")
 LIBRARY = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+CUDA_LIBRARY = "_cuda" + sysconfig.get_config_var("EXT_SUFFIX")
+CUDA_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Each serves the later minor versions of its major one; newer GPUs compile the last one's PTX when they load it.
+CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
 class BuildError(RuntimeError):
     """The extension cannot be built; the message says what is missing and how to add it."""
 
 
-def build_in_place() -> Path:
-    """Builds the extension beside this file, where ``import fastpeft._C`` finds it, and returns its path.
+def build_in_place() -> list[Path]:
+    """Builds the extensions beside this file, where ``import fastpeft`` finds them, and returns their paths.
 
     Raises:
         BuildError: sources, compiler, Python's headers or torch are missing, or a file does not compile.
     """
     package = Path(__file__).resolve().parent
-    library = package / LIBRARY
     checkout = package.parent / "csrc"
-    if checkout.is_dir():
-        build(checkout, library, package.parent / "build" / "native")
-    else:
-        with tempfile.TemporaryDirectory() as objects:
-            build(package / "csrc", library, Path(objects))
-    return library
+    with tempfile.TemporaryDirectory() as folder:
+        csrc, objects = (checkout, package.parent / "build") if checkout.is_dir() else (package / "csrc", Path(folder))
+        built = [package / LIBRARY]
+        build(csrc, built[0], objects / "native")
+        if find_nvcc() is not None:
+            built.append(package / CUDA_LIBRARY)
+            build_cuda(csrc, built[1], objects / "cuda")
+    return built
 
 
 def build(csrc: Path, library: Path, objects: Path) -> None:
-    """Compiles ``csrc/*.cpp`` and ``csrc/cpu/*.cpp`` in parallel and links them.
+    """Compiles ``csrc/*.cpp`` and ``csrc/cpu/*.cpp`` and links them.
 
     Args:
         csrc: the folder with the sources.
@@ -66,28 +73,68 @@ def build(csrc: Path, library: Path, objects: Path) -> None:
         BuildError: as for :func:`build_in_place`.
     """
     sources = [*sorted(csrc.glob("*.cpp")), *sorted(csrc.glob("cpu/*.cpp"))]
-    if not sources:
-        raise BuildError(f"no C++ sources in {csrc}: install fastpeft from a checkout or a source archive")
     compiler = find_compiler()
     compile_flags, link_flags = _torch_flags()
+
+    def command(source: Path) -> list[str]:
+        return [*compiler, *COMPILE_FLAGS, *machine_flags(source), *compile_flags]
+
+    compile_and_link(csrc, sources, command, [*compiler, "-shared"], link_flags, library, objects)
+
+
+def build_cuda(csrc: Path, library: Path, objects: Path) -> None:
+    """Compiles ``csrc/cuda`` and links it with CUDA's runtime; the arguments and errors are those of :func:`build`."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("no nvcc: install CUDA's toolkit or set CUDA_HOME to it, then run `python -m fastpeft build`")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    architectures = [name for name in CUDA_ARCHITECTURES if f"sm_{name}" in known]
+    if not architectures:
+        raise BuildError(f"{nvcc} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: install a newer one")
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+    targets.append("-gencode=arch=compute_{0},code=compute_{0}".format(architectures[-1]))
+    compiler = [nvcc, *CUDA_FLAGS]
+    binding = [*compiler, "-DFASTPEFT_CUDA_MODULE=_cuda", *pybind_flags()]
+
+    def command(source: Path) -> list[str]:
+        return [*compiler, *targets] if source.suffix == ".cu" else binding
+
+    compile_and_link(csrc, cuda_sources(csrc), command, [*compiler, "-shared"], [], library, objects)
+
+
+def cuda_sources(csrc: Path) -> list[Path]:
+    """The files of the CUDA part: kernels with their launchers, and the binding."""
+    return [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("cuda/*.cpp"))]
+
+
+def compile_and_link(
+    csrc: Path,
+    sources: Sequence[Path],
+    command: Callable[[Path], list[str]],
+    linker: Sequence[str],
+    link_flags: Sequence[str],
+    library: Path,
+    objects: Path,
+) -> None:
+    """Compiles the sources in parallel, each by its ``command``, and links them; see :func:`build`."""
+    if not sources:
+        raise BuildError(f"no C++ sources in {csrc}: install fastpeft from a checkout or a source archive")
     objects.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
         target = objects / "_".join(source.relative_to(csrc).with_suffix(".o").parts)
-        dependencies = ["-MMD", "-MF", str(target.with_suffix(".d"))]
-        command = [*compiler, *COMPILE_FLAGS, *machine_flags(source), *compile_flags, *dependencies]
-        command += ["-c", str(source), "-o", str(target)]
-        if not _is_fresh(target, command):
+        full = [*command(source), "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]
+        if not _is_fresh(target, full):
             print(f"compiling {source.relative_to(csrc.parent)}", flush=True)
-            _run(command, f"{source} does not compile")
-            target.with_suffix(".cmd").write_text(shlex.join(command))
+            _run(full, f"{source} does not compile")
+            target.with_suffix(".cmd").write_text(shlex.join(full))
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         compiled = [str(path) for path in pool.map(compile_one, sources)]
     linked = library.with_name(library.name + ".new")
-    _run([*compiler, "-shared", *compiled, *link_flags, "-o", str(linked)], f"{library.name} does not link")
+    _run([*linker, *compiled, *link_flags, "-o", str(linked)], f"{library.name} does not link")
     linked.replace(library)
 
 
@@ -109,6 +156,18 @@ def find_compiler() -> list[str]:
         f"no C++ compiler: {missing}; install one (Debian, Ubuntu: apt install g++), "
         "then run `python -m fastpeft build`"
     )
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler: under the variable ``CUDA_HOME``, or on the path; None where there is none."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+
+
+def pybind_flags() -> list[str]:
+    """Flags to compile against Python and the pybind11 that torch brings."""
+    compile_flags, _ = _torch_flags()
+    return [flag for flag in compile_flags if not flag.startswith("-D") and flag != "-fopenmp"]
 
 
 def _torch_flags() -> tuple[list[str], list[str]]:

@@ -56,6 +56,7 @@ def build() -> None:
     from .build import BuildError, build_in_place
 
     try:
-        click.echo(f"built {build_in_place()}")
+        for library in build_in_place():
+            click.echo(f"built {library}")
     except BuildError as error:
         raise click.ClickException(str(error)) from error

@@ -1,0 +1,130 @@
+// What the kernels do to single elements and to runs of eight: types, loads and stores, the dropout mask.
+#pragma once
+#include <cstdint>
+
+#include "launchers.h"
+#include "runtime.h"
+
+namespace fastpeft::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+
+template <typename T>
+struct Convert {
+    static __device__ __forceinline__ float from(float value) { return value; }
+};
+template <>
+struct Convert<__nv_bfloat16> {
+    static __device__ __forceinline__ __nv_bfloat16 from(float value) { return __float2bfloat16(value); }
+};
+template <>
+struct Convert<__half> {
+    static __device__ __forceinline__ __half from(float value) { return __float2half(value); }
+};
+
+template <typename T>
+__device__ __forceinline__ float rounded(float value) {
+    return to_float(Convert<T>::from(value));
+}
+
+// Two numbers in a low precision as one operand of the matrix units, the first in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t pair(float low, float high) {
+    union {
+        T halves[2];
+        uint32_t word;
+    } both = {{Convert<T>::from(low), Convert<T>::from(high)}};
+    return both.word;
+}
+
+__device__ __forceinline__ float element(const void* data, DType dtype, int64_t at) {
+    if (dtype == DType::f32) return static_cast<const float*>(data)[at];
+    if (dtype == DType::bf16) return to_float(static_cast<const __nv_bfloat16*>(data)[at]);
+    return to_float(static_cast<const __half*>(data)[at]);
+}
+
+// Eight elements that follow each other; those from `count` on are 0. `vector`: 16 bytes at a time, data aligned so.
+template <typename T>
+__device__ __forceinline__ void load8(const T* at, int count, bool vector, float (&out)[8]) {
+    if (vector && count >= 8) {
+        constexpr int kPerLoad = 16 / sizeof(T);
+#pragma unroll
+        for (int part = 0; part < 8 / kPerLoad; ++part) {
+            union {
+                uint4 word;
+                T elements[kPerLoad];
+            } loaded;
+            loaded.word = reinterpret_cast<const uint4*>(at)[part];
+#pragma unroll
+            for (int i = 0; i < kPerLoad; ++i) out[part * kPerLoad + i] = to_float(loaded.elements[i]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[i] = i < count ? to_float(at[i]) : 0.0f;
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void store8(T* at, int count, bool vector, const float (&values)[8]) {
+    if (vector && count >= 8) {
+        constexpr int kPerStore = 16 / sizeof(T);
+#pragma unroll
+        for (int part = 0; part < 8 / kPerStore; ++part) {
+            union {
+                uint4 word;
+                T elements[kPerStore];
+            } stored;
+#pragma unroll
+            for (int i = 0; i < kPerStore; ++i) stored.elements[i] = Convert<T>::from(values[part * kPerStore + i]);
+            reinterpret_cast<uint4*>(at)[part] = stored.word;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (i < count) at[i] = Convert<T>::from(values[i]);
+    }
+}
+
+// Keep bits of the eight columns 8 * group … of a row, the first in the lowest bit: Philox-4x32-10, see dropout.py.
+__device__ __forceinline__ uint32_t keep8(uint64_t seed, uint32_t threshold, uint32_t row, uint32_t group) {
+    uint32_t c0 = group, c1 = row, c2 = 0, c3 = 0;
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        const uint32_t high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+        const uint32_t high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+        c0 = high1 ^ c1 ^ key0;
+        c1 = low1;
+        c2 = high0 ^ c3 ^ key1;
+        c3 = low0;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    const uint32_t words[4] = {c0, c1, c2, c3};
+    uint32_t bits = 0;
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+        bits |= static_cast<uint32_t>((words[word] & 0xffff) >= threshold) << (2 * word);
+        bits |= static_cast<uint32_t>((words[word] >> 16) >= threshold) << (2 * word + 1);
+    }
+    return bits;
+}
+
+// Calls `launch` with a null pointer of the type that `dtype` names.
+template <typename Launch>
+cudaError_t with_type(DType dtype, Launch launch) {
+    if (dtype == DType::f32) return launch(static_cast<float*>(nullptr));
+    if (dtype == DType::bf16) return launch(static_cast<__nv_bfloat16*>(nullptr));
+    return launch(static_cast<__half*>(nullptr));
+}
+
+inline unsigned blocks_of(int64_t total, int64_t size) { return static_cast<unsigned>((total + size - 1) / size); }
+
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+}  // namespace fastpeft::cuda

@@ -1,0 +1,62 @@
+// u = x Aᵀ of a few tokens, by dot products: a block has one rank, and reads its row of A once for all tokens.
+#include "elements.cuh"
+
+namespace fastpeft::cuda {
+
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+
+template <typename T>
+__global__ __launch_bounds__(kThreads) void lora_down_kernel(const T* x, int64_t x_stride, Matrix A, float* u,
+                                                             int64_t u_stride, const int32_t* index, int adapter, int M,
+                                                             int64_t K, bool vector) {
+    __shared__ float partial[kWarps][kFewTokens];
+    const int64_t r = blockIdx.x;
+    float sums[kFewTokens] = {};
+    for (int64_t k = threadIdx.x * 8; k < K; k += kThreads * 8) {
+        const int count = static_cast<int>(K - k < 8 ? K - k : 8);
+        float a[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            a[i] = i < count
+                       ? rounded<T>(element(A.data, A.dtype, r * A.row_stride + (k + i) * A.column_stride))
+                       : 0.0f;
+#pragma unroll
+        for (int m = 0; m < kFewTokens; ++m) {
+            if (m >= M) break;
+            float values[8];
+            load8(x + m * x_stride + k, count, vector, values);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sums[m] += a[i] * values[i];
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < kFewTokens; ++m) {
+        if (m >= M) break;
+#pragma unroll
+        for (int other = kWarp / 2; other > 0; other /= 2) sums[m] += __shfl_xor_sync(kAllLanes, sums[m], other);
+        if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp][m] = sums[m];
+    }
+    __syncthreads();
+    const int m = threadIdx.x;
+    if (m >= M) return;
+    float sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp][m];
+    u[m * u_stride + r] = index == nullptr || index[m] == adapter ? sum : 0.0f;
+}
+
+}  // namespace
+
+cudaError_t lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride, const int32_t* index,
+                      int adapter, int64_t M, int64_t K, int64_t rank, DType dtype, cudaStream_t stream) {
+    return with_type(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const bool vector = x_stride % static_cast<int64_t>(16 / sizeof(T)) == 0 && is_aligned(x);
+        return FASTPEFT_LAUNCH(lora_down_kernel<T>, static_cast<unsigned>(rank), kThreads, stream,
+                               static_cast<const T*>(x), x_stride, A, u, u_stride, index, adapter, static_cast<int>(M),
+                               K, vector);
+    });
+}
+
+}  // namespace fastpeft::cuda
