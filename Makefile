@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 REVIEWS := data/vaderSentiment-3.3.2.tar.gz
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 export HF_HUB_OFFLINE := 1
 
 .PHONY: setup demo test lint format bench tables gpu-check microbench clean

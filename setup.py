@@ -1,4 +1,5 @@
-"""Adds the C++ extension to what pyproject.toml declares; without torch or a compiler the install goes on."""
+"""Adds the C++ extension, and the CUDA one where nvcc is found, to what pyproject.toml declares; where one cannot be
+built the install goes on without it."""
 
 from __future__ import annotations
 
@@ -22,10 +23,13 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if importlib.util.find_spec("torch") is None:  # pip's isolated build hides the environment it installs into
             sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        name = ext.name.rpartition(".")[2]
         try:
-            build.build(ROOT / "csrc", Path(self.get_ext_fullpath(ext.name)), ROOT / "build" / "native")
+            BUILDERS[name](ROOT / "csrc", Path(self.get_ext_fullpath(ext.name)), ROOT / "build" / name.strip("_"))
         except build.BuildError as error:
-            raise CompileError(f"fastpeft is installed without its C++ extension and runs slower: {error}") from error
+            raise CompileError(f"fastpeft is installed without {ext.name} and runs slower: {error}") from error
 
 
-setup(ext_modules=[Extension("fastpeft._C", sources=[], optional=True)], cmdclass={"build_ext": BuildNative})
+BUILDERS = {"_C": build.build} | ({"_cuda": build.build_cuda} if build.find_nvcc() else {})
+EXTENSIONS = [Extension(f"fastpeft.{name}", sources=[], optional=True) for name in BUILDERS]
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildNative})

@@ -54,7 +54,7 @@ def build_in_place() -> list[Path]:
     with tempfile.TemporaryDirectory() as folder:
         csrc, objects = (checkout, package.parent / "build") if checkout.is_dir() else (package / "csrc", Path(folder))
         built = [package / LIBRARY]
-        build(csrc, built[0], objects / "native")
+        build(csrc, built[0], objects / "C")
         if find_nvcc() is not None:
             built.append(package / CUDA_LIBRARY)
             build_cuda(csrc, built[1], objects / "cuda")

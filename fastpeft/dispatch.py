@@ -1,7 +1,8 @@
 """Which backend takes a call, and why the others refused.
 
-The order of preference is native, triton, reference. An explicit request that cannot be met raises with the reason; an
-automatic choice falls through, and :func:`refusals` is what ``explain``, the report and ``fastpeft info`` show.
+The order of preference is native (on CPUs), cuda, triton (on NVIDIA GPUs), reference. An explicit request that cannot
+be met raises with the reason; an automatic choice falls through, and :func:`refusals` is what ``explain``, the report
+and ``fastpeft info`` show.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from .backends import native, reference, triton
+from .backends import cuda, native, reference, triton
 
-BACKENDS: tuple[ModuleType, ...] = (native, triton, reference)
+BACKENDS: tuple[ModuleType, ...] = (native, cuda, triton, reference)
 _BY_NAME = {backend.NAME: backend for backend in BACKENDS}
 _warned: set[str] = set()
 

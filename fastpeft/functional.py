@@ -49,7 +49,8 @@ def lora_linear(
         training: False switches dropout off.
         adapter_index: integers ``[...]`` (the leading shape of ``x``), for mixed batches: token ``m`` is served by
             adapter ``adapter_index[m]`` alone, by none where it is -1. None: every adapter serves every token.
-        backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the fastest that accepts the call.
+        backend: ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the fastest that accepts the
+            call.
 
     Returns:
         ``[..., N]``, in the dtype the product ran in.

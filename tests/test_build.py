@@ -39,16 +39,30 @@ AVX2 = """
 int answer_avx2() { return 2; }
 """
 
+CUDA = """
+__global__ void answer_kernel(int* out) { *out = 42; }
+int launch_answer(int* out) { answer_kernel<<<1, 1>>>(out); return cudaGetLastError(); }
+"""
+BINDING = """
+#include <pybind11/pybind11.h>
+int launch_answer(int*);
+PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) { m.def("answer", [] { return launch_answer(nullptr); }); }
+"""
+needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="there is no nvcc")
+
 
 @pytest.fixture
 def csrc(tmp_path: Path) -> Path:
-    """Sources of an extension that compiles in a second: the layout of csrc/, no header of torch."""
+    """Sources of extensions that compile in seconds: the layout of csrc/, no header of torch."""
     folder = tmp_path / "csrc"
     (folder / "cpu").mkdir(parents=True)
     (folder / "module.cpp").write_text(MODULE)
     (folder / "cpu" / "answer.h").write_text("int answer_plain();\nint answer_avx2();\n")
     (folder / "cpu" / "answer_plain.cpp").write_text(PLAIN)
     (folder / "cpu" / "answer_avx2.cpp").write_text(AVX2)
+    (folder / "cuda").mkdir()
+    (folder / "cuda" / "answer.cu").write_text(CUDA)
+    (folder / "cuda" / "binding.cpp").write_text(BINDING)
     return folder
 
 
@@ -119,6 +133,29 @@ def test_machine_flags_stay_on_their_machine(monkeypatch: pytest.MonkeyPatch) ->
     assert {"-mavx512bf16", "-mamx-bf16"} <= set(build.machine_flags(Path("kernels_amx.cpp")))
 
 
+@needs_nvcc
+def test_the_cuda_part_is_built_where_nvcc_is(csrc: Path) -> None:
+    library = csrc.parent / "out" / build.CUDA_LIBRARY
+    build.build_cuda(csrc, library, csrc.parent / "objects")
+    command = "import _cuda, torch; print(_cuda.answer() == 0, torch.cuda.is_available())"
+    ran = subprocess.run([sys.executable, "-c", command], cwd=library.parent, capture_output=True, text=True)
+    launched, has_gpu = ran.stdout.split()
+    assert launched == has_gpu, ran.stderr  # without a GPU it loads, and the launch has its error
+
+
+def test_without_nvcc_the_cuda_part_says_what_is_missing(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(csrc))
+    assert build.find_nvcc() is None
+    with pytest.raises(build.BuildError, match="no nvcc: install CUDA's toolkit or set CUDA_HOME"):
+        build.build_cuda(csrc, csrc.parent / build.CUDA_LIBRARY, csrc.parent / "objects")
+    too_old = csrc / "bin" / "nvcc"
+    too_old.parent.mkdir()
+    too_old.write_text("#!/bin/sh\necho sm_52 sm_70\n")
+    too_old.chmod(0o755)
+    with pytest.raises(build.BuildError, match="nvcc compiles for none of sm_80, sm_90, sm_100: install a newer one"):
+        build.build_cuda(csrc, csrc.parent / build.CUDA_LIBRARY, csrc.parent / "objects")
+
+
 def make_wheel(csrc: Path, **environment: str) -> tuple[set[str], str]:
     """The names in the wheel that setup.py makes of this package over ``csrc``, and what was printed."""
     project = csrc.parent / "project"
@@ -140,14 +177,20 @@ def make_wheel(csrc: Path, **environment: str) -> tuple[set[str], str]:
 def test_an_installed_copy_has_the_extension_and_can_build_itself(csrc: Path) -> None:
     names, _ = make_wheel(csrc)
     assert f"fastpeft/{build.LIBRARY}" in names
-    assert {"fastpeft/csrc/module.cpp", "fastpeft/csrc/cpu/answer.h", "fastpeft/bench/__init__.py"} <= names
+    assert (f"fastpeft/{build.CUDA_LIBRARY}" in names) == (build.find_nvcc() is not None)
+    assert {
+        "fastpeft/csrc/module.cpp",
+        "fastpeft/csrc/cuda/answer.cu",
+        "fastpeft/csrc/cpu/answer.h",
+        "fastpeft/bench/__init__.py",
+    } <= names
 
 
 def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(csrc: Path) -> None:
     names, output = make_wheel(csrc, CXX="/nonexistent")
     assert f"fastpeft/{build.LIBRARY}" not in names
     assert "fastpeft/ops.py" in names
-    assert "installed without its C++ extension and runs slower: no C++ compiler" in output
+    assert "installed without fastpeft._C and runs slower: no C++ compiler" in output
     assert "`python -m fastpeft build`" in output
 
 

@@ -28,7 +28,12 @@ def operands(dtype: torch.dtype, adapter_dtype: torch.dtype | None = None) -> tu
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_native_takes_what_it_computes_in(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     x, weight, A, B = operands(dtype, adapter_dtype)
-    assert dispatch.refusals(op, x, weight, [A], [B]) == {"native": None, "triton": ON_CPU, "reference": None}
+    assert dispatch.refusals(op, x, weight, [A], [B]) == {
+        "native": None,
+        "cuda": ON_CPU,
+        "triton": ON_CPU,
+        "reference": None,
+    }
     assert dispatch.choose(op, x, weight, [A], [B], None) is native
     assert dispatch.choose(op, x, weight, [A], [B], "native") is native
     assert dispatch.choose(op, x, weight, [A], [B], "reference") is reference
@@ -53,7 +58,7 @@ def test_a_backend_refuses_an_op_that_it_does_not_have(monkeypatch: pytest.Monke
     x, weight, A, B = operands(torch.float32)
     monkeypatch.setattr(reference, "other_linear", reference.lora_linear, raising=False)
     refusals = dispatch.refusals("other_linear", x, weight, [A], [B])
-    assert refusals == {"native": "it has no other_linear", "triton": ON_CPU, "reference": None}
+    assert refusals == {"native": "it has no other_linear", "cuda": ON_CPU, "triton": ON_CPU, "reference": None}
     assert dispatch.choose("other_linear", x, weight, [A], [B], None) is reference
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,17 +12,18 @@ import triton
 import triton.language as tl
 import triton_interpreter
 from cases import CASES, Case, expected
-from oracle import Expected, LoraInputs, Results, assert_close_as_eager, fused, make_inputs
+from devices import DEVICE, DTYPES, moved_to, on_device, run
+from oracle import Expected, LoraInputs, Results, assert_close_as_eager, make_inputs
 from test_dora_norm import eager as eager_norm
 from triton.runtime.interpreter import InterpretedFunction
 
 import fastpeft
 from fastpeft import kernels, nf4, ops
+from fastpeft.backends import gpu
 from fastpeft.backends import triton as backend
+from fastpeft.backends.gpu import Plan, Tail
 from fastpeft.dropout import dropout_keep, dropout_threshold
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLANNED = {
     "plain": Case(M=70, K=130, N=90),
     "adapters": Case(ranks=(8, 70, 3), bias=False),
@@ -44,30 +44,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
 
 
-def run(inputs: LoraInputs) -> Results:
-    """``y`` and every gradient by the backend, on the CPU again."""
-    return {name: result.cpu() for name, result in fused(on_device(inputs), "triton").items()}
-
-
-def on_device(inputs: LoraInputs) -> LoraInputs:
-    """The same numbers where the backend runs."""
-    return LoraInputs(**{name: moved_to(DEVICE, value) for name, value in vars(inputs).items()})
-
-
-def moved_to(device: str, value: Any) -> Any:
-    """A tensor, a list of them or a 4-bit weight on ``device``, strides kept; anything else as it is."""
-    if device == "cpu":
-        return value
-    if isinstance(value, torch.Tensor):
-        span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-        if value.numel() == 0:
-            return value.to(device)
-        return value.as_strided((span,), (1,)).to(device).as_strided(value.shape, value.stride())
-    if isinstance(value, (list, tuple)):
-        return type(value)(moved_to(device, each) for each in value)
-    if isinstance(value, nf4.FourBit):
-        return nf4.FourBit(**{name: moved_to(device, each) for name, each in vars(value).items()})
-    return value
+def by_triton(inputs: LoraInputs) -> Results:
+    return run(inputs, "triton")
 
 
 @triton.jit
@@ -90,26 +68,24 @@ def test_the_interpreters_product_and_its_rounding_are_right(dtype: torch.dtype)
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_every_gradient_are_as_close_as_eager(case: Case) -> None:
-    expected(case).assert_met_by(run)
+    expected(case).assert_met_by(by_triton)
 
 
-@pytest.fixture(params=backend.Plan)
+@pytest.fixture(params=Plan)
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each plan in turn, where it can run at all."""
 
-    def planned(x: torch.Tensor, tail: kernels.Tail) -> backend.Plan:
+    def planned(kernels: gpu.Kernels, x: torch.Tensor, tail: Tail) -> Plan:
         can_accumulate = not tail.threshold and tail.c is None
-        return (
-            request.param if can_accumulate or request.param is not backend.Plan.accumulate else backend.Plan.epilogue
-        )
+        return request.param if can_accumulate or request.param is not Plan.accumulate else Plan.epilogue
 
-    monkeypatch.setattr(backend, "_plan", planned)
+    monkeypatch.setattr(gpu, "_plan", planned)
     yield
 
 
 @pytest.mark.parametrize("case", PLANNED.values(), ids=PLANNED)
 def test_every_plan_is_as_close_as_eager(plan: None, case: Case) -> None:
-    Expected.of(case.inputs).assert_met_by(run)
+    Expected.of(case.inputs).assert_met_by(by_triton)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
@@ -128,7 +104,7 @@ def test_a_product_that_drops_its_input_reads_w_once() -> None:
         u, B, c, seed = torch.randn(70, 4), torch.randn(90, 4), torch.rand(90), torch.tensor(5)
         y, z = torch.empty(70, 90), torch.empty(70, 90)
     keep, factor = dropout_keep(seed, 70, 130, 0.25), 4 / 3
-    tail = kernels.Tail(u, B, 1.5, dropout_threshold(0.25), seed, c, z)
+    tail = Tail(u, B, 1.5, dropout_threshold(0.25), seed, c, z)
     kernels.lora_linear(x, weight, y, tail, factor, 16, "ieee", kernels.MASKED_INPUT)
 
     def formula(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +134,7 @@ def test_a_4_bit_weight_is_decoded_bit_by_bit(
     shape: tuple[int, int], form: tuple[str, int, bool], dtype: torch.dtype
 ) -> None:
     packed = nf4.quantize(torch.randn(shape), *form)
-    decoded = backend._dense(*nf4.weight_operands(moved_to(DEVICE, packed)), *shape, dtype)
+    decoded = backend.kernels().four_bit_decode(*nf4.weight_operands(moved_to(DEVICE, packed)), *shape, dtype)
     assert torch.equal(decoded.cpu(), packed.dequantize(dtype))
 
 
@@ -181,13 +157,13 @@ def test_forward_and_gradients_over_4_bits(
         packed = nf4.quantize(made.weight, *form)
         return replace(made, weight=packed.dequantize(dtype), packed=packed)
 
-    Expected.of(make).assert_met_by(run)
+    Expected.of(make).assert_met_by(by_triton)
 
 
 @pytest.mark.parametrize("case", [Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(M=300, dora=True)], ids=str)
 def test_the_same_call_twice_gives_the_same_bits(case: Case) -> None:
     inputs = case.inputs()
-    first, second = run(inputs), run(inputs)
+    first, second = by_triton(inputs), by_triton(inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastpeft import kernels
+from fastpeft.backends.gpu import Tail
 
 ARCHITECTURES = (80, 90, 100)
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
@@ -42,8 +43,8 @@ def launches() -> dict[str, Callable[[], object]]:
     A, B, u = tensor(RANK, K, dtype=f32), tensor(N, RANK, dtype=f32), tensor(M, RANK, dtype=f32)
     c, z, bias, seed = tensor(N, dtype=f32), tensor(M, N), tensor(N), tensor(dtype=torch.int64)
     common = RANK, "ieee"
-    plain, masked = kernels.Tail(u, B, 2.0, bias=bias), kernels.Tail(u, A.t(), 1.0, 3277, seed)
-    dora, dropped = kernels.Tail(u, B, 2.0, c=c, z=z), kernels.Tail(u, B, 2.0, 3277, seed, c, z)
+    plain, masked = Tail(u, B, 2.0, bias=bias), Tail(u, A.t(), 1.0, 3277, seed)
+    dora, dropped = Tail(u, B, 2.0, c=c, z=z), Tail(u, B, 2.0, 3277, seed, c, z)
     gradients = kernels.DyOutputs(u, tensor(32, N, RANK, dtype=f32), None, None)
     all_gradients = kernels.DyOutputs(u, tensor(32, N, RANK, dtype=f32), tensor(32, N, dtype=f32), tensor(M, N))
     dA = tensor(4, RANK, K, dtype=f32)

@@ -47,7 +47,7 @@ FourBit four_bit(Address packed, Address code, Address absmax, Address q, Addres
 
 Tail tail(Address q, int64_t q_stride, int64_t rank, const Matrix& right, float scale, uint32_t threshold, Address seed,
           Address c, Address z, bool z_is_float, const Matrix& bias) {
-    return {at<float>(q), q_stride,     rank,        right,      scale, threshold,
+    return {at<float>(q),      q_stride,     rank,        right,      scale, threshold,
             at<int64_t>(seed), at<float>(c), at<void>(z), z_is_float, bias};
 }
 
@@ -64,9 +64,8 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
     m.def(
         "four_bit_decode",
         [](const FourBit& weight, int64_t elements, Address out, DType dtype, int device, Address stream) {
-            on(device, "four_bit_decode", [&] {
-                return four_bit_decode(weight, elements, at<void>(out), dtype, at<CUstream_st>(stream));
-            });
+            on(device, "four_bit_decode",
+               [&] { return four_bit_decode(weight, elements, at<void>(out), dtype, at<CUstream_st>(stream)); });
         },
         release());
     m.def(
@@ -74,8 +73,7 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
         [](Address x, const FourBit& weight, Address y, int64_t M, int64_t N, int64_t K, const Tail& tail, DType dtype,
            int device, Address stream) {
             on(device, "four_bit_linear", [&] {
-                return four_bit_linear(at<void>(x), weight, at<void>(y), M, N, K, tail, dtype,
-                                       at<CUstream_st>(stream));
+                return four_bit_linear(at<void>(x), weight, at<void>(y), M, N, K, tail, dtype, at<CUstream_st>(stream));
             });
         },
         release());

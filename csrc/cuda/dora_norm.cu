@@ -27,9 +27,10 @@ __device__ __forceinline__ void load_weight(const Matrix& weight, int64_t n, int
 }
 
 template <typename T, bool FOUR_BIT>
-__global__ __launch_bounds__(kThreads, 2) void dora_norm_kernel(Matrix weight, FourBit packed, Matrix right, const float* B,
-                                                             int64_t B_stride, float scale, float* norm, int64_t N,
-                                                             int64_t K, int64_t rank, bool vector) {
+__global__ __launch_bounds__(kThreads, 2) void dora_norm_kernel(Matrix weight, FourBit packed, Matrix right,
+                                                                const float* B, int64_t B_stride, float scale,
+                                                                float* norm, int64_t N, int64_t K, int64_t rank,
+                                                                bool vector) {
     __shared__ float partial[kWarps][kTileRows];
     const Lane lane;
     const int warp = threadIdx.x / kWarp;

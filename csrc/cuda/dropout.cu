@@ -8,9 +8,10 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void dropout_kernel(const T* x, int64_t row_stride, int64_t column_stride, T* out,
-                                                           int64_t M, int64_t K, uint32_t threshold, float factor,
-                                                           const int64_t* seed, bool reads_runs, bool writes_runs) {
+__global__ __launch_bounds__(kThreads) void dropout_kernel(const T* x, int64_t row_stride, int64_t column_stride,
+                                                           T* out, int64_t M, int64_t K, uint32_t threshold,
+                                                           float factor, const int64_t* seed, bool reads_runs,
+                                                           bool writes_runs) {
     const int64_t groups = (K + 7) / 8, at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t m = at / groups, k = at % groups * 8;
     if (m >= M) return;

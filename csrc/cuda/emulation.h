@@ -127,8 +127,7 @@ inline void run_block(unsigned threads) {
         }
         if (release(0, threads, Waits::gone)) return;
         bool released = release(0, threads, Waits::block);
-        for (unsigned warp = 0; warp < threads; warp += kLanes)
-            released |= release(warp, warp + kLanes, Waits::warp);
+        for (unsigned warp = 0; warp < threads; warp += kLanes) released |= release(warp, warp + kLanes, Waits::warp);
         if (!progress && !released)
             throw std::logic_error("emulation: not all threads came to a barrier, or not all lanes to an exchange");
     }

@@ -1,4 +1,5 @@
-// A 4-bit weight decoded in one launch: each thread has kRuns runs of eight elements in flight, four bytes in and 16 out.
+// A 4-bit weight decoded in one launch: each thread has kRuns runs of eight elements in flight, four bytes in and 16
+// out.
 #include "four_bit.cuh"
 
 namespace fastpeft::cuda {
@@ -8,8 +9,8 @@ namespace {
 constexpr int kThreads = 256, kRuns = 4;
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void four_bit_decode_kernel(FourBit weight, int64_t elements, T* out,
-                                                                   bool words, bool vector) {
+__global__ __launch_bounds__(kThreads) void four_bit_decode_kernel(FourBit weight, int64_t elements, T* out, bool words,
+                                                                   bool vector) {
     const float entry = table_entry(weight);
     const int64_t first = (static_cast<int64_t>(blockIdx.x) * kRuns * kThreads + threadIdx.x) * 8;
     uint32_t bytes[kRuns];

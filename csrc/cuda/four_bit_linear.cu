@@ -1,6 +1,7 @@
-// x Wᵀ of up to eight tokens with W decoded in the loop: generation. A block has 16 rows of W, its warps take turns along
-// K in groups of 64 elements, which share a scale. In the low precisions eight tokens are the columns of one product of
-// the matrix units, and a byte of W is a pair of its operand: looked up in a table of which each lane has a copy.
+// x Wᵀ of up to eight tokens with W decoded in the loop: generation. A block has 16 rows of W, its warps take turns
+// along K in groups of 64 elements, which share a scale. In the low precisions eight tokens are the columns of one
+// product of the matrix units, and a byte of W is a pair of its operand: looked up in a table of which each lane has a
+// copy.
 #include "four_bit.cuh"
 #include "tail.cuh"
 
@@ -47,7 +48,9 @@ struct Product {  // sums[i][j]: row g + 8 i, token 2 t + j
 #pragma unroll
             for (int i = 0; i < 2; ++i) tokens[i] = reinterpret_cast<const uint4*>(x + g * K + k + 16 * t)[i];
         }
-        const uint32_t b[4][2] = {{tokens[0].x, tokens[0].y}, {tokens[0].z, tokens[0].w}, {tokens[1].x, tokens[1].y},
+        const uint32_t b[4][2] = {{tokens[0].x, tokens[0].y},
+                                  {tokens[0].z, tokens[0].w},
+                                  {tokens[1].x, tokens[1].y},
                                   {tokens[1].z, tokens[1].w}};
         float d[4] = {};
 #pragma unroll

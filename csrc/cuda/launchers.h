@@ -57,13 +57,14 @@ cudaError_t four_bit_linear(const void* x, const FourBit& weight, void* y, int64
                             const Tail& tail, DType dtype, cudaStream_t stream);
 
 // u [M, r] = x [M, K] A [r, K]ᵀ by dot products, M up to kFewTokens; 0 where index [M] names another adapter.
-cudaError_t lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride, const int32_t* index,
-                      int adapter, int64_t M, int64_t K, int64_t rank, DType dtype, cudaStream_t stream);
+cudaError_t lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride,
+                      const int32_t* index, int adapter, int64_t M, int64_t K, int64_t rank, DType dtype,
+                      cudaStream_t stream);
 
 // y [M, N] = base [M, N] with its tail; with `second` = D(x) Wᵀ (rows as far apart as base's) DoRA over dropped-out
 // inputs. y may be base.
-cudaError_t lora_up(const void* base, int64_t base_stride, const void* second, void* y, int64_t y_stride,
-                    int64_t M, int64_t N, const Tail& tail, DType dtype, cudaStream_t stream);
+cudaError_t lora_up(const void* base, int64_t base_stride, const void* second, void* y, int64_t y_stride, int64_t M,
+                    int64_t N, const Tail& tail, DType dtype, cudaStream_t stream);
 
 // out [M, K] = factor * keep ∘ x [M, K]; out is contiguous.
 cudaError_t dropout(const Matrix& x, void* out, int64_t M, int64_t K, uint32_t threshold, float factor,

@@ -19,9 +19,8 @@ __global__ __launch_bounds__(kThreads) void lora_down_kernel(const T* x, int64_t
         float a[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            a[i] = i < count
-                       ? rounded<T>(element(A.data, A.dtype, r * A.row_stride + (k + i) * A.column_stride))
-                       : 0.0f;
+            a[i] =
+                i < count ? rounded<T>(element(A.data, A.dtype, r * A.row_stride + (k + i) * A.column_stride)) : 0.0f;
 #pragma unroll
         for (int m = 0; m < kFewTokens; ++m) {
             if (m >= M) break;
@@ -48,8 +47,9 @@ __global__ __launch_bounds__(kThreads) void lora_down_kernel(const T* x, int64_t
 
 }  // namespace
 
-cudaError_t lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride, const int32_t* index,
-                      int adapter, int64_t M, int64_t K, int64_t rank, DType dtype, cudaStream_t stream) {
+cudaError_t lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride,
+                      const int32_t* index, int adapter, int64_t M, int64_t K, int64_t rank, DType dtype,
+                      cudaStream_t stream) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const bool vector = x_stride % static_cast<int64_t>(16 / sizeof(T)) == 0 && is_aligned(x);

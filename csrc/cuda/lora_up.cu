@@ -10,8 +10,8 @@ constexpr int kThreads = 256, kBlockColumns = kThreads / kWarp * kTileColumns;
 
 template <typename T>
 __global__ __launch_bounds__(kThreads, 2) void lora_up_kernel(const T* base, int64_t base_stride, const T* second, T* y,
-                                                           int64_t y_stride, int64_t M, int64_t N, Tail tail,
-                                                           bool vector) {
+                                                              int64_t y_stride, int64_t M, int64_t N, Tail tail,
+                                                              bool vector) {
     const Lane lane;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kTileRows;
     const int64_t column = static_cast<int64_t>(blockIdx.y) * kBlockColumns + threadIdx.x / kWarp * kTileColumns;

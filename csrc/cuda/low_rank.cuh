@@ -1,5 +1,6 @@
 // The low-rank part of a tile, on the matrix units in the low precisions: 32 rows and 32 columns a warp. Of these, lane
-// 4 g + t has the rows g, g + 8, g + 16, g + 24 and the columns 8 t … 8 t + 7: 16 bytes of each row, one draw of the mask.
+// 4 g + t has the rows g, g + 8, g + 16, g + 24 and the columns 8 t … 8 t + 7: 16 bytes of each row, one draw of the
+// mask.
 #pragma once
 #include "elements.cuh"
 

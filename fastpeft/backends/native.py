@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import dropout_scale, dropout_threshold
+from .operands import DTYPES, operand_refusal
 
 _C: ModuleType | None = None
 _load_error = ""
@@ -20,7 +21,6 @@ except ImportError as error:
     _load_error = str(error)
 
 NAME = "native"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Up to so many tokens, while they fit half a first-level cache, dot products with the rows of W beat any other plan.
 FEW_TOKENS = {torch.bfloat16: 4, torch.float32: 8, torch.float16: 16}
@@ -51,16 +51,7 @@ def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence
         return unavailable()
     if x.device.type != "cpu":
         return f"it runs on CPU, and x is on {x.device}"
-    if x.dtype not in DTYPES:
-        return f"it computes in float32, bfloat16 or float16, and x is {x.dtype}"
-    if weight.numel() == 0:
-        return f"weight is empty, {list(weight.shape)}"
-    if weight.dtype not in DTYPES and weight.dtype != torch.uint8:  # the bytes of a 4-bit weight
-        return f"it takes a weight in float32, bfloat16, float16 or 4 bits, and it is {weight.dtype}"
-    for tensor in (*A, *B):
-        if tensor.dtype not in DTYPES:
-            return f"it takes adapters in float32, bfloat16 or float16, and one is {tensor.dtype}"
-    return None
+    return operand_refusal(x, weight, A, B)
 
 
 def worth_a_warning(x: Tensor) -> bool:

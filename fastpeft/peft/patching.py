@@ -39,8 +39,8 @@ def patch(model: nn.Module, *, backend: str | None = None) -> Report:
 
     Args:
         model: a PEFT model, or any module that holds PEFT layers.
-        backend: ``"native"``, ``"triton"`` or ``"reference"`` for all its layers; None takes, at each call, the fastest
-            that accepts it.
+        backend: ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"`` for all its layers; None takes, at each
+            call, the fastest that accepts it.
 
     Raises:
         TypeError: ``model`` is no module. ValueError: it holds no PEFT layer, or ``backend`` is unknown.

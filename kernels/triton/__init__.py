@@ -8,7 +8,7 @@ from .dropout import DropoutConfig, dropout
 from .four_bit import GROUP, FourBitDecodeConfig, FourBitLinearConfig, four_bit_decode, four_bit_linear
 from .lora_down import LoraDownConfig, lora_down
 from .lora_gradients import DyOutputs, LoraDaConfig, LoraDyConfig, lora_dA, lora_dy
-from .lora_linear import MASKED_INPUT, LoraLinearConfig, LoraUpConfig, Tail, lora_linear, lora_up
+from .lora_linear import MASKED_INPUT, LoraLinearConfig, LoraUpConfig, lora_linear, lora_up
 
 __all__ = [
     "GROUP",
@@ -23,7 +23,6 @@ __all__ = [
     "LoraDyConfig",
     "LoraLinearConfig",
     "LoraUpConfig",
-    "Tail",
     "dora_norm",
     "dropout",
     "four_bit_decode",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import triton
 import triton.language as tl
@@ -177,19 +178,17 @@ def _lora_up_kernel(
     )
 
 
-@dataclass(frozen=True)
-class Tail:
-    """What follows a product: ``scale q [M, r] · right [N, r]ᵀ`` is added (``q`` float32), where dropout keeps it when
-    ``threshold`` is not 0; then DoRA's ``c [N]`` and its ``z [M, N]``, and the bias ``[N]``."""
+class Tail(Protocol):
+    """What follows a product, see ``fastpeft.backends.gpu.Tail``."""
 
     q: Tensor
     right: Tensor
     scale: float
-    threshold: int = 0
-    seed: Tensor | None = None
-    c: Tensor | None = None
-    z: Tensor | None = None
-    bias: Tensor | None = None
+    threshold: int
+    seed: Tensor | None
+    c: Tensor | None
+    z: Tensor | None
+    bias: Tensor | None
 
 
 def lora_linear(

@@ -1,0 +1,196 @@
+"""The CUDA backend: NVIDIA GPUs, with the kernels of csrc/cuda.
+
+What it has none for, skinny products of many tokens and the fused product with W, Triton computes, or torch where there
+is no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gpu, triton
+from .gpu import DyGradients, Kernels, Mask, Tail
+from .vendor import SkinnyProducts
+
+NAME = "cuda"
+RUN = 8  # elements that a thread decodes: within one row, and within one block
+ALIGNED = 16  # bytes
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine at all; None when it can."""
+    try:
+        _library()
+    except ImportError as error:
+        return f"the CUDA extension is not built ({error}); `python -m fastpeft build` builds it where nvcc is found"
+    return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU"
+
+
+def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:
+    """Why this backend cannot take this call; None when it can. ``x`` stands for ``dy`` in a backward op."""
+    if x.device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, and x is on {x.device}"
+    return unavailable() or gpu.refusal(x, weight, A, B)
+
+
+def worth_a_warning(x: Tensor) -> bool:
+    """Whether a user should hear once that calls like this one are refused: Triton's kernels serve them, too."""
+    return False
+
+
+def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See ops.py."""
+    return gpu.lora_linear(_kernels(), *args)
+
+
+def lora_linear_backward(*args: Any) -> list[Tensor]:
+    """See ops.py."""
+    return gpu.lora_linear_backward(_kernels(), *args)
+
+
+def dora_norm(*args: Any) -> Tensor:
+    """See ops.py."""
+    return gpu.dora_norm(_kernels(), *args)
+
+
+class CudaKernels:
+    """A :class:`fastpeft.backends.gpu.Kernels`.
+
+    Args:
+        library: ``fastpeft._cuda``, or its emulation.
+        others: Triton's kernels, for what the library has none for; None: torch computes it.
+    """
+
+    def __init__(self, library: ModuleType, others: Kernels | None) -> None:
+        self._library, self._fused = library, others
+        self._skinny = SkinnyProducts(self.dropout) if others is None else others
+        types = library.DType
+        self._dtypes = {torch.float32: types.f32, torch.bfloat16: types.bf16, torch.float16: types.f16}
+        self._no_matrix = library.Matrix(0, types.f32, 0, 0)
+
+    def lora_down(self, x: Tensor, A: Tensor, u: Tensor, mask: Mask, index: Tensor | None, adapter: int) -> None:
+        (M, K), few = x.shape, self._library.FEW_TOKENS
+        if few < M or mask.threshold:
+            return self._skinny.lora_down(x, A, u, mask, index, adapter)
+        x, chosen = _with_rows(x), None if index is None else index.to(torch.int32).contiguous()
+        operands = x.data_ptr(), x.stride(0), self._matrix(A), u.data_ptr(), u.stride(0), _address(chosen), adapter
+        return self._library.lora_down(*operands, M, K, A.shape[0], self._dtypes[x.dtype], *_place(x))
+
+    def lora_dy(self, *args: Any) -> DyGradients:
+        return self._skinny.lora_dy(*args)
+
+    def lora_dA(self, x: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        return self._skinny.lora_dA(x, v, mask)
+
+    def lora_up(self, base: Tensor, second: Tensor | None, y: Tensor, tail: Tail) -> None:
+        operands = base.data_ptr(), base.stride(0), _address(second), y.data_ptr(), y.stride(0), *base.shape
+        self._library.lora_up(*operands, self._tail(tail), self._dtypes[base.dtype], *_place(base))
+
+    def fuses(self) -> bool:
+        return self._fused is not None
+
+    def lora_linear(self, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float) -> None:
+        assert self._fused is not None
+        self._fused.lora_linear(x, weight, y, tail, input_factor)
+
+    def dropout(self, x: Tensor, mask: Mask) -> Tensor:
+        assert mask.seed is not None
+        out = x.new_empty(x.shape)
+        settings = mask.threshold, mask.factor, mask.seed.data_ptr()
+        self._library.dropout(self._matrix(x), out.data_ptr(), *x.shape, *settings, *_place(x))
+        return out
+
+    def dora_norm(
+        self,
+        weight: Tensor,
+        quant: Sequence[Tensor],
+        blocksize: int,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        N, K = B.shape[0], A.shape[1]
+        packed = None
+        if quant and K % RUN == 0 and weight.data_ptr() % ALIGNED == 0:
+            packed = self._four_bit(weight, quant, blocksize)
+        elif quant:
+            weight = self.four_bit_decode(weight, quant, blocksize, N, K, dtype)
+        norm = A.new_empty(N, dtype=torch.float32)
+        left = B.float().contiguous()
+        dense = self._no_matrix if packed is not None else self._matrix(weight)
+        operands = dense, packed, self._matrix(A), left.data_ptr(), left.stride(0), scaling, norm.data_ptr()
+        self._library.dora_norm(*operands, N, K, A.shape[0], self._dtypes[dtype], *_place(weight))
+        return norm
+
+    def four_bit_decode(
+        self, packed: Tensor, quant: Sequence[Tensor], blocksize: int, N: int, K: int, dtype: torch.dtype
+    ) -> Tensor:
+        out = packed.new_empty((N, K), dtype=dtype)
+        weight = self._four_bit(packed, quant, blocksize)
+        self._library.four_bit_decode(weight, N * K, out.data_ptr(), self._dtypes[dtype], *_place(packed))
+        return out
+
+    def decodes_in_loop(self, M: int, K: int, blocksize: int) -> bool:
+        return M <= self._library.FEW_TOKENS and K % self._library.GROUP == 0 and blocksize >= self._library.GROUP
+
+    def four_bit_linear(
+        self, x: Tensor, packed: Tensor, quant: Sequence[Tensor], blocksize: int, y: Tensor, tail: Tail
+    ) -> None:
+        x, packed = _aligned(x.contiguous()), _aligned(packed)
+        weight, shape = self._four_bit(packed, quant, blocksize), (x.shape[0], y.shape[1], x.shape[1])
+        operands = x.data_ptr(), weight, y.data_ptr(), *shape, self._tail(tail), self._dtypes[x.dtype]
+        self._library.four_bit_linear(*operands, *_place(x))
+
+    def _matrix(self, t: Tensor) -> Any:
+        return self._library.Matrix(t.data_ptr(), self._dtypes[t.dtype], *t.stride())
+
+    def _four_bit(self, packed: Tensor, quant: Sequence[Tensor], blocksize: int) -> Any:
+        code, absmax, *nested = (tensor.data_ptr() for tensor in quant)
+        statistics = (0, absmax, *nested) if nested else (absmax, 0, 0, 0, 0)
+        return self._library.FourBit(packed.data_ptr(), code, *statistics, blocksize.bit_length() - 1)
+
+    def _tail(self, tail: Tail) -> Any:
+        bias = tail.bias
+        bias_row = self._no_matrix if bias is None else self._matrix(bias.unsqueeze(0))
+        operands = tail.q.data_ptr(), tail.q.stride(0), tail.q.shape[1], self._matrix(tail.right), tail.scale
+        ending = tail.threshold, _address(tail.seed), _address(tail.c), _address(tail.z)
+        return self._library.Tail(*operands, *ending, tail.z is not None and tail.z.dtype == torch.float32, bias_row)
+
+
+@lru_cache
+def _library() -> ModuleType:
+    """Loaded at the first look: importing fastpeft leaves CUDA alone."""
+    return import_module("fastpeft._cuda")
+
+
+@lru_cache
+def _kernels() -> CudaKernels:
+    return CudaKernels(_library(), triton.kernels() if triton.is_installed() else None)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """The GPU and its current stream; the emulation has neither."""
+    if not tensor.is_cuda:
+        return 0, 0
+    index = tensor.get_device()
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % ALIGNED == 0 else tensor.clone()

@@ -1,0 +1,366 @@
+"""The ops on a GPU, out of kernels and the vendor's products. The backends for GPUs bring the kernels.
+
+A :class:`Kernels` is a set of kernels; what is chosen here is how a call is put together of them: see :class:`Plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import wraps
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..dropout import dropout_scale, dropout_threshold
+from .operands import operand_refusal
+
+FEW_TOKENS = 16
+
+
+class Plan(Enum):
+    """How a product with W and the low-rank part are computed.
+
+    ``fused``: one kernel, both in the same float32 sums. ``epilogue``: the vendor's product, then a kernel that adds
+    the low-rank part, the scales and the bias. ``accumulate``: the vendor's product, added onto the low-rank part, the
+    vendor's too: where nothing is masked or scaled.
+    """
+
+    fused = "fused"
+    epilogue = "epilogue"
+    accumulate = "accumulate"
+
+
+class Mask(NamedTuple):
+    """One adapter's dropout; a threshold of 0 drops nothing. ``seed`` stays on the GPU."""
+
+    threshold: int
+    factor: float
+    seed: Tensor | None
+
+    @classmethod
+    def of(cls, p: float, seed: Tensor | None, adapter: int) -> Mask:
+        threshold = 0 if seed is None else dropout_threshold(p)
+        factor = dropout_scale(p) if threshold else 1.0
+        return cls(threshold, factor, None if seed is None else seed[adapter])
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What follows a product: ``scale q [M, r] · right [N, r]ᵀ`` is added (``q`` float32), where dropout keeps it when
+    ``threshold`` is not 0; then DoRA's ``c [N]`` and its ``z [M, N]``, and the bias ``[N]``."""
+
+    q: Tensor
+    right: Tensor
+    scale: float
+    threshold: int = 0
+    seed: Tensor | None = None
+    c: Tensor | None = None
+    z: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class DyGradients(NamedTuple):
+    """What flows from ``dy [M, N]`` into one adapter, None where it is not asked for: ``dB [N, r]`` and ``dc [N]`` in
+    float32, ``dz = c ∘ dy`` in the dtype of ``dy``."""
+
+    dB: Tensor | None
+    dc: Tensor | None
+    dz: Tensor | None
+
+
+class Kernels(Protocol):
+    """What a backend for GPUs brings. Matrices have any strides unless it is said; ``q``, ``u``, ``v`` are float32."""
+
+    def lora_down(self, x: Tensor, A: Tensor, u: Tensor, mask: Mask, index: Tensor | None, adapter: int) -> None:
+        """Writes ``keep ∘ x Aᵀ`` to ``u [M, r]``; 0 where ``index [M]`` names another adapter."""
+
+    def lora_dy(
+        self,
+        dy: Tensor,
+        B: Tensor,
+        u: Tensor | None,
+        scale: float,
+        index: Tensor | None,
+        adapter: int,
+        c: Tensor | None,
+        z: Tensor | None,
+        v: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> DyGradients:
+        """``dB = (c ∘ dy)ᵀ scale u``, ``dc = Σ dy ∘ z``, ``dz``, as ``needs`` says; writes ``scale (c ∘ dy) B`` to
+        ``v``, 0 where ``index`` names another adapter."""
+
+    def lora_dA(self, x: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """``vᵀ (keep ∘ x) [r, K]`` in float32."""
+
+    def lora_up(self, base: Tensor, second: Tensor | None, y: Tensor, tail: Tail) -> None:
+        """Writes a product ``base [M, N]`` with its ``tail`` to ``y``, which may be ``base``; ``second``: ``D(x) Wᵀ``.
+        Rows of ``base`` and ``second`` are equally far apart, and contiguous each."""
+
+    def fuses(self) -> bool:
+        """Whether there is :meth:`lora_linear`."""
+
+    def lora_linear(self, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float) -> None:
+        """Writes ``x Wᵀ`` with its ``tail`` to ``y [M, N]``. With an ``input_factor`` the mask is the input's: DoRA
+        over ``D(x) = input_factor · keep ∘ x``. With 0 it is the low-rank part's, as in the gradient of x."""
+
+    def dropout(self, x: Tensor, mask: Mask) -> Tensor:
+        """``factor · keep ∘ x``, contiguous."""
+
+    def dora_norm(
+        self,
+        weight: Tensor,
+        quant: Sequence[Tensor],
+        blocksize: int,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See ops.py."""
+
+    def four_bit_decode(
+        self, packed: Tensor, quant: Sequence[Tensor], blocksize: int, N: int, K: int, dtype: torch.dtype
+    ) -> Tensor:
+        """W, dense."""
+
+    def decodes_in_loop(self, M: int, K: int, blocksize: int) -> bool:
+        """Whether :meth:`four_bit_linear` takes this call."""
+
+    def four_bit_linear(
+        self, x: Tensor, packed: Tensor, quant: Sequence[Tensor], blocksize: int, y: Tensor, tail: Tail
+    ) -> None:
+        """Writes ``x Wᵀ`` with its ``tail`` (no mask) to ``y [M, N]``."""
+
+
+def refusal(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:
+    """Why these ops cannot take a call, whatever the kernels; None when they can."""
+    if torch.version.hip is not None:
+        return "it was never tried on AMD GPUs"
+    return operand_refusal(x, weight, A, B)
+
+
+def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels are launched on torch's current device, which need not be the first tensor's."""
+
+    @wraps(op)
+    def run(kernels: Kernels, first: Tensor, *args: Any) -> Any:
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return op(kernels, first, *args)
+
+    return run
+
+
+@_on_its_device
+def lora_linear(
+    kernels: Kernels,
+    x: Tensor,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    bias: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See ops.py."""
+    x2, N = matrix(x), B[0].shape[0]
+    M, K = x2.shape
+    bias = None if bias is None else bias.contiguous()
+    masks = [Mask.of(p, seed, i) for i, p in enumerate(dropout_p)]
+    one_tail = not c or (len(c) == 1 and not masks[0].threshold)
+    in_loop = bool(quant) and one_tail and kernels.decodes_in_loop(M, K, blocksize)
+    index = None if adapter_index is None else adapter_index.reshape(-1)
+    u = x.new_empty((M, sum(a.shape[0] for a in A)), dtype=torch.float32)
+    z = [x.new_empty((M, N), dtype=torch.float32 if M == 1 else x.dtype) for _ in c] if keep_z else []
+    if M == 0:
+        return x.new_empty((*x.shape[:-1], N)), u, z
+    dense = weight if in_loop else _dense(kernels, weight, quant, blocksize, N, K, x.dtype)
+    scales = [s * mask.factor for s, mask in zip(scaling, masks, strict=True)]
+    parts = u.split([a.shape[0] for a in A], dim=1)
+    for i, (a, mask) in enumerate(zip(A, masks, strict=True)):
+        kernels.lora_down(x2, a, parts[i], mask, index, i)
+    if in_loop:
+        y = x.new_empty((M, N))
+        tail = Tail(u, *_side_by_side(B, scales), c=c[0] if c else None, z=z[0] if z else None, bias=bias)
+        kernels.four_bit_linear(x2, weight, quant, blocksize, y, tail)
+    elif not c:
+        y = _product(kernels, x2, dense, Tail(u, *_side_by_side(B, scales), bias=bias))
+    else:
+        tails = [
+            Tail(part, b, scale, c=factor, z=z[i] if z else None)
+            for i, (part, b, scale, factor) in enumerate(zip(parts, B, scales, c, strict=True))
+        ]
+        tails[-1] = replace(tails[-1], bias=bias)
+        y = _dora_product(kernels, x2, dense, tails, masks)
+    return y.view(*x.shape[:-1], N), u, z
+
+
+@_on_its_device
+def lora_linear_backward(
+    kernels: Kernels,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[Tensor],
+    u: Tensor | None,
+    z: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See ops.py."""
+    count, N, K = len(A), B[0].shape[0], A[0].shape[1]
+    need_x, need_weight, need_bias = needs[:3]
+    need_A, need_B, need_c = needs[3 : 3 + count], needs[3 + count : 3 + 2 * count], needs[3 + 2 * count :]
+    dy2, x2 = matrix(dy), None if x is None else matrix(x)
+    M, ranks = dy2.shape[0], [a.shape[0] for a in A]
+    if M == 0:
+        like = [dy.new_empty((*dy.shape[:-1], K)), weight, dy.new_empty(N), *A, *B, *c]
+        return [torch.zeros_like(t) for t, need in zip(like, needs, strict=True) if need]
+    if need_x or need_weight:
+        weight = _dense(kernels, weight, quant, blocksize, N, K, dy.dtype)
+    masks = [Mask.of(p, seed, i) for i, p in enumerate(dropout_p)]
+    index = None if adapter_index is None else adapter_index.reshape(-1)
+    v = dy.new_empty((M, sum(ranks)), dtype=torch.float32)
+    v_parts, u_parts = v.split(ranks, dim=1), None if u is None else u.split(ranks, dim=1)
+    dA, dB, dc = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
+    flowing = dy2  # into what is below the adapters that were passed
+    branches: list[tuple[Mask, Tensor]] = []  # what flows into D(x) Wᵀ: DoRA with dropout
+    for i in reversed(range(count)):
+        need_v = need_x or need_A[i]
+        wanted = need_B[i], bool(c) and need_c[i], bool(c) and (i > 0 or need_x or need_weight)
+        if not need_v and not any(wanted):
+            continue
+        out = kernels.lora_dy(
+            *(flowing, B[i], u_parts[i] if u_parts and need_B[i] else None, scaling[i] * masks[i].factor, index, i),
+            *(c[i] if c else None, z[i] if z else None, v_parts[i] if need_v else None, wanted),
+        )
+        if out.dB is not None:
+            dB[i] = out.dB.to(B[i].dtype)
+        if out.dc is not None:
+            dc[i] = out.dc
+        if need_A[i]:
+            assert x2 is not None
+            dA[i] = kernels.lora_dA(x2, v_parts[i], masks[i]).to(A[i].dtype)
+        if out.dz is not None and masks[i].threshold:
+            branches.append((masks[i], out.dz - flowing))
+        elif out.dz is not None:
+            flowing = out.dz
+    grads: list[Tensor] = []
+    if need_x:
+        dx = _dx(kernels, flowing, weight, A, v, masks)
+        for mask, branch in branches:
+            dx = dx + kernels.dropout(branch @ weight, mask)
+        grads.append(dx.view(*dy.shape[:-1], K))
+    if need_weight:
+        assert x2 is not None
+        dW = flowing.t() @ x2
+        for mask, branch in branches:
+            dW = dW + branch.t() @ kernels.dropout(x2, mask)
+        grads.append(dW.to(weight.dtype))
+    if need_bias:
+        grads.append(dy2.sum(0, dtype=torch.float32).to(dy.dtype))
+    return grads + [grad for some in (dA, dB, dc) for _, grad in sorted(some.items())]
+
+
+@_on_its_device
+def dora_norm(
+    kernels: Kernels,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ops.py."""
+    return kernels.dora_norm(weight, quant, blocksize, A, B, scaling, dtype)
+
+
+def _plan(kernels: Kernels, x: Tensor, tail: Tail) -> Plan:
+    """By the equations alone: nothing was measured yet. Of a few tokens the launches are the time, and the epilogue has
+    two fewer."""
+    scaled = tail.threshold > 0 or tail.c is not None
+    return Plan.epilogue if scaled or x.shape[0] <= FEW_TOKENS else Plan.accumulate
+
+
+def _product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
+    """``x Wᵀ`` and its tail."""
+    plan = _plan(kernels, x, tail)
+    if plan is Plan.fused:
+        y = x.new_empty((x.shape[0], weight.shape[0]))
+        kernels.lora_linear(x, weight, y, tail, 0.0)
+        return y
+    if plan is Plan.epilogue:
+        y = F.linear(x, weight)
+        kernels.lora_up(y, None, y, tail)
+        return y
+    q, right = (tail.q * tail.scale).to(x.dtype), tail.right.to(x.dtype)
+    y = F.linear(q, right, tail.bias)
+    return y.addmm_(x, weight.t())
+
+
+def _dora_product(kernels: Kernels, x: Tensor, weight: Tensor, tails: Sequence[Tail], masks: Sequence[Mask]) -> Tensor:
+    """DoRA's adapters one after the other, each on the result of those before it."""
+    if len(tails) == 1 and _plan(kernels, x, tails[0]) is Plan.fused:
+        y, mask = x.new_empty((x.shape[0], weight.shape[0])), masks[0]
+        if mask.threshold:
+            tail = replace(tails[0], threshold=mask.threshold, seed=mask.seed)
+            kernels.lora_linear(x, weight, y, tail, mask.factor)
+        else:
+            kernels.lora_linear(x, weight, y, tails[0], 0.0)
+        return y
+    y = F.linear(x, weight)
+    for tail, mask in zip(tails, masks, strict=True):
+        second = F.linear(kernels.dropout(x, mask), weight) if mask.threshold else None
+        kernels.lora_up(y, second, y, tail)
+    return y
+
+
+def _side_by_side(B: Sequence[Tensor], scales: Sequence[float]) -> tuple[Tensor, float]:
+    """The adapters' right operands as one, and a common scale."""
+    if len(B) == 1:
+        return B[0], scales[0]
+    return torch.cat([b.float() * s for b, s in zip(B, scales, strict=True)], dim=1), 1.0
+
+
+def _dx(kernels: Kernels, dy: Tensor, weight: Tensor, A: Sequence[Tensor], v: Tensor, masks: Sequence[Mask]) -> Tensor:
+    """``dy W + Σ keep ∘ (v A)``; each mask takes a sweep of its own over the result."""
+    if not any(mask.threshold for mask in masks):
+        A_all = A[0] if len(A) == 1 else torch.cat([a.float() for a in A])
+        return _product(kernels, dy, weight.t(), Tail(v, A_all.t(), 1.0))
+    parts = v.split([a.shape[0] for a in A], dim=1)
+    tails = [Tail(part, a.t(), 1.0, mask.threshold, mask.seed) for part, a, mask in zip(parts, A, masks, strict=True)]
+    dx = _product(kernels, dy, weight.t(), tails[0])
+    for tail in tails[1:]:
+        kernels.lora_up(dx, None, dx, tail)
+    return dx
+
+
+def _dense(
+    kernels: Kernels, weight: Tensor, quant: Sequence[Tensor], blocksize: int, N: int, K: int, dtype: torch.dtype
+) -> Tensor:
+    return kernels.four_bit_decode(weight, quant, blocksize, N, K, dtype) if quant else weight
+
+
+def matrix(x: Tensor) -> Tensor:
+    """``x [..., K]`` with its leading dimensions as one."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

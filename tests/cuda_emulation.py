@@ -1,0 +1,84 @@
+"""The CUDA kernels without a GPU: built by the C++ compiler with csrc/cuda/emulation.h, threads as fibers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import mmap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpeft import build
+from fastpeft.backends import cuda, gpu, vendor
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DFASTPEFT_EMULATE"]
+
+
+def load(name: str, library: Path) -> ModuleType:
+    """The extension module ``name`` that ``library`` holds."""
+    spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled(csrc: Path, sources: list[Path], name: str, folder: Path) -> ModuleType:
+    """An extension of kernels and a binding, emulated."""
+    compiler, headers = build.find_compiler(), ["-I", str(ROOT / "csrc" / "cuda"), *build.pybind_flags()]
+    command = [*compiler, *FLAGS, f"-DFASTPEFT_CUDA_MODULE={name}", *headers]
+    library = folder / f"{name}.so"
+    build.compile_and_link(csrc, sources, lambda _: command, [*compiler, "-shared"], [], library, folder)
+    return load(name, library)
+
+
+@functools.cache
+def library() -> ModuleType:
+    """``fastpeft._cuda``, emulated."""
+    csrc = ROOT / "csrc"
+    return compiled(csrc, build.cuda_sources(csrc), "_cuda_emulated", ROOT / "build" / "cuda-emulation")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, others: gpu.Kernels | None = None) -> cuda.CudaKernels:
+    """The CUDA backend takes calls on CPU tensors; ``others`` as for :class:`CudaKernels`."""
+    kernels = cuda.CudaKernels(library(), others)
+    monkeypatch.setattr(cuda, "_kernels", lambda: kernels)
+    monkeypatch.setattr(cuda, "refuses", lambda op, *operands: gpu.refusal(*operands))
+    monkeypatch.setattr(vendor, "wide_product", wide_product)
+    return kernels
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """torch has the one of the low precisions on GPUs alone."""
+    return a.to(torch.float32) @ b.to(torch.float32)
+
+
+@contextlib.contextmanager
+def fences() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Copies of tensors, each ending (up to 16 bytes of alignment) before a page that must not be touched."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    kept: list[mmap.mmap] = []
+
+    def fenced(tensor: Tensor) -> Tensor:
+        size = -(-tensor.numel() * tensor.element_size() // 16) * 16
+        pages = -(-size // mmap.PAGESIZE)
+        memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        kept.append(memory)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert libc.mprotect(ctypes.c_void_p(start + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+        if not tensor.numel():
+            return tensor
+        at = pages * mmap.PAGESIZE - size
+        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=at).view(tensor.shape)
+        return copy.copy_(tensor)
+
+    yield fenced

@@ -1,0 +1,234 @@
+"""The CUDA backend: on a GPU where there is one, else its kernels run on CPU tensors, see cuda_emulation.py. Oracle and
+eager compute on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import cuda_emulation
+import pytest
+import torch
+import triton_interpreter
+from cases import CASES, Case, expected, in_layout
+from devices import DEVICE, DTYPES, moved_to, run
+from oracle import Expected, LoraInputs, assert_close_as_eager, make_inputs
+from test_dora_norm import eager as eager_norm
+
+import fastpeft
+from fastpeft import nf4, ops
+from fastpeft.backends import cuda as backend
+from fastpeft.backends import gpu
+from fastpeft.backends import triton as triton_backend
+from fastpeft.dropout import dropout_keep, dropout_threshold
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> backend.CudaKernels:
+    """Without a GPU the backend takes calls on CPU tensors."""
+    return cuda_emulation.use(monkeypatch) if DEVICE == "cpu" else backend._kernels()
+
+
+without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="about the emulation")
+
+
+def by_cuda(inputs: LoraInputs) -> dict[str, torch.Tensor]:
+    return run(inputs, "cuda")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_every_gradient_are_as_close_as_eager(case: Case) -> None:
+    expected(case).assert_met_by(by_cuda)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8), (2, 257), (63, 100), (33, 130)])
+def test_the_mask_is_the_references(kernels: backend.CudaKernels, rows: int, columns: int, p: float) -> None:
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=DEVICE)
+    kept = kernels.dropout(torch.ones(rows, columns, device=DEVICE), gpu.Mask(dropout_threshold(p), 1.0, seed))
+    assert torch.equal(kept != 0, dropout_keep(seed, rows, columns, p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "row_stride"])
+@pytest.mark.parametrize("shape", [(40, 3), (33, 104), (70, 257), (8, 600)], ids=str)
+@pytest.mark.parametrize("rank", [1, 16, 70])
+def test_the_norm_is_as_close_as_eager(shape: tuple[int, int], rank: int, layout: str, dtype: torch.dtype) -> None:
+    made = make_inputs((1, shape[1]), shape[0], (rank,), dtype)
+    weight, A, B = moved_to(DEVICE, (in_layout(made.weight, layout), made.A[0], made.B[0]))
+    norm = ops.dora_norm(weight, [], 0, A, B, 0.75, dtype, "cuda").cpu()
+    exact = eager_norm(made.weight.double(), made.A[0].double(), made.B[0].double(), 0.75)
+    assert_close_as_eager(norm, exact, eager_norm(made.weight, made.A[0], made.B[0], 0.75))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [("nf4", 64, True), ("fp4", 32, False), ("nf4", 4096, False)])
+@pytest.mark.parametrize("shape", [(40, 8), (33, 104), (70, 257), (8, 600)], ids=str)
+def test_the_norm_over_4_bits_is_as_close_as_eager(
+    shape: tuple[int, int], form: tuple[str, int, bool], dtype: torch.dtype
+) -> None:
+    made = make_inputs((1, shape[1]), shape[0], (8,), dtype)
+    packed = nf4.quantize(made.weight, *form)
+    A, B, operands = moved_to(DEVICE, (made.A[0], made.B[0], nf4.weight_operands(packed)))
+    norm = ops.dora_norm(*operands, A, B, 0.75, dtype, "cuda").cpu()
+    weight = packed.dequantize(dtype)
+    exact = eager_norm(weight.double(), made.A[0].double(), made.B[0].double(), 0.75)
+    assert_close_as_eager(norm, exact, eager_norm(weight, made.A[0], made.B[0], 0.75))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [("nf4", 64, True), ("fp4", 32, False), ("nf4", 4096, False), ("fp4", 128, True)])
+@pytest.mark.parametrize("shape", [(1, 1), (63, 101), (96, 130)], ids=str)
+def test_a_4_bit_weight_is_decoded_bit_by_bit(
+    kernels: backend.CudaKernels, shape: tuple[int, int], form: tuple[str, int, bool], dtype: torch.dtype
+) -> None:
+    packed = nf4.quantize(torch.randn(shape), *form)
+    decoded = kernels.four_bit_decode(*nf4.weight_operands(moved_to(DEVICE, packed)), *shape, dtype)
+    assert torch.equal(decoded.cpu(), packed.dequantize(dtype))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["qlora", "qdora"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("M", "K", "form"),
+    [
+        (33, 100, ("nf4", 64, True)),
+        (1, 192, ("nf4", 64, True)),
+        (1, 1216, ("nf4", 64, False)),
+        (2, 64, ("nf4", 4096, True)),
+        (8, 640, ("fp4", 128, False)),
+        (9, 128, ("nf4", 64, True)),
+        (3, 64, ("nf4", 32, True)),
+    ],
+)
+def test_forward_and_gradients_over_4_bits(
+    M: int, K: int, form: tuple[str, int, bool], dtype: torch.dtype, dora: bool
+) -> None:
+    def make() -> LoraInputs:
+        made = make_inputs((M, K), 66, (4,), dtype, torch.float32, dora=dora)
+        packed = nf4.quantize(made.weight, *form)
+        return replace(made, weight=packed.dequantize(dtype), packed=packed)
+
+    Expected.of(make).assert_met_by(by_cuda)
+
+
+@pytest.mark.parametrize("case", [Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(M=300, dora=True)], ids=str)
+def test_the_same_call_twice_gives_the_same_bits(case: Case) -> None:
+    inputs = case.inputs()
+    first, second = by_cuda(inputs), by_cuda(inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def calls(dtype: torch.dtype, device: str = DEVICE) -> dict[str, tuple[str, list[torch.Tensor]]]:
+    """For every kernel the method that launches it, and tensors whose sizes end within its tiles."""
+    draw = torch.Generator().manual_seed(1)
+
+    def drawn(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.rand(shape, generator=draw).to(device, of)
+
+    f32 = torch.float32
+    packed = nf4.quantize(torch.randn(66, 192, generator=draw), "nf4", 64, True)
+    four_bit = [packed.packed.to(device), *(t.to(device) for t in packed.quant)]
+    return {
+        "lora_down": ("lora_down", [drawn(3, 190), drawn(5, 190, of=f32), drawn(3, 5, of=f32)]),
+        "lora_up": ("lora_up", [drawn(70, 90), drawn(70, 6, of=f32), drawn(90, 6), drawn(90, of=f32), drawn(90)]),
+        "dropout": ("dropout", [drawn(70, 90), torch.tensor(7, device=device)]),
+        "dora_norm": ("dora_norm", [drawn(66, 192), drawn(6, 192), drawn(66, 6, of=f32)]),
+        "dora_norm, 4 bits": ("dora_norm", [drawn(0), drawn(6, 192), drawn(66, 6, of=f32), *four_bit]),
+        "four_bit_decode": ("four_bit_decode", four_bit),
+        "four_bit_linear": ("four_bit_linear", [drawn(5, 192), drawn(5, 6, of=f32), drawn(66, 6), *four_bit]),
+    }
+
+
+def launched(
+    kernels: backend.CudaKernels, method: str, tensors: list[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """What the kernel writes; memory that it leaves out stays NaN."""
+    first, *rest = tensors
+    match method:
+        case "lora_down":
+            A, u = rest
+            kernels.lora_down(first, A, u.fill_(torch.nan), gpu.Mask(0, 1.0, None), None, 0)
+            return u
+        case "lora_up":
+            q, right, c, bias = rest
+            y, z = torch.full_like(first, torch.nan), torch.full_like(first, torch.nan)
+            kernels.lora_up(first, first, y, gpu.Tail(q, right, 1.5, c=c, z=z, bias=bias))
+            return torch.stack((y, z))
+        case "dropout":
+            return kernels.dropout(first, gpu.Mask(dropout_threshold(0.3), 1.5, rest[0]))
+        case "dora_norm" if len(rest) == 2:
+            return kernels.dora_norm(first, [], 0, *rest, 0.75, dtype)
+        case "dora_norm":
+            A, B, packed, *quant = rest
+            return kernels.dora_norm(packed, quant, 64, A, B, 0.75, dtype)
+        case "four_bit_decode":
+            return kernels.four_bit_decode(first, rest, 64, 66, 192, dtype)
+        case "four_bit_linear":
+            q, right, packed, *quant = rest
+            y = first.new_full((first.shape[0], 66), torch.nan)
+            kernels.four_bit_linear(first, packed, quant, 64, y, gpu.Tail(q, right, 1.5))
+            return y
+    raise ValueError(method)
+
+
+@without_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", calls(torch.float32, "cpu"))
+def test_the_order_of_the_threads_changes_no_bit(name: str, dtype: torch.dtype, kernels: backend.CudaKernels) -> None:
+    """Where one thread reads what another one writes without a barrier, it does."""
+    method, tensors = calls(dtype)[name]
+    forwards = launched(kernels, method, tensors, dtype).clone()
+    cuda_emulation.library().set_backwards(True)
+    try:
+        backwards = launched(kernels, method, tensors, dtype)
+    finally:
+        cuda_emulation.library().set_backwards(False)
+    assert forwards.isfinite().all()
+    assert torch.equal(forwards, backwards)
+
+
+@without_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", calls(torch.float32, "cpu"))
+def test_nothing_beyond_a_tensor_is_touched(name: str, dtype: torch.dtype, kernels: backend.CudaKernels) -> None:
+    """Each tensor ends where memory does: one byte more (up to its alignment) would end the process."""
+    method, tensors = calls(dtype)[name]
+    with cuda_emulation.fences() as fenced:
+        result = launched(kernels, method, [fenced(t) for t in tensors], dtype)
+        expected = launched(kernels, method, tensors, dtype)
+        assert torch.equal(result, expected)
+
+
+@without_gpu
+@pytest.mark.parametrize("case", [Case(dropout_p=0.5), Case(ranks=(8, 3), mixed=True), Case(dora=True)], ids=str)
+def test_beside_triton_it_computes_what_it_has(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skinny products of many tokens and the fused product are Triton's, here by its interpreter."""
+    triton_interpreter.use(monkeypatch)
+    cuda_emulation.use(monkeypatch, triton_backend.kernels())
+    expected(case).assert_met_by(by_cuda)
+
+
+def test_a_launch_that_fails_raises_and_leaves_no_error_pending(kernels: backend.CudaKernels) -> None:
+    seed = torch.tensor(7, device=DEVICE)
+    x, nowhere = torch.ones(2, 3, device=DEVICE), 1000
+    library = kernels._library
+    with pytest.raises(RuntimeError, match="dropout on GPU 1000: invalid device ordinal"):
+        library.dropout(kernels._matrix(x), x.data_ptr(), 2, 3, 9, 1.0, seed.data_ptr(), nowhere, 0)
+    assert kernels.dropout(x, gpu.Mask(9, 1.0, seed)).isfinite().all()
+
+
+@without_gpu
+def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    weight, A, B = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
+    x = torch.randn(3, 6)
+    with pytest.raises(fastpeft.BackendRefusal, match="backend='cuda' cannot run lora_linear: it runs on NVIDIA GPUs"):
+        fastpeft.functional.lora_linear(x, weight, None, A, B, 1.0, backend="cuda")
+
+    def missing() -> ModuleType:
+        raise ImportError("No module named 'fastpeft._cuda'")
+
+    monkeypatch.setattr(backend, "_library", missing)
+    reason = "the CUDA extension is not built (No module named 'fastpeft._cuda'); `python -m fastpeft build` builds it"
+    assert backend.unavailable() == f"{reason} where nvcc is found"
