@@ -46,7 +46,7 @@ class Mask(NamedTuple):
     def of(cls, p: float, seed: Tensor | None, adapter: int) -> Mask:
         threshold = 0 if seed is None else dropout_threshold(p)
         factor = dropout_scale(p) if threshold else 1.0
-        return cls(threshold, factor, None if seed is None else seed[adapter])
+        return cls(threshold, factor, None if seed is None else seed.select(0, adapter))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""Nothing waits for the GPU: calls on tensors that have a device and no values. Whatever asked for a value would raise.
+
+On a GPU the same is asked of torch itself, and a whole training step is captured as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from cases import Case
+from oracle import LoraInputs
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+import fastpeft
+from fastpeft import functional
+from fastpeft.backends import gpu
+
+CASES = {
+    "lora": Case(ranks=(8, 3), dropout_p=0.1),
+    "mixed": Case(ranks=(8, 3), mixed=True),
+    "dora": Case(dora=True, dropout_p=0.1),
+    "one token": Case(M=1, dora=True),
+}
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class ValuelessKernels:
+    """A set of kernels that only allocates."""
+
+    def lora_down(self, *args: Any) -> None:
+        pass
+
+    def lora_dy(self, dy: Tensor, B: Tensor, *args: Any) -> gpu.DyGradients:
+        dB, dc = dy.new_empty(B.shape, dtype=torch.float32), dy.new_empty(dy.shape[1], dtype=torch.float32)
+        return gpu.DyGradients(*(made if need else None for made, need in zip((dB, dc, dy), args[-1], strict=True)))
+
+    def lora_dA(self, x: Tensor, v: Tensor, mask: gpu.Mask) -> Tensor:
+        return v.new_empty((v.shape[1], x.shape[1]))
+
+    def lora_up(self, *args: Any) -> None:
+        pass
+
+    def dropout(self, x: Tensor, mask: gpu.Mask) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def fuses(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def valueless(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    """A torch without CUDA makes no random numbers and no context for a GPU; nothing else is left out."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(
+        functional, "dropout_seeds", lambda count, device: torch.empty(count, dtype=torch.int64, device=device)
+    )
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+def on_cuda(inputs: LoraInputs) -> LoraInputs:
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+        return [moved(each) for each in value] if isinstance(value, list) else value
+
+    return LoraInputs(**{name: moved(value) for name, value in vars(inputs).items()})
+
+
+def test_a_value_asked_for_is_noticed(valueless: FakeTensorMode) -> None:
+    with pytest.raises(DataDependentOutputException):
+        torch.empty((), device="cuda").item()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_composition_asks_for_no_value(valueless: FakeTensorMode, case: Case) -> None:
+    i, kernels = on_cuda(case.inputs()), ValuelessKernels()
+    settings = i.scaling, i.dropout_p, i.seed, i.adapter_index
+    y, u, z = gpu.lora_linear(kernels, i.x, i.weight, [], 0, i.bias, i.A, i.B, i.c, *settings, True)
+    assert y.device.type == "cuda" and y.shape == i.dy.shape
+    needs = [True] * (3 + 2 * len(i.A) + len(i.c))
+    grads = gpu.lora_linear_backward(kernels, i.dy, i.x, i.weight, [], 0, i.A, i.B, i.c, u, z, *settings, needs)
+    assert [g.shape for g in grads] == [t.shape for t in (i.x, i.weight, i.bias, *i.A, *i.B, *i.c)]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_public_functions_ask_for_no_value(valueless: FakeTensorMode, case: Case) -> None:
+    i = on_cuda(case.inputs())
+    adapters = i.A, i.B, i.scaling
+    settings = {"dropout_p": i.dropout_p, "training": True}
+    if i.c:
+        magnitude = torch.empty(i.weight.shape[0], device="cuda")
+        y = functional.dora_linear(i.x, i.weight, i.bias, i.A[0], i.B[0], magnitude, i.scaling[0], i.dropout_p[0])
+    else:
+        y = functional.lora_linear(i.x, i.weight, i.bias, *adapters, **settings, adapter_index=i.adapter_index)
+    assert y.device.type == "cuda" and y.shape == i.dy.shape
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["LoRALinear", "DoRALinear", "QLoRALinear", "QDoRALinear"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_training_step_is_captured(kind: str, backend: str) -> None:
+    """And its replay computes what the step does; each replay draws masks of its own."""
+    make = getattr(fastpeft.nn, kind).from_linear
+    linear = nn.Linear(256, 192, device="cuda", dtype=torch.bfloat16)
+    for p in (0.0, 0.5):
+        layer = make(linear, r=8, alpha=16, dropout=p, backend=backend)
+        nn.init.normal_(layer.lora_B)
+        x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        learned = [x, *(t for t in layer.parameters() if t.requires_grad)]
+
+        def step(layer: nn.Module = layer, x: Tensor = x, learned: list[Tensor] = learned) -> list[Tensor]:
+            y = layer(x)
+            return [y, *torch.autograd.grad(y.float().square().sum(), learned)]
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                torch.cuda.set_sync_debug_mode("error")
+                expected = step()
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        graph.replay()
+        first = [t.clone() for t in captured]
+        graph.replay()
+        torch.cuda.synchronize()
+        same = [torch.equal(a, b) for a, b in zip(first, captured, strict=True)]
+        assert all(same) if p == 0 else not any(same)
+        assert p or all(torch.equal(a, b) for a, b in zip(first, expected, strict=True))
+        assert all(t.isfinite().all() for t in captured)
