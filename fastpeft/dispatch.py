@@ -30,6 +30,11 @@ def check_backend_name(backend: str | None) -> None:
         raise ValueError(f"backend must be None or one of {sorted(_BY_NAME)}, got {backend!r}")
 
 
+def named(backend: str) -> ModuleType:
+    """The backend of this name."""
+    return _BY_NAME[backend]
+
+
 def refusals(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> dict[str, str | None]:
     """Every backend in order of preference with the reason why it refuses this call, None when it takes it."""
     return {backend.NAME: _refusal(backend, op, x, weight, A, B) for backend in BACKENDS}

@@ -93,17 +93,33 @@ def _verdict_on(module: nn.Module) -> str | None:
 
 
 def _backend_verdict(weight: Tensor | FourBit, A: Sequence[Tensor], B: Sequence[Tensor], requested: str | None) -> str:
-    lines = {name: _choice(backend_refusals(op, weight, A, B), requested) for name, op in _PASSES.items()}
+    refusals = {name: backend_refusals(op, weight, A, B) for name, op in _PASSES.items()}
+    lines = {name: _choice(found, requested) for name, found in refusals.items()}
+    text = "; ".join(f"{name} {line}" for name, line in lines.items())
     if len(set(lines.values())) == 1:
-        return lines["forward"]
-    return "; ".join(f"{name} {line}" for name, line in lines.items())
+        text = lines["forward"]
+    backend = requested or _chosen(refusals["forward"])
+    plans = _plans(weight, backend) if refusals["forward"][backend] is None else ""
+    return f"{text}; {plans}" if plans else text
+
+
+def _plans(weight: Tensor | FourBit, backend: str) -> str:
+    """What a backend that has several ways to compute a layer says of them."""
+    describe = getattr(dispatch.named(backend), "describe", None)
+    if describe is None:
+        return ""
+    return describe(weight.shape[1], weight.shape[0], compute_dtype(weight), weight.device)
+
+
+def _chosen(refusals: Mapping[str, str | None]) -> str:
+    return next(name for name, reason in refusals.items() if reason is None)
 
 
 def _choice(refusals: Mapping[str, str | None], requested: str | None) -> str:
     if requested is not None:
         reason = refusals[requested]
         return f"{requested}: asked for by name" + ("" if reason is None else f", and raises: {reason}")
-    chosen = next(name for name, reason in refusals.items() if reason is None)
+    chosen = _chosen(refusals)
     others = [
         f"{name} {'comes later in the order of preference' if reason is None else f'refuses: {reason}'}"
         for name, reason in refusals.items()

@@ -19,9 +19,10 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import fastpeft
 from fastpeft import kernels, nf4, ops
-from fastpeft.backends import gpu
+from fastpeft.backends import gpu_plans
 from fastpeft.backends import triton as backend
-from fastpeft.backends.gpu import Plan, Tail
+from fastpeft.backends.gpu import Tail
+from fastpeft.backends.gpu_plans import Plan, Product, plans_for
 from fastpeft.dropout import dropout_keep, dropout_threshold
 
 PLANNED = {
@@ -75,11 +76,10 @@ def test_forward_and_every_gradient_are_as_close_as_eager(case: Case) -> None:
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each plan in turn, where it can run at all."""
 
-    def planned(kernels: gpu.Kernels, x: torch.Tensor, tail: Tail) -> Plan:
-        can_accumulate = not tail.threshold and tail.c is None
-        return request.param if can_accumulate or request.param is not Plan.accumulate else Plan.epilogue
+    def planned(product: Product, device: torch.device, fuses: bool) -> Plan:
+        return request.param if request.param in plans_for(product.ending, fuses) else Plan.epilogue
 
-    monkeypatch.setattr(gpu, "_plan", planned)
+    monkeypatch.setattr(gpu_plans, "choose", planned)
     yield
 
 

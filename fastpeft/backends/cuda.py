@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu, triton
+from . import gpu, gpu_plans, triton
 from .gpu import DyGradients, Kernels, Mask, Tail
 from .vendor import SkinnyProducts
 
@@ -43,6 +43,11 @@ def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence
 def worth_a_warning(x: Tensor) -> bool:
     """Whether a user should hear once that calls like this one are refused: Triton's kernels serve them, too."""
     return False
+
+
+def describe(K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
+    """How a layer ``[N, K]`` would be computed, for ``explain``."""
+    return gpu_plans.describe(K, N, dtype, device, fuses=_kernels().fuses())
 
 
 def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:

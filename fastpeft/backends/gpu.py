@@ -1,6 +1,6 @@
 """The ops on a GPU, out of kernels and the vendor's products. The backends for GPUs bring the kernels.
 
-A :class:`Kernels` is a set of kernels; what is chosen here is how a call is put together of them: see :class:`Plan`.
+A :class:`Kernels` is a set of kernels; how a product with W is put together of them says gpu_plans.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import wraps
 from typing import Any, NamedTuple, Protocol
 
@@ -17,22 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dropout import dropout_scale, dropout_threshold
+from . import gpu_plans
+from .gpu_plans import Plan, Product
 from .operands import operand_refusal
-
-FEW_TOKENS = 16
-
-
-class Plan(Enum):
-    """How a product with W and the low-rank part are computed.
-
-    ``fused``: one kernel, both in the same float32 sums. ``epilogue``: the vendor's product, then a kernel that adds
-    the low-rank part, the scales and the bias. ``accumulate``: the vendor's product, added onto the low-rank part, the
-    vendor's too: where nothing is masked or scaled.
-    """
-
-    fused = "fused"
-    epilogue = "epilogue"
-    accumulate = "accumulate"
 
 
 class Mask(NamedTuple):
@@ -295,16 +281,16 @@ def dora_norm(
     return kernels.dora_norm(weight, quant, blocksize, A, B, scaling, dtype)
 
 
-def _plan(kernels: Kernels, x: Tensor, tail: Tail) -> Plan:
-    """By the equations alone: nothing was measured yet. Of a few tokens the launches are the time, and the epilogue has
-    two fewer."""
-    scaled = tail.threshold > 0 or tail.c is not None
-    return Plan.epilogue if scaled or x.shape[0] <= FEW_TOKENS else Plan.accumulate
+def _plan(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, masked: bool) -> Plan:
+    endings = [name for name, present in (("scaled", tail.c is not None), ("masked", masked)) if present]
+    (M, K), N = x.shape, weight.shape[0]
+    product = Product(M, K, N, gpu_plans.name_of(x.dtype), ", ".join(endings) or "plain")
+    return gpu_plans.choose(product, x.device, kernels.fuses())
 
 
 def _product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
     """``x Wᵀ`` and its tail."""
-    plan = _plan(kernels, x, tail)
+    plan = _plan(kernels, x, weight, tail, tail.threshold > 0)
     if plan is Plan.fused:
         y = x.new_empty((x.shape[0], weight.shape[0]))
         kernels.lora_linear(x, weight, y, tail, 0.0)
@@ -320,8 +306,9 @@ def _product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
 
 def _dora_product(kernels: Kernels, x: Tensor, weight: Tensor, tails: Sequence[Tail], masks: Sequence[Mask]) -> Tensor:
     """DoRA's adapters one after the other, each on the result of those before it."""
-    if len(tails) == 1 and _plan(kernels, x, tails[0]) is Plan.fused:
-        y, mask = x.new_empty((x.shape[0], weight.shape[0])), masks[0]
+    mask = masks[0]
+    if len(tails) == 1 and _plan(kernels, x, weight, tails[0], mask.threshold > 0) is Plan.fused:
+        y = x.new_empty((x.shape[0], weight.shape[0]))
         if mask.threshold:
             tail = replace(tails[0], threshold=mask.threshold, seed=mask.seed)
             kernels.lora_linear(x, weight, y, tail, mask.factor)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..nf4 import NESTED_BLOCKSIZE
-from . import gpu
+from . import gpu, gpu_plans
 from .gpu import DyGradients, Mask, Tail
 from .operands import DTYPES
 
@@ -46,6 +46,11 @@ def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence
 def worth_a_warning(x: Tensor) -> bool:
     """Whether a user should hear once that calls like this one are refused."""
     return x.device.type == "cuda" and x.dtype in DTYPES and unavailable() is not None
+
+
+def describe(K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
+    """How a layer ``[N, K]`` would be computed, for ``explain``."""
+    return gpu_plans.describe(K, N, dtype, device, fuses=True)
 
 
 def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
