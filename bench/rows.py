@@ -148,6 +148,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
             "name": slug(gpu.name),
             "gpu": gpu.name,
             "memory_gib": round(gpu.total_memory / 2**30, 1),
+            "capability": [gpu.major, gpu.minor],
             "multiprocessors": gpu.multi_processor_count,
             "cuda": torch.version.cuda,
             "system": f"{platform.system()} {platform.machine()}",

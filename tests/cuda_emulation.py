@@ -51,7 +51,7 @@ def library() -> ModuleType:
 def use(monkeypatch: pytest.MonkeyPatch, others: gpu.Kernels | None = None) -> cuda.CudaKernels:
     """The CUDA backend takes calls on CPU tensors; ``others`` as for :class:`CudaKernels`."""
     kernels = cuda.CudaKernels(library(), others)
-    monkeypatch.setattr(cuda, "_kernels", lambda: kernels)
+    monkeypatch.setattr(cuda, "kernels", lambda: kernels)
     monkeypatch.setattr(cuda, "refuses", lambda op, *operands: gpu.refusal(*operands))
     monkeypatch.setattr(vendor, "wide_product", wide_product)
     return kernels

@@ -26,7 +26,7 @@ from fastpeft.dropout import dropout_keep, dropout_threshold
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> backend.CudaKernels:
     """Without a GPU the backend takes calls on CPU tensors."""
-    return cuda_emulation.use(monkeypatch) if DEVICE == "cpu" else backend._kernels()
+    return cuda_emulation.use(monkeypatch) if DEVICE == "cpu" else backend.kernels()
 
 
 without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="about the emulation")
@@ -229,6 +229,6 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> ModuleType:
         raise ImportError("No module named 'fastpeft._cuda'")
 
-    monkeypatch.setattr(backend, "_library", missing)
+    monkeypatch.setattr(backend, "library", missing)
     reason = "the CUDA extension is not built (No module named 'fastpeft._cuda'); `python -m fastpeft build` builds it"
     assert backend.unavailable() == f"{reason} where nvcc is found"

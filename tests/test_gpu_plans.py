@@ -99,7 +99,7 @@ def test_explain_names_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = fastpeft.nn.LoRALinear.from_linear(nn.Linear(64, 48), r=8, alpha=16, backend="cuda")
     assert str(fastpeft.explain(layer)).startswith(
         "1 × cuda: asked for by name; plans by the equations, no GPU was measured: "
-        "1 tokens: epilogue (plain), epilogue (masked), epilogue (scaled), epilogue (scaled, masked); "
+        "1 token: epilogue (plain), epilogue (masked), epilogue (scaled), epilogue (scaled, masked); "
         "512 tokens: accumulate (plain), epilogue (masked)"
     )
     layer.backend = None

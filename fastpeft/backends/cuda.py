@@ -27,7 +27,7 @@ ALIGNED = 16  # bytes
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine at all; None when it can."""
     try:
-        _library()
+        library()
     except ImportError as error:
         return f"the CUDA extension is not built ({error}); `python -m fastpeft build` builds it where nvcc is found"
     return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU"
@@ -47,22 +47,22 @@ def worth_a_warning(x: Tensor) -> bool:
 
 def describe(K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
     """How a layer ``[N, K]`` would be computed, for ``explain``."""
-    return gpu_plans.describe(K, N, dtype, device, fuses=_kernels().fuses())
+    return gpu_plans.describe(K, N, dtype, device, fuses=kernels().fuses())
 
 
 def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
-    return gpu.lora_linear(_kernels(), *args)
+    return gpu.lora_linear(kernels(), *args)
 
 
 def lora_linear_backward(*args: Any) -> list[Tensor]:
     """See ops.py."""
-    return gpu.lora_linear_backward(_kernels(), *args)
+    return gpu.lora_linear_backward(kernels(), *args)
 
 
 def dora_norm(*args: Any) -> Tensor:
     """See ops.py."""
-    return gpu.dora_norm(_kernels(), *args)
+    return gpu.dora_norm(kernels(), *args)
 
 
 class CudaKernels:
@@ -171,14 +171,14 @@ class CudaKernels:
 
 
 @lru_cache
-def _library() -> ModuleType:
+def library() -> ModuleType:
     """Loaded at the first look: importing fastpeft leaves CUDA alone."""
     return import_module("fastpeft._cuda")
 
 
 @lru_cache
-def _kernels() -> CudaKernels:
-    return CudaKernels(_library(), triton.kernels() if triton.is_installed() else None)
+def kernels() -> CudaKernels:
+    return CudaKernels(library(), triton.kernels() if triton.is_installed() else None)
 
 
 def _address(tensor: Tensor | None) -> int:

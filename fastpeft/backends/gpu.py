@@ -181,14 +181,14 @@ def lora_linear(
         tail = Tail(u, *_side_by_side(B, scales), c=c[0] if c else None, z=z[0] if z else None, bias=bias)
         kernels.four_bit_linear(x2, weight, quant, blocksize, y, tail)
     elif not c:
-        y = _product(kernels, x2, dense, Tail(u, *_side_by_side(B, scales), bias=bias))
+        y = product(kernels, x2, dense, Tail(u, *_side_by_side(B, scales), bias=bias))
     else:
         tails = [
             Tail(part, b, scale, c=factor, z=z[i] if z else None)
             for i, (part, b, scale, factor) in enumerate(zip(parts, B, scales, c, strict=True))
         ]
         tails[-1] = replace(tails[-1], bias=bias)
-        y = _dora_product(kernels, x2, dense, tails, masks)
+        y = dora_product(kernels, x2, dense, tails, masks)
     return y.view(*x.shape[:-1], N), u, z
 
 
@@ -288,9 +288,9 @@ def _plan(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, masked: bool)
     return gpu_plans.choose(product, x.device, kernels.fuses())
 
 
-def _product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
-    """``x Wᵀ`` and its tail."""
-    plan = _plan(kernels, x, weight, tail, tail.threshold > 0)
+def product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, plan: Plan | None = None) -> Tensor:
+    """``x Wᵀ`` and its tail, without DoRA's second input; by the plan chosen for it unless one is given."""
+    plan = plan or _plan(kernels, x, weight, tail, tail.threshold > 0)
     if plan is Plan.fused:
         y = x.new_empty((x.shape[0], weight.shape[0]))
         kernels.lora_linear(x, weight, y, tail, 0.0)
@@ -304,7 +304,7 @@ def _product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail) -> Tensor:
     return y.addmm_(x, weight.t())
 
 
-def _dora_product(kernels: Kernels, x: Tensor, weight: Tensor, tails: Sequence[Tail], masks: Sequence[Mask]) -> Tensor:
+def dora_product(kernels: Kernels, x: Tensor, weight: Tensor, tails: Sequence[Tail], masks: Sequence[Mask]) -> Tensor:
     """DoRA's adapters one after the other, each on the result of those before it."""
     mask = masks[0]
     if len(tails) == 1 and _plan(kernels, x, weight, tails[0], mask.threshold > 0) is Plan.fused:
@@ -333,10 +333,10 @@ def _dx(kernels: Kernels, dy: Tensor, weight: Tensor, A: Sequence[Tensor], v: Te
     """``dy W + Σ keep ∘ (v A)``; each mask takes a sweep of its own over the result."""
     if not any(mask.threshold for mask in masks):
         A_all = A[0] if len(A) == 1 else torch.cat([a.float() for a in A])
-        return _product(kernels, dy, weight.t(), Tail(v, A_all.t(), 1.0))
+        return product(kernels, dy, weight.t(), Tail(v, A_all.t(), 1.0))
     parts = v.split([a.shape[0] for a in A], dim=1)
     tails = [Tail(part, a.t(), 1.0, mask.threshold, mask.seed) for part, a, mask in zip(parts, A, masks, strict=True)]
-    dx = _product(kernels, dy, weight.t(), tails[0])
+    dx = product(kernels, dy, weight.t(), tails[0])
     for tail in tails[1:]:
         kernels.lora_up(dx, None, dx, tail)
     return dx

@@ -77,7 +77,9 @@ def describe(K: int, N: int, dtype: torch.dtype, device: torch.device, fuses: bo
     lines = []
     for tokens in SHOWN_TOKENS:
         plans = {e: choose(Product(tokens, K, N, name_of(dtype), e), device, fuses).value for e in ENDINGS}
-        lines.append(f"{tokens} tokens: " + ", ".join(f"{plan} ({ending})" for ending, plan in plans.items()))
+        lines.append(
+            f"{tokens} token{'s' * (tokens > 1)}: " + ", ".join(f"{plan} ({ending})" for ending, plan in plans.items())
+        )
     origin = "by the equations, no GPU was measured" if gpu is None else f"as measured on {gpu.name}"
     return f"plans {origin}: {'; '.join(lines)}"
 

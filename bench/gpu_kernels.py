@@ -1,0 +1,202 @@
+"""Each kernel on this GPU beside its rivals and the memory's speed: ``python -m fastpeft.bench.gpu_kernels``.
+
+The time on the GPU alone, over operands that do not fit its cache; the share is that of the bandwidth that a copy
+reaches. Rows are appended to ``bench/results/<gpu>-kernels.jsonl`` with their table beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from fastpeft.backends import cuda, gpu, triton
+from fastpeft.nf4 import FourBit, quantize, weight_operands
+
+from . import gpu_timing, rows
+from .measure import Run
+
+RANK = 16
+K = N = 4096
+FEW = (1, 4, 8)
+MANY = (512, 2048, 8192)
+MASK = 3277, 1.05  # threshold and factor of p = 0.05
+Calls = dict[str, Callable[[], Any]]
+SHARES = {"four_bit_decode": 0.9, "four_bit_linear 1": 0.8}
+"""At least so much of the copy's bandwidth is meant to be reached."""
+
+
+def kernel_sets() -> dict[str, gpu.Kernels]:
+    """The kernels of every backend that runs here."""
+    sets: dict[str, gpu.Kernels] = {}
+    if cuda.unavailable() is None:
+        sets["cuda"] = cuda.CudaKernels(cuda.library(), None)
+    if triton.unavailable() is None:
+        sets["triton"] = triton.kernels()
+    return sets
+
+
+def copy(device: str) -> tuple[int, Calls]:
+    source = torch.ones(N, K, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes, {"torch": lambda: target.copy_(source)}
+
+
+def four_bit_decode(sets: dict[str, gpu.Kernels], device: str) -> tuple[int, Calls]:
+    packed = _packed(device)
+    operands = *weight_operands(packed), N, K, torch.bfloat16
+    calls: Calls = {name: lambda k=kernels: k.four_bit_decode(*operands) for name, kernels in sets.items()}
+    return _packed_bytes(packed) + 2 * N * K, calls | _bitsandbytes(None, device)
+
+
+def four_bit_linear(sets: dict[str, gpu.Kernels], device: str, M: int) -> tuple[int, Calls]:
+    packed = _packed(device)
+    x, y = torch.randn(M, K, device=device).bfloat16(), torch.empty(M, N, device=device, dtype=torch.bfloat16)
+    tail = gpu.Tail(torch.randn(M, RANK, device=device), torch.randn(N, RANK, device=device), 2.0)
+    operands = x, *weight_operands(packed), y, tail
+    calls: Calls = {name: lambda k=kernels: k.four_bit_linear(*operands) for name, kernels in sets.items()}
+    return _packed_bytes(packed) + x.nbytes + y.nbytes, calls | _bitsandbytes(x, device)
+
+
+def dora_norm(sets: dict[str, gpu.Kernels], device: str, four_bit: bool) -> tuple[int, Calls]:
+    weight = _packed(device) if four_bit else torch.randn(N, K, device=device).bfloat16()
+    size = _packed_bytes(weight) if isinstance(weight, FourBit) else weight.nbytes
+    A, B = torch.randn(RANK, K, device=device), torch.randn(N, RANK, device=device)
+    operands = *weight_operands(weight), A, B, 2.0, torch.bfloat16
+    return size, {name: lambda k=kernels: k.dora_norm(*operands) for name, kernels in sets.items()}
+
+
+def lora_up(sets: dict[str, gpu.Kernels], device: str, M: int, ending: str) -> tuple[int, Calls]:
+    base = torch.randn(M, N, device=device).bfloat16()
+    seed, c = torch.tensor(7, device=device), torch.rand(N, device=device)
+    z = torch.empty_like(base) if ending == "scaled" else None
+    tail = gpu.Tail(torch.randn(M, RANK, device=device), torch.randn(N, RANK, device=device), 2.0)
+    endings = {"plain": {}, "masked": {"threshold": MASK[0], "seed": seed}, "scaled": {"c": c, "z": z}}
+    tail = gpu.Tail(tail.q, tail.right, tail.scale, **endings[ending])
+    calls: Calls = {name: lambda k=kernels: k.lora_up(base, None, base, tail) for name, kernels in sets.items()}
+    return (2 + (z is not None)) * base.nbytes, calls
+
+
+def skinny(sets: dict[str, gpu.Kernels], device: str, M: int, name: str, masked: bool) -> tuple[int, Calls]:
+    x, seed = torch.randn(M, K, device=device).bfloat16(), torch.tensor(7, device=device)
+    A, B, u = (torch.randn(shape, device=device) for shape in ((RANK, K), (N, RANK), (M, RANK)))
+    mask = gpu.Mask(*(MASK if masked else (0, 1.0)), seed)
+    launches: dict[str, Callable[[gpu.Kernels], Any]] = {
+        "lora_down": lambda k: k.lora_down(x, A, u, mask, None, 0),
+        "lora_dy": lambda k: k.lora_dy(x, B, u, 2.0, None, 0, None, None, u, (True, False, False)),
+        "lora_dA": lambda k: k.lora_dA(x, u, mask),
+    }
+    moved = x.nbytes + (A.nbytes if name == "lora_down" else 0)
+    return moved, {of: lambda k=kernels: launches[name](k) for of, kernels in sets.items()}
+
+
+def dropout(sets: dict[str, gpu.Kernels], device: str, M: int) -> tuple[int, Calls]:
+    x, mask = torch.randn(M, K, device=device).bfloat16(), gpu.Mask(*MASK, torch.tensor(7, device=device))
+    return 2 * x.nbytes, {name: lambda k=kernels: k.dropout(x, mask) for name, kernels in sets.items()}
+
+
+def makers(sets: dict[str, gpu.Kernels], device: str) -> dict[str, Callable[[], tuple[int, Calls]]]:
+    """By kernel and size: what makes fresh operands, and gives the bytes to be moved and each contestant's call."""
+    found: dict[str, Callable[[], tuple[int, Calls]]] = {
+        "copy": lambda: copy(device),
+        "four_bit_decode": lambda: four_bit_decode(sets, device),
+        "dora_norm": lambda: dora_norm(sets, device, False),
+        "dora_norm, 4 bits": lambda: dora_norm(sets, device, True),
+    }
+    for M in FEW:
+        found[f"four_bit_linear {M}"] = lambda M=M: four_bit_linear(sets, device, M)
+    for M in (1, *MANY):
+        found[f"lora_down {M}"] = lambda M=M: skinny(sets, device, M, "lora_down", False)
+    for M in MANY:
+        found[f"lora_down {M}, masked"] = lambda M=M: skinny(sets, device, M, "lora_down", True)
+        found[f"lora_dy {M}"] = lambda M=M: skinny(sets, device, M, "lora_dy", False)
+        found[f"lora_dA {M}"] = lambda M=M: skinny(sets, device, M, "lora_dA", False)
+        found[f"lora_dA {M}, masked"] = lambda M=M: skinny(sets, device, M, "lora_dA", True)
+        found[f"dropout {M}"] = lambda M=M: dropout(sets, device, M)
+        for ending in ("plain", "masked", "scaled"):
+            found[f"lora_up {M}, {ending}"] = lambda M=M, e=ending: lora_up(sets, device, M, e)
+    return found
+
+
+def measure(rounds: int, run: Run) -> Iterator[dict[str, Any]]:
+    """A row for every kernel and size."""
+    for name, make in makers(kernel_sets(), gpu_timing.DEVICE).items():
+        moved, first = make()
+        sets = [first, *(make()[1] for _ in range(gpu_timing.copies_of(moved) - 1))]
+        seconds = gpu_timing.seconds_per_call({who: [each[who] for each in sets] for who in first}, rounds)
+        yield {**run.facts(), "kernel": name, "K": K, "N": N, "rank": RANK, "bytes": moved, "seconds": seconds}
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """Microseconds of each contestant and its share of the copy's bandwidth."""
+    first = found[0]
+    names = list(dict.fromkeys(who for row in found for who in row["seconds"]))
+    speed = copy_speed(found)
+    lines = [
+        f"{first['machine']['gpu']}, {K} x {N}, bfloat16, rank {RANK}, {first['run'][:10]}, "
+        f"commit {str(first['commit'])[:9]}. Medians of the time on the GPU in µs, "
+        f"in brackets the share of the bandwidth of a copy, {speed / 1e12:.2f} TB/s.",
+        "",
+        f"| kernel and tokens | MB | {' | '.join(names)} | meant |",
+        f"|---|---:|{'---:|' * len(names)}---:|",
+    ]
+    for row in found:
+        cells = []
+        for who in names:
+            seconds = row["seconds"].get(who, "")
+            if isinstance(seconds, dict):
+                share = row["bytes"] / seconds["median"] / speed
+                cells.append(f"{seconds['median'] * 1e6:.1f} ({share:.0%})")
+            else:
+                cells.append(seconds)
+        meant = f"{SHARES[row['kernel']]:.0%}" if row["kernel"] in SHARES else ""
+        lines.append(f"| {row['kernel']} | {row['bytes'] / 1e6:.1f} | {' | '.join(cells)} | {meant} |")
+    return "\n".join(lines) + "\n"
+
+
+def copy_speed(found: Sequence[dict[str, Any]]) -> float:
+    """Bytes a second of the row ``copy``."""
+    row = next(row for row in found if row["kernel"] == "copy")
+    return row["bytes"] / row["seconds"]["torch"]["median"]
+
+
+def _packed(device: str) -> FourBit:
+    return quantize(torch.randn(N, K, device=device))
+
+
+def _packed_bytes(weight: FourBit) -> int:
+    return weight.packed.nbytes + sum(tensor.nbytes for tensor in weight.quant)
+
+
+def _bitsandbytes(x: torch.Tensor | None, device: str) -> Calls:
+    """Its decoding, or its product with ``x``; nothing where it is not installed."""
+    try:
+        from bitsandbytes import functional, matmul_4bit
+    except ImportError:
+        return {}
+    weight = torch.randn(N, K, device=device).bfloat16()
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    if x is None:
+        return {"bitsandbytes": lambda: functional.dequantize_4bit(packed, state)}
+    return {"bitsandbytes": lambda: matmul_4bit(x, packed.t(), quant_state=state)}
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(min=2), default=9, show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
+def command(rounds: int, out: Path) -> None:
+    """Times every kernel of the GPU backends."""
+    if not torch.cuda.is_available():
+        raise click.ClickException("torch finds no NVIDIA GPU")
+    run = Run.begin("cuda")
+    found = list(measure(rounds, run))
+    table = markdown(found)
+    rows.write(out / f"{run.machine['name']}-kernels.jsonl", found, table)
+    click.echo(table)
+
+
+if __name__ == "__main__":
+    command()

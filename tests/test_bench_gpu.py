@@ -1,0 +1,126 @@
+"""The GPU's measurements as far as they go without one: small operands, kernels emulated, calls in the place of graphs.
+What a table says of rows is right; no speed is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cuda_emulation
+import pytest
+import torch
+import triton_interpreter
+from click.testing import CliRunner
+from fastpeft.bench import gpu_kernels, gpu_plans, gpu_timing
+from fastpeft.bench.measure import Run
+
+from fastpeft.backends import cuda, gpu, triton
+from fastpeft.backends.gpu_plans import Plan, plans_for
+
+MACHINE = {"name": "some-gpu", "gpu": "Some GPU", "capability": [9, 0], "multiprocessors": 132}
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+pytestmark = WITHOUT_GPU
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replay_of(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
+        for call in calls:
+            call()
+        return lambda: None
+
+    monkeypatch.setattr(gpu_timing, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_timing, "copies_of", lambda size: 2)
+    monkeypatch.setattr(gpu_timing, "replay_of", replay_of)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for module, name, value in (
+        (gpu_kernels, "K", 128),
+        (gpu_kernels, "N", 64),
+        (gpu_kernels, "FEW", (1, 2)),
+        (gpu_kernels, "MANY", (17,)),
+        (gpu_plans, "TOKENS", (1, 17)),
+        (gpu_plans, "LAYERS", ((64, 48),)),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+def run() -> Run:
+    return Run("2026-01-01T00:00:00", MACHINE, {}, "c0ffee", False)
+
+
+def by_emulation(monkeypatch: pytest.MonkeyPatch) -> gpu.Kernels:
+    return cuda_emulation.use(monkeypatch)
+
+
+def by_interpreter(monkeypatch: pytest.MonkeyPatch) -> gpu.Kernels:
+    triton_interpreter.use(monkeypatch)
+    return triton.kernels()
+
+
+@pytest.mark.parametrize("of", [by_emulation, by_interpreter])
+def test_every_kernel_has_a_row(
+    of: Callable[[pytest.MonkeyPatch], gpu.Kernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = of(monkeypatch)
+    monkeypatch.setattr(gpu_kernels, "kernel_sets", lambda: {"ours": kernels})
+    found = list(gpu_kernels.measure(2, run()))
+    assert len({row["kernel"] for row in found}) == len(found) == 16
+    assert all(isinstance(row["seconds"].get("ours", {}), dict) for row in found)
+    copied = 2 * 2 * 128 * 64
+    assert found[0]["kernel"] == "copy" and found[0]["bytes"] == copied
+    for row in found:
+        row["seconds"] = {"torch": {"median": 1e-6}} if row["kernel"] == "copy" else {"ours": {"median": 4e-6}}
+    found[1]["seconds"] = {"ours": {"median": 2e-6}, "bitsandbytes": "RuntimeError: it waits"}
+    text = gpu_kernels.markdown(found)
+    share = found[1]["bytes"] / 2e-6 / (copied / 1e-6)
+    assert f"| four_bit_decode | 0.0 |  | 2.0 ({share:.0%}) | RuntimeError: it waits | 90% |" in text
+
+
+def test_the_sets_are_those_of_the_backends_that_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_kernels.kernel_sets() == {}
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "library", cuda_emulation.library)
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    assert list(gpu_kernels.kernel_sets()) == ["cuda", "triton"]
+
+
+def test_plans_are_measured_shown_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernels = by_emulation(monkeypatch)
+    monkeypatch.setattr(gpu_plans, "kernels", lambda: kernels)
+    found = list(gpu_plans.measure("bf16", 2, run()))
+    assert len(found) == 2 * 4
+    for row in found:
+        possible = plans_for(row["product"]["ending"], False)
+        assert row["seconds"].keys() == {plan.value for plan in possible}
+        assert all(isinstance(seconds, dict) for seconds in row["seconds"].values())
+        row["base_seconds"] = {"median": 1e-6}
+        row["seconds"] = {plan.value: {"median": (1 + i) * 1e-6} for i, plan in enumerate(possible)}
+    found[0]["seconds"]["accumulate"]["median"] = 0.5e-6
+    assert gpu_plans.fastest(found[0]) == "accumulate"
+    assert "| 1 x 64 x 48 | bfloat16 | plain | 1.0 |  | 1.00 | **0.50** |" in gpu_plans.markdown(found)
+    older = [{"name": "Some GPU", "plans": []}, {"name": "Another", "plans": []}]
+    other, mine = gpu_plans.recorded(found, older)
+    assert other["name"] == "Another"
+    assert (mine["name"], mine["capability"], mine["multiprocessors"]) == ("Some GPU", [9, 0], 132)
+    assert mine["plans"][:2] == [
+        [1, 64, 48, "bfloat16", "plain", Plan.accumulate.value],
+        [1, 64, 48, "bfloat16", "masked", Plan.epilogue.value],
+    ]
+    json.dumps(mine)
+
+
+def test_without_a_gpu_the_commands_say_so() -> None:
+    for command in (gpu_kernels.command, gpu_plans.command):
+        result = CliRunner().invoke(command, [])
+        assert result.exit_code == 1 and "torch finds no NVIDIA GPU" in result.output
+
+
+def test_who_cannot_be_captured_is_refused_with_the_reason() -> None:
+    def waits() -> None:
+        raise RuntimeError("it waits\nfor the GPU")
+
+    found = gpu_timing.seconds_per_call({"good": [lambda: None], "bad": [waits]}, 2)
+    assert isinstance(found["good"], dict)
+    assert found["bad"] == "RuntimeError: it waits"
