@@ -81,15 +81,16 @@ def lora_up(sets: dict[str, gpu.Kernels], device: str, M: int, ending: str) -> t
 
 
 def skinny(sets: dict[str, gpu.Kernels], device: str, M: int, name: str, masked: bool) -> tuple[int, Calls]:
-    x, seed = torch.randn(M, K, device=device).bfloat16(), torch.tensor(7, device=device)
+    x, dy = (torch.randn(M, width, device=device).bfloat16() for width in (K, N))
+    seed = torch.tensor(7, device=device)
     A, B, u = (torch.randn(shape, device=device) for shape in ((RANK, K), (N, RANK), (M, RANK)))
     mask = gpu.Mask(*(MASK if masked else (0, 1.0)), seed)
     launches: dict[str, Callable[[gpu.Kernels], Any]] = {
         "lora_down": lambda k: k.lora_down(x, A, u, mask, None, 0),
-        "lora_dy": lambda k: k.lora_dy(x, B, u, 2.0, None, 0, None, None, u, (True, False, False)),
+        "lora_dy": lambda k: k.lora_dy(dy, B, u, 2.0, None, 0, None, None, u, (True, False, False)),
         "lora_dA": lambda k: k.lora_dA(x, u, mask),
     }
-    moved = x.nbytes + (A.nbytes if name == "lora_down" else 0)
+    moved = dy.nbytes if name == "lora_dy" else x.nbytes + (A.nbytes if name == "lora_down" else 0)
     return moved, {of: lambda k=kernels: launches[name](k) for of, kernels in sets.items()}
 
 

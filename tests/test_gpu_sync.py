@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import fastpeft
 from fastpeft import functional
-from fastpeft.backends import gpu
+from fastpeft.backends import gpu, gpu_plans
 
 CASES = {
     "lora": Case(ranks=(8, 3), dropout_p=0.1),
@@ -54,8 +54,9 @@ class ValuelessKernels:
 
 @pytest.fixture
 def valueless(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """A torch without CUDA makes no random numbers and no context for a GPU; nothing else is left out."""
+    """A torch without CUDA makes no random numbers and no context for a GPU, and knows none; nothing else is left out."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(gpu_plans, "_nearest_gpu", lambda index: None)
     monkeypatch.setattr(
         functional, "dropout_seeds", lambda count, device: torch.empty(count, dtype=torch.int64, device=device)
     )

@@ -304,10 +304,18 @@ def product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, plan: Plan 
     return y.addmm_(x, weight.t())
 
 
-def dora_product(kernels: Kernels, x: Tensor, weight: Tensor, tails: Sequence[Tail], masks: Sequence[Mask]) -> Tensor:
+def dora_product(
+    kernels: Kernels,
+    x: Tensor,
+    weight: Tensor,
+    tails: Sequence[Tail],
+    masks: Sequence[Mask],
+    plan: Plan | None = None,
+) -> Tensor:
     """DoRA's adapters one after the other, each on the result of those before it."""
     mask = masks[0]
-    if len(tails) == 1 and _plan(kernels, x, weight, tails[0], mask.threshold > 0) is Plan.fused:
+    plan = plan or _plan(kernels, x, weight, tails[0], mask.threshold > 0)
+    if len(tails) == 1 and plan is Plan.fused:
         y = x.new_empty((x.shape[0], weight.shape[0]))
         if mask.threshold:
             tail = replace(tails[0], threshold=mask.threshold, seed=mask.seed)
