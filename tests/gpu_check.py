@@ -3,11 +3,12 @@
     python3 tests/gpu_check.py [--out FOLDER] [--packages FOLDER] [--minutes 8]
 
 Uses the python it is started with, which needs torch with CUDA, Triton, transformers, peft and pytest; what it lacks
-of the bench's other packages may lie in a folder made by ``pip install --target FOLDER``. Puts fastpeft together in a
-folder of its own (nothing is installed), runs the Triton backend's tests on the GPU, then ``fastpeft bench``, and
-leaves behind the tests' report, the rows by device name with their table, and a summary, which is printed last. The
-exit code is 1 when a test or a measurement failed, or the time was too short for all of them. Without bitsandbytes the
-4-bit methods are left out of the bench, and it says so.
+of the bench's other packages may lie in a folder made by ``pip install --target FOLDER``. Builds the extensions in this
+checkout, puts fastpeft together in a folder of its own (nothing is installed), runs the GPU backends' tests, times
+kernels and plans, then runs ``fastpeft bench`` with the plans that were found fastest, and leaves behind the tests'
+report, the rows by device name with their tables, the plans to be put into fastpeft/backends, and a summary, which is
+printed last. The exit code is 1 when a step failed, or the time was too short for all of them. Without nvcc the CUDA
+backend is left out, without bitsandbytes the 4-bit methods of the bench, and it says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,35 +25,48 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PLANS = ROOT / "fastpeft" / "backends" / "gpu_plans.json"
 FOLDERS = {"bench": "bench", "kernels/triton": "kernels", "csrc": "csrc"}  # pyproject.toml's package-dir
 METHODS = ("lora", "dora", "qlora", "qdora", "adalora")
 FOUR_BIT = ("qlora", "qdora")
+TESTS = ("test_cuda.py", "test_triton.py", "test_gpu_sync.py")
+SHARES = {"build": 0.2, "tests": 0.45, "kernels": 0.25, "plans": 0.4}  # of the time that is left, at most
 
 
-def assemble(folder: Path) -> Path:
-    """A folder to import ``fastpeft`` from."""
+def assemble(folder: Path) -> None:
+    """Makes ``folder`` one to import ``fastpeft`` from."""
     package = folder / "fastpeft"
-    package.mkdir(parents=True)
-    for source in (ROOT / "fastpeft").iterdir():
-        (package / source.name).symlink_to(source)
-    for folder_of_sources, name in FOLDERS.items():
-        (package / name).symlink_to(ROOT / folder_of_sources)
-    return folder
+    package.mkdir(parents=True, exist_ok=True)
+    sources = {source.name: source for source in (ROOT / "fastpeft").iterdir()}
+    sources |= {name: ROOT / folder_of_sources for folder_of_sources, name in FOLDERS.items()}
+    for name, source in sources.items():
+        if not (package / name).is_symlink():
+            (package / name).symlink_to(source)
 
 
-def run(name: str, command: list[str], environment: dict[str, str], out: Path, seconds: float) -> int:
-    """The exit code, 124 where the time ran out; what it prints goes to ``out/name.log``, and its end to the screen."""
-    log = out / f"{name}.log"
-    print(f"== {name}, at most {seconds:.0f} s: {' '.join(command)}", flush=True)
-    with log.open("w") as file:
-        try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
-    print("\n".join(log.read_text().splitlines()[-12:]), flush=True)
-    return code
+class Steps:
+    """Commands that share the time up to a deadline. What each prints goes to ``out/name.log``, its end to the
+    screen."""
+
+    def __init__(self, out: Path, deadline: float) -> None:
+        self._out, self._deadline, self.failed = out, deadline, False
+
+    def run(self, name: str, command: list[str], environment: dict[str, str], share: float | None = None) -> None:
+        """Runs ``command`` for ``share`` of the time that is left at most."""
+        seconds = (share or SHARES[name]) * (self._deadline - time.monotonic())
+        log = self._out / f"{name}.log"
+        print(f"== {name}, at most {seconds:.0f} s: {' '.join(command)}", flush=True)
+        with log.open("w") as file:
+            try:
+                code = subprocess.run(
+                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = 124
+        print("\n".join(log.read_text().splitlines()[-12:]), flush=True)
+        if code != 0:
+            print(f"== {name} {'ran out of time' if code == 124 else f'failed with exit code {code}'}", flush=True)
+            self.failed = True
 
 
 def summary(rows: Path) -> str:
@@ -60,7 +75,7 @@ def summary(rows: Path) -> str:
     for path in sorted(rows.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            if row["contestant"] != "fastpeft":
+            if row.get("contestant") != "fastpeft":
                 continue
             case, against = row["case"], row["against"]
             ratios = [f"{against[rival]['median']:7.2f}" for rival in ("base", "peft")] if against else ["parity fails"]
@@ -86,25 +101,32 @@ def main() -> int:
         sys.path.append(str(arguments.packages))
     methods = [m for m in METHODS if m not in FOUR_BIT or importlib.util.find_spec("bitsandbytes") is not None]
     print(f"Methods: {', '.join(methods)}" + ("" if len(methods) == len(METHODS) else "; bitsandbytes is missing"))
+    steps = Steps(out, deadline)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [assemble(Path(folder)), ROOT / "tests", *filter(None, [arguments.packages])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
-        report = f"--junitxml={out / 'tests.xml'}"
-        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", report, "tests/test_triton.py"]
-        codes = [run("tests", tests, environment, out, 0.5 * (deadline - time.monotonic()))]
-        for method in methods:
-            left = deadline - time.monotonic()
-            if left < 10:
-                print(f"== no time is left for {method}")
-                codes.append(1)
-                continue
-            bench = [sys.executable, "-m", "fastpeft", "bench", "--device", "cuda", "--method", method, "--layer"]
-            bench += ["--no-compile", "--rounds", "15", "--out", str(out)]
-            codes.append(run(f"bench-{method}", bench, environment, out, left / (len(methods) - methods.index(method))))
+        python = [sys.executable, "-m"]
+        paths = [Path(folder), ROOT / "tests", *filter(None, [arguments.packages])]
+        # Without a safe path the folder that a command runs in comes first, and the checkout is no whole package.
+        settings = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | settings
+        assemble(Path(folder))
+        steps.run("build", [*python, "fastpeft", "build"], environment)
+        assemble(Path(folder))  # with what was built
+        pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}"]
+        pytest += ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
+        steps.run("tests", [*pytest, *(f"tests/{name}" for name in TESTS)], environment)
+        steps.run("kernels", [*python, "fastpeft.bench.gpu_kernels", "--out", str(out)], environment)
+        plans = ["fastpeft.bench.gpu_plans", "--out", str(out), "--record", str(out / PLANS.name)]
+        steps.run("plans", [*python, *plans], environment)
+        if (out / PLANS.name).exists():
+            shutil.copy(out / PLANS.name, PLANS)
+        bench = ["fastpeft", "bench", "--device", "cuda", "--layer", "--no-compile", "--out", str(out)]
+        for position, method in enumerate(methods):
+            share = 1 / (len(methods) - position)
+            steps.run(f"bench-{method}", [*python, *bench, "--method", method], environment, share)
     text = summary(out)
     (out / "summary.txt").write_text(text + "\n")
     print(text)
-    return int(any(codes))
+    return int(steps.failed)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class ValuelessKernels:
 
 @pytest.fixture
 def valueless(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """A torch without CUDA makes no random numbers and no context for a GPU, and knows none; nothing else is left out."""
+    """A torch without CUDA has no GPU's facts, context and random numbers; nothing else is left out."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(gpu_plans, "_nearest_gpu", lambda index: None)
     monkeypatch.setattr(
