@@ -9,12 +9,13 @@ from functools import partial
 from fastpeft.experiments.models import METHODS
 
 from .cases import DTYPES
-from .contestants import BASE, FASTPEFT, PEFT
+from .contestants import BASE, FASTPEFT, PEFT, PEFT_AUTOCAST
 from .rows import Row
 
-STATED_FOR = "a 2-core Xeon with AMX"
+STATED_FOR = {"cpu": "a 2-core Xeon with AMX", "cuda": "an H100"}
 _TOKENS_512, _TOKENS_2048 = ("512×2048×2048", "512×4096×4096"), ("2048×2048×2048",)
 _LARGE = (*_TOKENS_512, *_TOKENS_2048)
+_GPU_2048, _GPU_4096 = ("2048×4096×4096",), ("4096×4096×4096",)
 
 
 Others = Callable[[str, str], Row | None]  # the row of another contestant or another method in the same case
@@ -24,6 +25,15 @@ Measure = Callable[[Row, Others], float | None]
 def times(rival: str) -> Measure:
     """Median ratio of wall seconds to ``rival``'s; None while parity fails."""
     return lambda row, others: None if row.against is None else row.against[rival]["median"]
+
+
+def times_autocast(row: Row, others: Others) -> float | None:
+    """The ratio of :func:`times` of the base to that of PEFT under autocast; None while parity fails or where PEFT has
+    no row."""
+    peft = others(PEFT_AUTOCAST.name, row.case["method"])
+    if row.against is None or peft is None or peft.against is None:
+        return None
+    return row.against[BASE.name]["median"] / peft.against[BASE.name]["median"]
 
 
 def times_lora(row: Row, others: Others) -> float | None:
@@ -60,11 +70,13 @@ class Bound:
     dropout: bool | None = None
     shapes: Sequence[str] | None = None
     method: str | None = None
+    device: str = "cpu"
 
     def fits(self, row: Row) -> bool:
         return (
             row.contestant == FASTPEFT.name
             and row.case["rank"] == 16
+            and self.device == row.case["device"]
             and self.method in (None, row.case["method"])
             and self.kind in (None, row.case["kind"])
             and self.dtype in (None, row.case["dtype"])
@@ -72,6 +84,10 @@ class Bound:
             and self.dropout in (None, row.case["dropout"] > 0)
             and (self.shapes is None or row.case["shape"] in self.shapes)
         )
+
+
+def _on_gpu(*bounds: Bound) -> tuple[Bound, ...]:
+    return tuple(replace(bound, device="cuda", kind="layer", dtype="bf16") for bound in bounds)
 
 
 def _of(method: str, *bounds: Bound) -> tuple[Bound, ...]:
@@ -109,6 +125,22 @@ BOUNDS = (
     ),
     Bound("not slower than PEFT", 1.0, times("peft"), dtype="fp32"),
     Bound("one token: not slower than PEFT", 1.0, times("peft"), phase="generate"),
+    *_on_gpu(
+        *_of(
+            "lora",
+            Bound("forward over the base", 1.06, times("base"), phase="forward", shapes=_GPU_4096),
+            Bound("step over the base", 1.10, times("base"), phase="step", shapes=_GPU_4096),
+            Bound("step over PEFT's", 1 / 1.5, times("peft"), phase="step", dropout=True, shapes=_GPU_2048),
+        ),
+        *_of(
+            "dora",
+            Bound("step over the base", 1.15, times("base"), phase="step", dropout=False, shapes=_GPU_4096),
+            Bound("step over PEFT's", 1 / 2, times("peft"), phase="step", shapes=_GPU_2048),
+        ),
+        *_of("qlora", Bound("step over LoRA's", 1.12, times_lora, phase="step", shapes=_GPU_4096)),
+        Bound("not slower than PEFT", 1.0, times("peft")),
+        Bound("not slower than PEFT under autocast", 1.0, times_autocast),
+    ),
 )
 
 
@@ -127,10 +159,14 @@ class Finding:
 
 
 def check(rows: Sequence[Row]) -> list[Finding]:
-    """Every bound on every row that it is about; a row whose parity fails misses its bounds on time."""
+    """Every bound of the rows' devices on every row that it is about; a row whose parity fails misses its bounds on
+    time."""
+    devices = {row.case["device"] for row in rows}
     places = {_place(row, row.contestant, row.case["method"]): row for row in rows}
     findings = []
     for bound in BOUNDS:
+        if bound.device not in devices:
+            continue
         fitting = [row for row in rows if bound.fits(row)]
         if not fitting:
             findings.append(Finding(bound, "", None, "not measured"))

@@ -157,9 +157,8 @@ def markdown_table(labels: Sequence[str], numbers: Sequence[str], lines: Sequenc
 
 def show_findings(findings: Sequence[Finding], console: Console) -> None:
     """Prints each bound, what was measured, and whether it holds."""
-    table = Table(
-        title=f"Bounds, stated for {STATED_FOR}", title_style="bold", title_justify="left", box=box.SIMPLE_HEAD
-    )
+    machines = " and ".join(STATED_FOR[device] for device in sorted({finding.bound.device for finding in findings}))
+    table = Table(title=f"Bounds, stated for {machines}", title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("bound", "where"):
         table.add_column(name)
     for name in ("at most", "measured"):

@@ -7,7 +7,7 @@ of the bench's other packages may lie in a folder made by ``pip install --target
 checkout, puts fastpeft together in a folder of its own (nothing is installed), runs the GPU backends' tests, times
 kernels and plans, then runs ``fastpeft bench`` with the plans that were found fastest, and leaves behind the tests'
 report, the rows by device name with their tables, the plans to be put into fastpeft/backends, and a summary, which is
-printed last. The exit code is 1 when a step failed, or the time was too short for all of them. Without nvcc the CUDA
+printed last. The exit code is 1 when a step failed, a bound was missed, or the time was too short. Without nvcc the CUDA
 backend is left out, without bitsandbytes the 4-bit methods of the bench, and it says so.
 """
 
@@ -122,7 +122,8 @@ def main() -> int:
         bench = ["fastpeft", "bench", "--device", "cuda", "--layer", "--no-compile", "--out", str(out)]
         for position, method in enumerate(methods):
             share = 1 / (len(methods) - position)
-            steps.run(f"bench-{method}", [*python, *bench, "--method", method], environment, share)
+            steps.run(f"bench-{method}", [*python, *bench, "--method", method], environment, 0.9 * share)
+        steps.run("bounds", [*python, *bench, "--plot-only", "--check"], environment, 1.0)
     text = summary(out)
     (out / "summary.txt").write_text(text + "\n")
     print(text)

@@ -302,12 +302,29 @@ def test_bounds_pass_miss_or_were_not_measured() -> None:
     assert [(f.verdict, f.measured, f.missed) for f in step] == [("miss", 1.13, True)]
     assert [(f.verdict, f.measured, f.missed) for f in kept] == [("pass", 1.0, False)]
     assert all(f.verdict == "not measured" and not f.missed for f in findings if f not in step + kept)
-    assert {f.bound for f in findings} == set(bounds.BOUNDS)
+    assert {f.bound for f in findings} == {bound for bound in bounds.BOUNDS if bound.device == "cpu"}
 
     dropped = row().case | {"dropout": 0.05}
     pair = [row("peft", case=dropped, kept_bytes=10), row(case=dropped, kept_bytes=7)]
     share = [f for f in bounds.check(pair) if f.bound.text == "LoRA kept: share of PEFT's"]
     assert [(f.verdict, f.measured) for f in share] == [("miss", 0.7)]
+
+
+def test_a_gpus_rows_have_bounds_of_their_own() -> None:
+    def against(ratio: float) -> dict[str, dict[str, float]]:
+        return {rival: {"min": ratio, "q1": ratio, "median": ratio, "q3": ratio} for rival in ("base", "peft")}
+
+    case = row().case | {"device": "cuda", "M": 4096, "K": 4096, "N": 4096, "shape": "4096×4096×4096"}
+    findings = bounds.check(
+        [row("peft-autocast", case=case, against=against(1.4)), row(case=case, against=against(1.05))]
+    )
+    assert {f.bound for f in findings} == {bound for bound in bounds.BOUNDS if bound.device == "cuda"}
+    verdicts = {f.bound.text: (f.verdict, f.measured) for f in findings if f.measured is not None}
+    assert verdicts == {
+        "LoRA step over the base": ("pass", 1.05),
+        "not slower than PEFT": ("miss", 1.05),
+        "not slower than PEFT under autocast": ("pass", 1.05 / 1.4),
+    }
 
 
 def test_command_measures_records_and_redraws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
