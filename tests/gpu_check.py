@@ -7,8 +7,8 @@ of the bench's other packages may lie in a folder made by ``pip install --target
 checkout, puts fastpeft together in a folder of its own (nothing is installed), runs the GPU backends' tests, times
 kernels and plans, then runs ``fastpeft bench`` with the plans that were found fastest, and leaves behind the tests'
 report, the rows by device name with their tables, the plans to be put into fastpeft/backends, and a summary, which is
-printed last. The exit code is 1 when a step failed, a bound was missed, or the time was too short. Without nvcc the CUDA
-backend is left out, without bitsandbytes the 4-bit methods of the bench, and it says so.
+printed last. The exit code is 1 when a step failed, a bound was missed, or the time was too short. Without nvcc the
+CUDA backend is left out, without bitsandbytes the 4-bit methods of the bench, and it says so.
 """
 
 from __future__ import annotations

@@ -53,8 +53,11 @@ def launches() -> dict[str, Callable[[], object]]:
     down, linear, up = kernels.LoraDownConfig(), kernels.LoraLinearConfig(), kernels.LoraUpConfig()
     dy, by_x = kernels.LoraDyConfig(), kernels.LoraDaConfig()
     return {
-        "lora_down": lambda: kernels.lora_down(x, A, u, 0, None, None, 0, *common, down),
-        "lora_down, dropout": lambda: kernels.lora_down(x, A, u, 3277, seed, None, 0, *common, down),
+        "lora_down": lambda: kernels.lora_down(x, [A], [u], [0], [None], None, *common, down),
+        "lora_down, dropout": lambda: kernels.lora_down(x, [A], [u], [3277], [seed], None, *common, down),
+        "lora_down, three adapters": lambda: kernels.lora_down(
+            x, [A] * 3, [u] * 3, [3277, 0, 3277], [seed] * 3, None, *common, down
+        ),
         "lora_linear": lambda: kernels.lora_linear(x, weight, y, plain, 0.0, *common, linear),
         "lora_linear, dx with dropout": lambda: kernels.lora_linear(y, weight.t(), x, masked, 0.0, *common, linear),
         "lora_linear, dora": lambda: kernels.lora_linear(x, weight, y, dora, 0.0, *common, linear),
@@ -119,19 +122,25 @@ def source(
     values = dict(zip(names, args, strict=False)) | {name: v for name, v in kwargs.items() if name in names}
     constants = {p.name for p in kernel.params if p.is_constexpr}
     fixed = {p.name for p in kernel.params if p.do_not_specialize}
-    signature, constexprs, attributes = {}, {}, {}
-    for position, name in enumerate(names):
-        value = values[name]
-        if name in constants or value is None or (type(value) is int and value == 1 and name not in fixed):
-            signature[name], constexprs[name] = "constexpr", value
-            continue
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[Any]] = {}
+
+    def described(value: Any, path: tuple[int, ...], constant: bool, special: bool) -> Any:
+        if isinstance(value, tuple) and not constant:
+            return tuple(described(each, (*path, i), constant, special) for i, each in enumerate(value))
+        if constant or value is None or (type(value) is int and value == 1 and special):
+            constexprs[path] = value
+            return "constexpr"
+        divisible = isinstance(value, torch.Tensor) or (type(value) is int and value % ALIGNMENT == 0)
+        if divisible and special:
+            attributes[path] = [["tt.divisibility", ALIGNMENT]]
         if isinstance(value, torch.Tensor):
-            signature[name], divisible = f"*{TYPES[value.dtype]}", True
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            divisible = isinstance(value, int) and value % ALIGNMENT == 0
-        if divisible and name not in fixed:
-            attributes[(position,)] = [["tt.divisibility", ALIGNMENT]]
+            return f"*{TYPES[value.dtype]}"
+        return "fp32" if isinstance(value, float) else "i32"
+
+    for position, name in enumerate(names):
+        signature[name] = described(values[name], (position,), name in constants, name not in fixed)
     options = {name: value for name, value in kwargs.items() if name not in names}
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes), options
 

@@ -80,13 +80,17 @@ class CudaKernels:
         self._dtypes = {torch.float32: types.f32, torch.bfloat16: types.bf16, torch.float16: types.f16}
         self._no_matrix = library.Matrix(0, types.f32, 0, 0)
 
-    def lora_down(self, x: Tensor, A: Tensor, u: Tensor, mask: Mask, index: Tensor | None, adapter: int) -> None:
-        (M, K), few = x.shape, self._library.FEW_TOKENS
-        if few < M or mask.threshold:
-            return self._skinny.lora_down(x, A, u, mask, index, adapter)
+    def lora_down(
+        self, x: Tensor, A: Sequence[Tensor], u: Sequence[Tensor], masks: Sequence[Mask], index: Tensor | None
+    ) -> None:
+        M, K = x.shape
+        if M > self._library.FEW_TOKENS or any(mask.threshold for mask in masks):
+            return self._skinny.lora_down(x, A, u, masks, index)
         x, chosen = _with_rows(x), None if index is None else index.to(torch.int32).contiguous()
-        operands = x.data_ptr(), x.stride(0), self._matrix(A), u.data_ptr(), u.stride(0), _address(chosen), adapter
-        return self._library.lora_down(*operands, M, K, A.shape[0], self._dtypes[x.dtype], *_place(x))
+        for i, (a, out) in enumerate(zip(A, u, strict=True)):
+            operands = x.data_ptr(), x.stride(0), self._matrix(a), out.data_ptr(), out.stride(0), _address(chosen), i
+            self._library.lora_down(*operands, M, K, a.shape[0], self._dtypes[x.dtype], *_place(x))
+        return None
 
     def lora_dy(self, *args: Any) -> DyGradients:
         return self._skinny.lora_dy(*args)

@@ -62,8 +62,11 @@ class DyGradients(NamedTuple):
 class Kernels(Protocol):
     """What a backend for GPUs brings. Matrices have any strides unless it is said; ``q``, ``u``, ``v`` are float32."""
 
-    def lora_down(self, x: Tensor, A: Tensor, u: Tensor, mask: Mask, index: Tensor | None, adapter: int) -> None:
-        """Writes ``keep ∘ x Aᵀ`` to ``u [M, r]``; 0 where ``index [M]`` names another adapter."""
+    def lora_down(
+        self, x: Tensor, A: Sequence[Tensor], u: Sequence[Tensor], masks: Sequence[Mask], index: Tensor | None
+    ) -> None:
+        """Writes ``keep ∘ x Aᵀ`` to ``u [M, r]`` for each adapter, with its own mask; 0 where ``index [M]`` names
+        another one. The rows of all ``u`` are equally far apart."""
 
     def lora_dy(
         self,
@@ -174,8 +177,7 @@ def lora_linear(
     dense = weight if in_loop else _dense(kernels, weight, quant, blocksize, N, K, x.dtype)
     scales = [s * mask.factor for s, mask in zip(scaling, masks, strict=True)]
     parts = u.split([a.shape[0] for a in A], dim=1)
-    for i, (a, mask) in enumerate(zip(A, masks, strict=True)):
-        kernels.lora_down(x2, a, parts[i], mask, index, i)
+    kernels.lora_down(x2, A, parts, masks, index)
     if in_loop:
         y = x.new_empty((M, N))
         tail = Tail(u, *_side_by_side(B, scales), c=c[0] if c else None, z=z[0] if z else None, bias=bias)

@@ -74,9 +74,12 @@ class TritonKernels:
     def __init__(self) -> None:
         self._launch: Any = importlib.import_module("fastpeft.kernels")
 
-    def lora_down(self, x: Tensor, A: Tensor, u: Tensor, mask: Mask, index: Tensor | None, adapter: int) -> None:
-        config, settings = self._launch.LoraDownConfig(), _settings(x, A.shape[0])
-        self._launch.lora_down(x, A, u, mask.threshold, mask.seed, index, adapter, config=config, **settings)
+    def lora_down(
+        self, x: Tensor, A: Sequence[Tensor], u: Sequence[Tensor], masks: Sequence[Mask], index: Tensor | None
+    ) -> None:
+        config, settings = self._launch.LoraDownConfig(), _settings(x, max(a.shape[0] for a in A))
+        thresholds, seeds = [mask.threshold for mask in masks], [mask.seed for mask in masks]
+        self._launch.lora_down(x, A, u, thresholds, seeds, index, config=config, **settings)
 
     def lora_dy(
         self,

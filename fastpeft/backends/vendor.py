@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -22,9 +23,12 @@ class SkinnyProducts:
     def __init__(self, dropout: Dropout) -> None:
         self._dropout = dropout
 
-    def lora_down(self, x: Tensor, A: Tensor, u: Tensor, mask: Mask, index: Tensor | None, adapter: int) -> None:
-        product = wide_product(self._kept(x, mask), A.to(x.dtype).t())
-        u.copy_(product if index is None else product * (index == adapter).unsqueeze(1))
+    def lora_down(
+        self, x: Tensor, A: Sequence[Tensor], u: Sequence[Tensor], masks: Sequence[Mask], index: Tensor | None
+    ) -> None:
+        for i, (a, out, mask) in enumerate(zip(A, u, masks, strict=True)):
+            product = wide_product(self._kept(x, mask), a.to(x.dtype).t())
+            out.copy_(product if index is None else product * (index == i).unsqueeze(1))
 
     def lora_dy(
         self,

@@ -1,7 +1,8 @@
-"""``u = D(x) Aᵀ``: the low-rank down product, the dropout mask made in registers."""
+"""``u = D(x) Aᵀ``: the low-rank down product, the dropout mask made in registers; several adapters in one launch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import triton
@@ -23,7 +24,7 @@ class LoraDownConfig:
 
 
 @triton.jit
-def _lora_down_kernel(
+def _down_tile(
     x_ptr,
     A_ptr,
     u_ptr,
@@ -31,6 +32,7 @@ def _lora_down_kernel(
     index_ptr,
     adapter,
     threshold,
+    first_rank,
     M,
     K,
     RANK,
@@ -46,7 +48,7 @@ def _lora_down_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    m, first_rank = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_R
+    m = tl.program_id(0) * BLOCK_M
     rows, r = m + tl.arange(0, BLOCK_M), first_rank + tl.arange(0, BLOCK_R)
     row_at = rows[:, None].to(tl.int64) * stride_xm
     rank_at = r[None, :].to(tl.int64) * stride_ar
@@ -67,24 +69,59 @@ def _lora_down_kernel(
     tl.store(u_at, sums, mask=(rows[:, None] < M) & (r[None, :] < RANK))
 
 
+@triton.jit
+def _lora_down_kernel(
+    x_ptr,
+    A_ptrs,
+    u_ptrs,
+    seed_ptrs,
+    index_ptr,
+    thresholds,
+    M,
+    K,
+    ranks,
+    stride_xm,
+    stride_xk,
+    stride_um,
+    strides_ar,
+    strides_ak,
+    DROPS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    for i in tl.static_range(len(DROPS)):
+        if tile >= 0 and tile * BLOCK_R < ranks[i]:
+            _down_tile(
+                *(x_ptr, A_ptrs[i], u_ptrs[i], seed_ptrs[i], index_ptr, i, thresholds[i], tile * BLOCK_R),
+                *(M, K, ranks[i], stride_xm, stride_xk, stride_um, strides_ar[i], strides_ak[i]),
+                *(DROPS[i], HAS_INDEX, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION),
+            )
+        tile -= tl.cdiv(ranks[i], BLOCK_R)
+
+
 def lora_down(
     x: Tensor,
-    A: Tensor,
-    u: Tensor,
-    threshold: int,
-    seed: Tensor | None,
+    A: Sequence[Tensor],
+    u: Sequence[Tensor],
+    thresholds: Sequence[int],
+    seeds: Sequence[Tensor | None],
     index: Tensor | None,
-    adapter: int,
     rank_block: int,
     precision: str,
     config: LoraDownConfig,
 ) -> None:
-    """Writes ``D(x) Aᵀ`` to ``u [M, r]`` (float32, rows may be apart); 0 where ``index [M]`` names another adapter."""
+    """Writes ``D(x) Aᵀ`` to ``u [M, r]`` (float32, rows equally far apart) for each adapter, with its own mask; 0 where
+    ``index [M]`` names another one."""
     M, K = x.shape
-    grid = triton.cdiv(M, config.BLOCK_M), triton.cdiv(A.shape[0], rank_block)
+    grid = triton.cdiv(M, config.BLOCK_M), sum(triton.cdiv(a.shape[0], rank_block) for a in A)
     _lora_down_kernel[grid](
-        *(x, A, u, seed, index, adapter, threshold, M, K, A.shape[0], *x.stride(), u.stride(0), *A.stride()),
-        HAS_DROPOUT=threshold > 0,
+        *(x, tuple(A), tuple(u), tuple(seeds), index, tuple(thresholds), M, K, tuple(a.shape[0] for a in A)),
+        *(*x.stride(), u[0].stride(0), tuple(a.stride(0) for a in A), tuple(a.stride(1) for a in A)),
+        DROPS=tuple(threshold > 0 for threshold in thresholds),
         HAS_INDEX=index is not None,
         BLOCK_R=rank_block,
         PRECISION=precision,
