@@ -36,7 +36,7 @@ class LoraUpConfig:
     """Tile sizes and launch shape of :func:`_lora_up_kernel`."""
 
     BLOCK_M: int = 64
-    BLOCK_N: int = 128
+    BLOCK_N: int = 64
     num_warps: int = 4
     num_stages: int = 2
     enable_fp_fusion: bool = True
