@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .backends import native
 from .dispatch import BACKENDS
 from .selfcheck import Verdict, self_check
 
@@ -73,8 +72,9 @@ def backends() -> list[tuple[str, str]]:
     for backend in BACKENDS:
         reason = backend.unavailable()
         text = "[green]available[/]" if reason is None else f"[yellow]not available[/]: {escape(reason)}"
-        if backend is native and native._C is not None:
-            text += f", {native._C.isa()} kernels (this machine runs: {', '.join(native._C.isas())})"
+        detail = backend.detail() if reason is None else ""
+        if detail:
+            text += f", {detail}"
         rows.append((backend.NAME, text))
     return rows
 

@@ -53,9 +53,9 @@ class _Call:
     dropout_p: float
     seed: Tensor | None
 
-    def to(self, dtype: torch.dtype) -> _Call:
-        tensors = {name: getattr(self, name).to(dtype) for name in ("x", "weight", "bias", "A", "B", "dy")}
-        return replace(self, **tensors)
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> _Call:
+        tensors = {name: getattr(self, name).to(device, dtype) for name in ("x", "weight", "bias", "A", "B", "dy")}
+        return replace(self, **tensors, seed=None if self.seed is None else self.seed.to(device))
 
 
 def self_check() -> list[Verdict]:
@@ -63,8 +63,12 @@ def self_check() -> list[Verdict]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         calls = [_make_call(*case) for case in CASES]
-    available = [backend.NAME for backend in BACKENDS if backend.unavailable() is None]
-    return [_verdict(name, dtype, [call.to(dtype) for call in calls]) for name in available for dtype in DTYPES]
+    available = [backend for backend in BACKENDS if backend.unavailable() is None]
+    return [
+        _verdict(backend.NAME, backend.DEVICE, dtype, [call.to(dtype) for call in calls])
+        for backend in available
+        for dtype in DTYPES
+    ]
 
 
 def _make_call(M: int, N: int, K: int, r: int, p: float) -> _Call:
@@ -80,7 +84,9 @@ def _make_call(M: int, N: int, K: int, r: int, p: float) -> _Call:
     )
 
 
-def _verdict(backend: str, dtype: torch.dtype, calls: list[_Call]) -> Verdict:
+def _verdict(backend: str, device: str, dtype: torch.dtype, calls: list[_Call]) -> Verdict:
+    """The oracle computes on the CPU, eager where the backend does: the vendor's products differ."""
+
     def fused(call: _Call) -> Tensor:
         return _op(call, backend)
 
@@ -90,11 +96,12 @@ def _verdict(backend: str, dtype: torch.dtype, calls: list[_Call]) -> Verdict:
     share = 0.0
     for call in calls:
         try:
-            results = _results(fused, call)
+            there = call.to(dtype, device)
+            results = _results(fused, there)
         except Exception as failure:
             return Verdict(backend, dtype, share, f"{type(failure).__name__}: {failure}")
         expected = _results(oracle, call.to(torch.float64))
-        for result, truth, eager in zip(results, expected, _results(_eager, call), strict=True):
+        for result, truth, eager in zip(results, expected, _results(_eager, there), strict=True):
             rounding = torch.finfo(dtype).eps / 2 * truth.abs().max()
             allowed = 2 * (eager - truth).abs().max() + rounding
             error = (result - truth).abs().max()
@@ -103,10 +110,11 @@ def _verdict(backend: str, dtype: torch.dtype, calls: list[_Call]) -> Verdict:
 
 
 def _results(function: Callable[[_Call], Tensor], call: _Call) -> list[Tensor]:
-    """``y`` and the gradients of x, bias, A and B."""
+    """``y`` and the gradients of x, bias, A and B, on the CPU."""
     leaves = {name: getattr(call, name).detach().requires_grad_() for name in ("x", "bias", "A", "B")}
     y = function(replace(call, **leaves))
-    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), call.dy)]
+    grads = torch.autograd.grad(y, list(leaves.values()), call.dy)
+    return [result.detach().cpu() for result in (y, *grads)]
 
 
 def _op(call: _Call, backend: str) -> Tensor:

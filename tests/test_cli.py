@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_emulation
 import pytest
 import torch
 from click.testing import CliRunner
 
 import fastpeft
 from fastpeft import cli, dispatch
-from fastpeft.backends import reference
+from fastpeft.backends import cuda, reference, triton
 from fastpeft.ops import Forward
 from fastpeft.selfcheck import DTYPES, self_check
 
@@ -93,8 +94,24 @@ def test_info_shows_versions_backends_and_the_check() -> None:
         assert backend.NAME in output
         reason = backend.unavailable()
         passed = output.count(f"{backend.NAME}, ")
-        assert passed >= len(DTYPES) if reason is None else reason in output
+        assert passed >= len(DTYPES) if reason is None else squeezed(reason) in squeezed(output)
     assert "FAILED" not in output
+
+
+def squeezed(text: str) -> str:
+    """Without the lines and the borders of a table's cells."""
+    return re.sub(r"[\s│]+", "", text)
+
+
+def test_a_gpus_backend_is_shown_and_checked_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_emulation.use(monkeypatch)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(triton, "is_installed", lambda: False)
+    code, output = run("info")
+    assert code == 0
+    assert "available,skinnyproductsofmanytokensbytorch,Tritonisnotinstalled" in squeezed(output)
+    assert output.count("cuda, ") == len(DTYPES)
 
 
 def test_info_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

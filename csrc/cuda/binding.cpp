@@ -55,10 +55,11 @@ Tail tail(Address q, int64_t q_stride, int64_t rank, const Matrix& right, float 
 
 PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
     using release = py::call_guard<py::gil_scoped_release>;
-    py::enum_<DType>(m, "DType").value("f32", DType::f32).value("bf16", DType::bf16).value("f16", DType::f16);
-    py::class_<Matrix>(m, "Matrix").def(py::init(&matrix));
-    py::class_<FourBit>(m, "FourBit").def(py::init(&four_bit));
-    py::class_<Tail>(m, "Tail").def(py::init(&tail));
+    const py::module_local local;  // an emulated module may be loaded beside the real one
+    py::enum_<DType>(m, "DType", local).value("f32", DType::f32).value("bf16", DType::bf16).value("f16", DType::f16);
+    py::class_<Matrix>(m, "Matrix", local).def(py::init(&matrix));
+    py::class_<FourBit>(m, "FourBit", local).def(py::init(&four_bit));
+    py::class_<Tail>(m, "Tail", local).def(py::init(&tail));
     m.attr("FEW_TOKENS") = kFewTokens;
     m.attr("GROUP") = kGroup;
     m.def(

@@ -20,6 +20,7 @@ from .gpu import DyGradients, Kernels, Mask, Tail
 from .vendor import SkinnyProducts
 
 NAME = "cuda"
+DEVICE = "cuda"  # where the self-check runs it
 RUN = 8  # elements that a thread decodes: within one row, and within one block
 ALIGNED = 16  # bytes
 
@@ -31,6 +32,13 @@ def unavailable() -> str | None:
     except ImportError as error:
         return f"the CUDA extension is not built ({error}); `python -m fastpeft build` builds it where nvcc is found"
     return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU"
+
+
+def detail() -> str:
+    """What ``fastpeft info`` says of it where it is available."""
+    return (
+        f"skinny products of many tokens by {'Triton' if triton.is_installed() else 'torch, Triton is not installed'}"
+    )
 
 
 def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:

@@ -21,6 +21,7 @@ except ImportError as error:
     _load_error = str(error)
 
 NAME = "native"
+DEVICE = "cpu"  # where the self-check runs it
 
 # Up to so many tokens, while they fit half a first-level cache, dot products with the rows of W beat any other plan.
 FEW_TOKENS = {torch.bfloat16: 4, torch.float32: 8, torch.float16: 16}
@@ -43,6 +44,12 @@ def unavailable() -> str | None:
     if _C is None:
         return f"the C++ extension is not built ({_load_error}); `python -m fastpeft build` builds it"
     return None
+
+
+def detail() -> str:
+    """What ``fastpeft info`` says of it where it is available."""
+    assert _C is not None
+    return f"{_C.isa()} kernels (this machine runs: {', '.join(_C.isas())})"
 
 
 def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:

@@ -12,11 +12,17 @@ from ..nf4 import dequantize
 from ..reference import dora_norm_reference, lora_linear_backward_reference, lora_linear_reference, wide_dtype
 
 NAME = "reference"
+DEVICE = "cpu"  # where the self-check runs it
 
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine at all; None when it can."""
     return None
+
+
+def detail() -> str:
+    """What ``fastpeft info`` says of it where it is available."""
+    return ""
 
 
 def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:

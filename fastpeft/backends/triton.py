@@ -18,6 +18,7 @@ from .gpu import DyGradients, Mask, Tail
 from .operands import DTYPES
 
 NAME = "triton"
+DEVICE = "cuda"  # where the self-check runs it
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter computes nonsense in bfloat16
 FEW_TOKENS = 16  # a tile's rows: more of them cost nothing, and two tiles would decode W twice
 RANK_BLOCK = 64  # ranks that a program holds at most; the matrix instructions want 16 at least
@@ -30,6 +31,11 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available() and not _is_interpreted():
         return "torch finds no NVIDIA GPU"
     return None
+
+
+def detail() -> str:
+    """What ``fastpeft info`` says of it where it is available."""
+    return ""
 
 
 def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:
