@@ -79,7 +79,7 @@ WRONG = [
     ({"adapter_index": torch.zeros(2, 3)}, TypeError, r"adapter_index must have an integer dtype, got torch.float32"),
     ({"adapter_index": torch.zeros(6).long()}, ValueError, r"adapter_index must have .* of x, \[2, 3\], got \[6\]"),
     ({"adapter_index": torch.zeros(2, 3, device="meta").long()}, ValueError, r"adapter_index must be on .* got meta"),
-    ({"backend": "cuda"}, ValueError, r"backend must be None or one of .*native.*reference.*got 'cuda'"),
+    ({"backend": "opencl"}, ValueError, r"backend must be None or one of .*native.*reference.*got 'opencl'"),
 ]  # fmt: skip
 WRONG_OF_TWO = [
     ({"B": [torch.ones(N, R)]}, ValueError, r"B must have one entry for each of the 2 adapters in A, got 1"),

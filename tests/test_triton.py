@@ -105,7 +105,8 @@ def test_a_product_that_drops_its_input_reads_w_once() -> None:
         y, z = torch.empty(70, 90), torch.empty(70, 90)
     keep, factor = dropout_keep(seed, 70, 130, 0.25), 4 / 3
     tail = Tail(u, B, 1.5, dropout_threshold(0.25), seed, c, z)
-    kernels.lora_linear(x, weight, y, tail, factor, 16, "ieee", kernels.MASKED_INPUT)
+    config = kernels.lora_linear_config(16, True, masked_input=True)
+    kernels.lora_linear(x, weight, y, tail, factor, 16, "ieee", config)
 
     def formula(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         dropped = factor * (x * keep).to(dtype) @ weight.to(dtype).t()

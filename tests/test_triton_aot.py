@@ -41,9 +41,11 @@ def test_nothing_spills_and_shared_memory_suffices(compiled: dict[str, dict[str,
 
 
 def test_products_use_the_matrix_units(compiled: dict[str, dict[str, Any]]) -> None:
-    without = {name.partition(",")[0] for name, found in compiled.items() if found["matrix"] is None}
+    """In a low precision; float32 is multiplied exactly unless torch allows tf32."""
+    halves = {name: found["matrix"] for name, found in compiled.items() if ", bf16, " in name}
+    without = {name.partition(",")[0] for name, matrix in halves.items() if matrix is None}
     assert without == set(WITHOUT_PRODUCT)
-    large = {name: found["matrix"] for name, found in compiled.items() if name.startswith("lora_linear")}
+    large = {name: matrix for name, matrix in halves.items() if name.startswith("lora_linear")}
     meant = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
     assert large == {name: meant[name.rpartition(", ")[2]] for name in large}
 

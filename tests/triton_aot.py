@@ -2,7 +2,7 @@
 
 ``python tests/triton_aot.py [architecture ...]``. A call of each launcher on tensors of a usual size is recorded, and
 what it would launch is compiled: the same types, constants and divisibilities as at run time. The result maps
-``kernel, variant, sm_90`` to registers, bytes spilled, bytes of shared memory, and the matrix instruction.
+``kernel, variant, bf16, rank 16, sm_90`` to registers, bytes spilled, bytes of shared memory, the matrix instruction.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import ChainMap
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +29,40 @@ from fastpeft.backends.gpu import Tail
 
 ARCHITECTURES = (80, 90, 100)
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
-M, K, N, RANK = 2048, 4096, 4096, 16
+M, K, N = 2048, 4096, 4096
+KINDS = (
+    (torch.bfloat16, 16),
+    (torch.bfloat16, 32),
+    (torch.bfloat16, 64),
+    (torch.float32, 16),
+)  # dtype, ranks a program
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.uint8: "u8"}
 ALIGNMENT = 16
 
 
-def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches() -> dict[str, Callable[[], object]]:
+def launches(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], object]]:
     """A call of every launcher in each variant that differs in more than a flag of its epilogue."""
-    f32, u8 = torch.float32, torch.uint8
-    x, y, weight = tensor(M, K), tensor(M, N), tensor(N, K)
-    A, B, u = tensor(RANK, K, dtype=f32), tensor(N, RANK, dtype=f32), tensor(M, RANK, dtype=f32)
-    c, z, bias, seed = tensor(N, dtype=f32), tensor(M, N), tensor(N), tensor(dtype=torch.int64)
-    common = RANK, "ieee"
+    f32, u8, i64 = torch.float32, torch.uint8, torch.int64
+    x, y, weight = tensor(M, K, dtype=dtype), tensor(M, N, dtype=dtype), tensor(N, K, dtype=dtype)
+    A, B, u = tensor(rank, K, dtype=f32), tensor(N, rank, dtype=f32), tensor(M, rank, dtype=f32)
+    c, z, bias, seed = tensor(N, dtype=f32), tensor(M, N, dtype=dtype), tensor(N, dtype=dtype), tensor(dtype=i64)
+    kind = rank, dtype == f32
+    common = rank, "ieee"
     plain, masked = Tail(u, B, 2.0, bias=bias), Tail(u, A.t(), 1.0, 3277, seed)
     dora, dropped = Tail(u, B, 2.0, c=c, z=z), Tail(u, B, 2.0, 3277, seed, c, z)
-    gradients = kernels.DyOutputs(u, tensor(32, N, RANK, dtype=f32), None, None)
-    all_gradients = kernels.DyOutputs(u, tensor(32, N, RANK, dtype=f32), tensor(32, N, dtype=f32), tensor(M, N))
-    dA = tensor(4, RANK, K, dtype=f32)
+    dB, dc = tensor(32, N, rank, dtype=f32), tensor(32, N, dtype=f32)
+    gradients, all_gradients = kernels.DyOutputs(u, dB, None, None), kernels.DyOutputs(u, dB, dc, y)
+    dA = tensor(4, rank, K, dtype=f32)
     nested = [tensor(16, dtype=f32), tensor(N * K // 64, dtype=u8), *(tensor(n, dtype=f32) for n in (256, 1024, 1))]
     packed = tensor(N * K // 2, dtype=u8)
-    down, linear, up = kernels.LoraDownConfig(), kernels.LoraLinearConfig(), kernels.LoraUpConfig()
-    dy, by_x = kernels.LoraDyConfig(), kernels.LoraDaConfig()
+    down, up = kernels.lora_down_config(*kind), kernels.lora_up_config(*kind)
+    linear, masked_input = kernels.lora_linear_config(*kind, False), kernels.lora_linear_config(*kind, True)
+    dy, by_x = kernels.lora_dy_config(*kind), kernels.lora_dA_config(*kind)
+    norm, few = kernels.dora_norm_config(*kind), kernels.four_bit_linear_config(*kind)
     return {
         "lora_down": lambda: kernels.lora_down(x, [A], [u], [0], [None], None, *common, down),
         "lora_down, dropout": lambda: kernels.lora_down(x, [A], [u], [3277], [seed], None, *common, down),
@@ -62,7 +73,7 @@ def launches() -> dict[str, Callable[[], object]]:
         "lora_linear, dx with dropout": lambda: kernels.lora_linear(y, weight.t(), x, masked, 0.0, *common, linear),
         "lora_linear, dora": lambda: kernels.lora_linear(x, weight, y, dora, 0.0, *common, linear),
         "lora_linear, dora with dropout": lambda: kernels.lora_linear(
-            x, weight, y, dropped, 1.05, *common, kernels.MASKED_INPUT
+            x, weight, y, dropped, 1.05, *common, masked_input
         ),
         "lora_up": lambda: kernels.lora_up(y, None, y, plain, *common, up),
         "lora_up, dx with dropout": lambda: kernels.lora_up(x, None, x, masked, *common, up),
@@ -72,10 +83,8 @@ def launches() -> dict[str, Callable[[], object]]:
         "lora_dA": lambda: kernels.lora_dA(x, u, dA, 0, None, *common, by_x),
         "lora_dA, dropout": lambda: kernels.lora_dA(x, u, dA, 3277, seed, *common, by_x),
         "dropout": lambda: kernels.dropout(x, x, 3277, 1.05, seed, kernels.DropoutConfig()),
-        "dora_norm": lambda: kernels.dora_norm(weight, A.bfloat16(), B, c, 2.0, *common, kernels.DoraNormConfig()),
-        "four_bit_linear": lambda: kernels.four_bit_linear(
-            x[:1], packed, nested, 6, 256, y[:1], plain, *common, kernels.FourBitLinearConfig()
-        ),
+        "dora_norm": lambda: kernels.dora_norm(weight, A.to(dtype), B, c, 2.0, *common, norm),
+        "four_bit_linear": lambda: kernels.four_bit_linear(x[:1], packed, nested, 6, 256, y[:1], plain, *common, few),
         "four_bit_decode": lambda: kernels.four_bit_decode(
             packed, nested, 6, 256, weight, kernels.FourBitDecodeConfig()
         ),
@@ -157,22 +166,22 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "spilled": int(found[2])}
 
 
-def compiled(architectures: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, launch in launches().items():
-        for architecture in architectures:
-            made, options = source(*recorded(launch))
-            binary = triton.compile(made, target=GPUTarget("cuda", architecture, 32), options=options)
-            ptx = binary.asm["ptx"]
-            yield (
-                f"{name}, sm_{architecture}",
-                resources(binary.asm["cubin"])
-                | {
-                    "shared": binary.metadata.shared,
-                    "matrix": next((i for i in MATRIX_INSTRUCTIONS if i in ptx), None),
-                },
-            )
+def compiled(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Any]:
+    """Every launch on one architecture."""
+    every = {}
+    for name, launch in launches(dtype, rank).items():
+        made, options = source(*recorded(launch))
+        binary = triton.compile(made, target=GPUTarget("cuda", architecture, 32), options=options)
+        found: dict[str, Any] = resources(binary.asm["cubin"])
+        found["shared"] = binary.metadata.shared
+        found["matrix"] = next((i for i in MATRIX_INSTRUCTIONS if i in binary.asm["ptx"]), None)
+        every[f"{name}, {TYPES[dtype]}, rank {rank}, sm_{architecture}"] = found
+    return every
 
 
 if __name__ == "__main__":
     chosen = tuple(map(int, sys.argv[1:])) or ARCHITECTURES
-    print(json.dumps({"triton": triton.__version__, "kernels": dict(compiled(chosen))}, indent=1))
+    combinations = [(*kind, architecture) for kind in KINDS for architecture in chosen]
+    with ProcessPoolExecutor() as pool:
+        kernels_by_name = dict(ChainMap(*reversed(list(pool.map(compiled, *zip(*combinations, strict=True))))))
+    print(json.dumps({"triton": triton.__version__, "kernels": kernels_by_name}, indent=1))

@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ NAME = "triton"
 DEVICE = "cuda"  # where the self-check runs it
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter computes nonsense in bfloat16
 FEW_TOKENS = 16  # a tile's rows: more of them cost nothing, and two tiles would decode W twice
-RANK_BLOCK = 64  # ranks that a program holds at most; the matrix instructions want 16 at least
+RANK_BLOCKS = (16, 32, 64)  # ranks that a program may hold; the matrix instructions want 16 at least
 
 
 def unavailable() -> str | None:
@@ -83,9 +83,10 @@ class TritonKernels:
     def lora_down(
         self, x: Tensor, A: Sequence[Tensor], u: Sequence[Tensor], masks: Sequence[Mask], index: Tensor | None
     ) -> None:
-        config, settings = self._launch.LoraDownConfig(), _settings(x, max(a.shape[0] for a in A))
+        kind = _kind(x, max(a.shape[0] for a in A))
         thresholds, seeds = [mask.threshold for mask in masks], [mask.seed for mask in masks]
-        self._launch.lora_down(x, A, u, thresholds, seeds, index, config=config, **settings)
+        config = self._launch.lora_down_config(*kind)
+        self._launch.lora_down(x, A, u, thresholds, seeds, index, kind.rank_block, _precision(x), config)
 
     def lora_dy(
         self,
@@ -100,7 +101,9 @@ class TritonKernels:
         v: Tensor | None,
         needs: tuple[bool, bool, bool],
     ) -> DyGradients:
-        config, (M, N), rank = self._launch.LoraDyConfig(), dy.shape, B.shape[1]
+        (M, N), rank = dy.shape, B.shape[1]
+        kind = _kind(dy, rank)
+        config = self._launch.lora_dy_config(*kind)
         tiles = -(-M // config.BLOCK_M)
         sums = [(tiles, N, rank), (tiles, N)]
         dB, dc = (
@@ -109,25 +112,30 @@ class TritonKernels:
         )
         dz = dy.new_empty((M, N)) if needs[2] else None
         out = self._launch.DyOutputs(v=v, dB=dB, dc=dc, dz=dz)
-        self._launch.lora_dy(dy, B, u, scale, index, adapter, c, z, out, config=config, **_settings(dy, rank))
+        operands = dy, B, u, scale, index, adapter, c, z, out
+        self._launch.lora_dy(*operands, kind.rank_block, _precision(dy), config)
         return DyGradients(None if dB is None else dB.sum(0), None if dc is None else dc.sum(0), dz)
 
     def lora_dA(self, x: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        config, rank = self._launch.LoraDaConfig(), v.shape[1]
+        rank = v.shape[1]
+        kind = _kind(x, rank)
+        config = self._launch.lora_dA_config(*kind)
         sums = v.new_empty((-(-x.shape[0] // (config.BLOCK_M * config.TILES)), rank, x.shape[1]))
-        self._launch.lora_dA(x, v, sums, mask.threshold, mask.seed, config=config, **_settings(x, rank))
+        self._launch.lora_dA(x, v, sums, mask.threshold, mask.seed, kind.rank_block, _precision(x), config)
         return sums.sum(0)
 
     def lora_up(self, base: Tensor, second: Tensor | None, y: Tensor, tail: Tail) -> None:
-        config = self._launch.LoraUpConfig()
-        self._launch.lora_up(base, second, y, tail, config=config, **_settings(y, tail.q.shape[1]))
+        kind = _kind(y, tail.q.shape[1])
+        config = self._launch.lora_up_config(*kind)
+        self._launch.lora_up(base, second, y, tail, kind.rank_block, _precision(y), config)
 
     def fuses(self) -> bool:
         return True
 
     def lora_linear(self, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float) -> None:
-        config = self._launch.MASKED_INPUT if input_factor and tail.threshold else self._launch.LoraLinearConfig()
-        self._launch.lora_linear(x, weight, y, tail, input_factor, config=config, **_settings(x, tail.q.shape[1]))
+        kind = _kind(x, tail.q.shape[1])
+        config = self._launch.lora_linear_config(*kind, masked_input=input_factor != 0 and tail.threshold > 0)
+        self._launch.lora_linear(x, weight, y, tail, input_factor, kind.rank_block, _precision(x), config)
 
     def dropout(self, x: Tensor, mask: Mask) -> Tensor:
         out = x.new_empty(x.shape)
@@ -147,8 +155,10 @@ class TritonKernels:
         if quant:
             weight = self.four_bit_decode(weight, quant, blocksize, B.shape[0], A.shape[1], dtype)
         norm = weight.new_empty(weight.shape[0], dtype=torch.float32)
-        A, B, config = A.to(dtype), B.float().contiguous(), self._launch.DoraNormConfig()
-        self._launch.dora_norm(weight, A, B, norm, scaling, config=config, **_settings(A, A.shape[0]))
+        A, B = A.to(dtype), B.float().contiguous()
+        kind = _kind(A, A.shape[0])
+        config = self._launch.dora_norm_config(*kind)
+        self._launch.dora_norm(weight, A, B, norm, scaling, kind.rank_block, _precision(A), config)
         return norm
 
     def four_bit_decode(
@@ -165,9 +175,10 @@ class TritonKernels:
     def four_bit_linear(
         self, x: Tensor, packed: Tensor, quant: Sequence[Tensor], blocksize: int, y: Tensor, tail: Tail
     ) -> None:
-        config, settings = self._launch.FourBitLinearConfig(), _settings(x, tail.q.shape[1])
+        kind = _kind(x, tail.q.shape[1])
+        config = self._launch.four_bit_linear_config(*kind)
         weight = packed, quant, _block_bits(blocksize), NESTED_BLOCKSIZE
-        self._launch.four_bit_linear(x, *weight, y, tail, config=config, **settings)
+        self._launch.four_bit_linear(x, *weight, y, tail, kind.rank_block, _precision(x), config)
 
 
 @lru_cache
@@ -186,11 +197,23 @@ def _block_bits(blocksize: int) -> int:
     return blocksize.bit_length() - 1
 
 
-def _settings(x: Tensor, rank: int) -> dict[str, Any]:
-    """How many ranks a program holds, and how float32 is multiplied."""
-    block = next(size for size in (16, 32, RANK_BLOCK) if size >= min(rank, RANK_BLOCK))
+class _Kind(NamedTuple):
+    """What launch configs depend on: how many ranks a program holds, and whether it multiplies float32."""
+
+    rank_block: int
+    float32: bool
+
+
+def _kind(x: Tensor, rank: int) -> _Kind:
+    float32 = x.dtype == torch.float32  # more ranks of it do not fit the registers
+    block = next((size for size in RANK_BLOCKS if size >= rank), RANK_BLOCKS[-1])
+    return _Kind(RANK_BLOCKS[0] if float32 else block, float32)
+
+
+def _precision(x: Tensor) -> str:
+    """How float32 is multiplied: in tf32 where torch allows it."""
     tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return {"rank_block": block, "precision": "tf32" if tf32 else "ieee"}
+    return "tf32" if tf32 else "ieee"
 
 
 def _is_interpreted() -> bool:

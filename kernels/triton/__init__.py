@@ -3,16 +3,29 @@
 Tensors in, tensors out, no autograd and no choices: fastpeft/backends/triton.py makes those.
 """
 
-from .dora_norm import DoraNormConfig, dora_norm
+from .dora_norm import DoraNormConfig, dora_norm, dora_norm_config
 from .dropout import DropoutConfig, dropout
-from .four_bit import GROUP, FourBitDecodeConfig, FourBitLinearConfig, four_bit_decode, four_bit_linear
-from .lora_down import LoraDownConfig, lora_down
-from .lora_gradients import DyOutputs, LoraDaConfig, LoraDyConfig, lora_dA, lora_dy
-from .lora_linear import MASKED_INPUT, LoraLinearConfig, LoraUpConfig, lora_linear, lora_up
+from .four_bit import (
+    GROUP,
+    FourBitDecodeConfig,
+    FourBitLinearConfig,
+    four_bit_decode,
+    four_bit_linear,
+    four_bit_linear_config,
+)
+from .lora_down import LoraDownConfig, lora_down, lora_down_config
+from .lora_gradients import DyOutputs, LoraDaConfig, LoraDyConfig, lora_dA, lora_dA_config, lora_dy, lora_dy_config
+from .lora_linear import (
+    LoraLinearConfig,
+    LoraUpConfig,
+    lora_linear,
+    lora_linear_config,
+    lora_up,
+    lora_up_config,
+)
 
 __all__ = [
     "GROUP",
-    "MASKED_INPUT",
     "DoraNormConfig",
     "DropoutConfig",
     "DyOutputs",
@@ -24,12 +37,19 @@ __all__ = [
     "LoraLinearConfig",
     "LoraUpConfig",
     "dora_norm",
+    "dora_norm_config",
     "dropout",
     "four_bit_decode",
     "four_bit_linear",
+    "four_bit_linear_config",
     "lora_dA",
+    "lora_dA_config",
     "lora_down",
+    "lora_down_config",
     "lora_dy",
+    "lora_dy_config",
     "lora_linear",
+    "lora_linear_config",
     "lora_up",
+    "lora_up_config",
 ]

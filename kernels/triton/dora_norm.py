@@ -22,6 +22,11 @@ class DoraNormConfig:
     enable_fp_fusion: bool = True
 
 
+def dora_norm_config(rank_block: int, float32: bool) -> DoraNormConfig:
+    """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands."""
+    return DoraNormConfig(BLOCK_K=64) if float32 else DoraNormConfig()
+
+
 @triton.jit
 def _dora_norm_kernel(
     W_ptr,

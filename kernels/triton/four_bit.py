@@ -35,6 +35,11 @@ class FourBitLinearConfig:
     enable_fp_fusion: bool = False
 
 
+def four_bit_linear_config(rank_block: int, float32: bool) -> FourBitLinearConfig:
+    """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands."""
+    return FourBitLinearConfig(BLOCK_N=16) if float32 else FourBitLinearConfig()
+
+
 @triton.jit
 def _block_scale(
     absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, inside, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr

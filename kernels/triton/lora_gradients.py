@@ -37,6 +37,18 @@ class LoraDaConfig:
     enable_fp_fusion: bool = True
 
 
+def lora_dy_config(rank_block: int, float32: bool) -> LoraDyConfig:
+    """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands."""
+    if float32:
+        return LoraDyConfig(BLOCK_M=32, BLOCK_N=32)
+    return LoraDyConfig() if rank_block == 16 else LoraDyConfig(BLOCK_N=32)
+
+
+def lora_dA_config(rank_block: int, float32: bool) -> LoraDaConfig:
+    """As :func:`lora_dy_config`."""
+    return LoraDaConfig(BLOCK_M=32, BLOCK_K=32, TILES=16) if float32 else LoraDaConfig()
+
+
 @triton.jit
 def _lora_dy_kernel(
     dy_ptr,

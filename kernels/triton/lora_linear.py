@@ -16,7 +16,7 @@ from .tiles import finish_tile, keep_tile, low_rank_tile
 class LoraLinearConfig:
     """Tile sizes and launch shape of :func:`_lora_linear_kernel`; ``GROUP`` row tiles share a column of W tiles.
 
-    With a masked input there are two sums of ``BLOCK_M x BLOCK_N``: :data:`MASKED_INPUT` has registers for both.
+    With a masked input there are two sums of ``BLOCK_M x BLOCK_N``.
     """
 
     BLOCK_M: int = 128
@@ -28,7 +28,11 @@ class LoraLinearConfig:
     enable_fp_fusion: bool = True
 
 
-MASKED_INPUT = LoraLinearConfig(BLOCK_M=64)
+def lora_linear_config(rank_block: int, float32: bool, masked_input: bool) -> LoraLinearConfig:
+    """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands."""
+    if float32:
+        return LoraLinearConfig(BLOCK_M=32 if masked_input else 64, BLOCK_N=64, BLOCK_K=16)
+    return LoraLinearConfig(BLOCK_M=64 if masked_input or rank_block > 32 else 128)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class LoraUpConfig:
     num_warps: int = 4
     num_stages: int = 2
     enable_fp_fusion: bool = True
+
+
+def lora_up_config(rank_block: int, float32: bool) -> LoraUpConfig:
+    """As :func:`lora_linear_config`."""
+    return LoraUpConfig(BLOCK_M=32) if float32 else LoraUpConfig()
 
 
 @triton.jit
