@@ -9,23 +9,6 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
-// Eight elements of row n from column k on.
-__device__ __forceinline__ void load_weight(const Matrix& weight, int64_t n, int64_t k, int count, bool vector,
-                                            float (&out)[8]) {
-    const int64_t at = n * weight.row_stride + k * weight.column_stride;
-    if (weight.column_stride != 1) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            out[i] = i < count ? element(weight.data, weight.dtype, at + i * weight.column_stride) : 0.0f;
-    } else if (weight.dtype == DType::f32) {
-        load8(static_cast<const float*>(weight.data) + at, count, vector, out);
-    } else if (weight.dtype == DType::bf16) {
-        load8(static_cast<const __nv_bfloat16*>(weight.data) + at, count, vector, out);
-    } else {
-        load8(static_cast<const __half*>(weight.data) + at, count, vector, out);
-    }
-}
-
 template <typename T, bool FOUR_BIT>
 __global__ __launch_bounds__(kThreads, 2) void dora_norm_kernel(Matrix weight, FourBit packed, Matrix right,
                                                                 const float* B, int64_t B_stride, float scale,
@@ -53,7 +36,7 @@ __global__ __launch_bounds__(kThreads, 2) void dora_norm_kernel(Matrix weight, F
                 const uint32_t bytes = inside ? *reinterpret_cast<const uint32_t*>(packed.packed + at / 2) : 0;
                 decode8(bytes, entry, inside ? block_scale(packed, at) : 0.0f, values);
             } else if (inside) {
-                load_weight(weight, n, k, count, vector, values);
+                load8(weight, n, k, count, vector, values);
             }
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
@@ -80,8 +63,7 @@ __global__ __launch_bounds__(kThreads, 2) void dora_norm_kernel(Matrix weight, F
 cudaError_t dora_norm(const Matrix& weight, const FourBit* four_bit, const Matrix& A, const float* B, int64_t B_stride,
                       float scale, float* norm, int64_t N, int64_t K, int64_t rank, DType dtype, cudaStream_t stream) {
     const Matrix right = {A.data, A.dtype, A.column_stride, A.row_stride};
-    const int64_t per_load = weight.dtype == DType::f32 ? 4 : 8;
-    const bool vector = weight.row_stride % per_load == 0 && is_aligned(weight.data);
+    const bool vector = rows_are_aligned(weight);
     const FourBit packed = four_bit == nullptr ? FourBit{} : *four_bit;
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

@@ -69,6 +69,22 @@ __device__ __forceinline__ void load8(const T* at, int count, bool vector, float
     }
 }
 
+// The same of row `row` of a matrix from `column` on.
+__device__ __forceinline__ void load8(const Matrix& m, int64_t row, int64_t column, int count, bool vector,
+                                      float (&out)[8]) {
+    const int64_t at = row * m.row_stride + column * m.column_stride;
+    if (m.column_stride != 1) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[i] = i < count ? element(m.data, m.dtype, at + i * m.column_stride) : 0.0f;
+    } else if (m.dtype == DType::f32) {
+        load8(static_cast<const float*>(m.data) + at, count, vector, out);
+    } else if (m.dtype == DType::bf16) {
+        load8(static_cast<const __nv_bfloat16*>(m.data) + at, count, vector, out);
+    } else {
+        load8(static_cast<const __half*>(m.data) + at, count, vector, out);
+    }
+}
+
 template <typename T>
 __device__ __forceinline__ void store8(T* at, int count, bool vector, const float (&values)[8]) {
     if (vector && count >= 8) {
@@ -126,5 +142,9 @@ cudaError_t with_type(DType dtype, Launch launch) {
 inline unsigned blocks_of(int64_t total, int64_t size) { return static_cast<unsigned>((total + size - 1) / size); }
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+inline bool rows_are_aligned(const Matrix& m) {
+    return m.row_stride % (m.dtype == DType::f32 ? 4 : 8) == 0 && is_aligned(m.data);
+}
 
 }  // namespace fastpeft::cuda

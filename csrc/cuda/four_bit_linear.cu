@@ -9,7 +9,7 @@ namespace fastpeft::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp, kRows = 16, kBytes = 256;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp, kRows = 16, kBytes = 256, kAhead = 4;
 
 // Of lane 4 g + t: the eight bytes of row g of the block (and of row g + 8), 16 elements from 16 t on.
 struct Codes {
@@ -23,7 +23,7 @@ __device__ __forceinline__ Codes load_codes(const FourBit& weight, int64_t first
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int64_t n = first_row + g + 8 * i;
-        if (n >= N) break;
+        if (n >= N || k >= K) break;
         codes.row[i] = reinterpret_cast<const uint2*>(weight.packed + (n * K + k) / 2)[t];
         codes.scale[i] = block_scale(weight, n * K + k);
     }
@@ -130,16 +130,20 @@ __global__ __launch_bounds__(kThreads) void four_bit_linear_kernel(const T* x, F
     __shared__ float partial[kWarps][kRows][kFewTokens];
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows;
     const int warp = threadIdx.x / kWarp;
+    constexpr int64_t kStep = kWarps * kGroup;
     int64_t k = warp * kGroup;
-    Codes codes = k < K ? load_codes(weight, row, N, K, k) : Codes{};  // on its way while the table is made
+    Codes ahead[kAhead];  // on their way, the first ones while the table is made
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i] = load_codes(weight, row, N, K, k + i * kStep);
     Product<T> product(table, weight);
     __syncthreads();
     while (k < K) {
-        const int64_t next = k + kWarps * kGroup;
-        const Codes ahead = next < K ? load_codes(weight, row, N, K, next) : Codes{};
-        product.add(codes, x, M, K, k);
-        codes = ahead;
-        k = next;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i, k += kStep) {
+            const Codes codes = ahead[i];
+            ahead[i] = load_codes(weight, row, N, K, k + kAhead * kStep);
+            if (k < K) product.add(codes, x, M, K, k);
+        }
     }
     product.store(partial[warp]);
     __syncthreads();

@@ -10,17 +10,16 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 template <typename T>
 __global__ __launch_bounds__(kThreads) void lora_down_kernel(const T* x, int64_t x_stride, Matrix A, float* u,
                                                              int64_t u_stride, const int32_t* index, int adapter, int M,
-                                                             int64_t K, bool vector) {
+                                                             int64_t K, bool vector, bool A_vector) {
     __shared__ float partial[kWarps][kFewTokens];
     const int64_t r = blockIdx.x;
     float sums[kFewTokens] = {};
     for (int64_t k = threadIdx.x * 8; k < K; k += kThreads * 8) {
         const int count = static_cast<int>(K - k < 8 ? K - k : 8);
         float a[8];
+        load8(A, r, k, count, A_vector, a);
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            a[i] =
-                i < count ? rounded<T>(element(A.data, A.dtype, r * A.row_stride + (k + i) * A.column_stride)) : 0.0f;
+        for (int i = 0; i < 8; ++i) a[i] = rounded<T>(a[i]);
 #pragma unroll
         for (int m = 0; m < kFewTokens; ++m) {
             if (m >= M) break;
@@ -55,7 +54,7 @@ cudaError_t lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u
         const bool vector = x_stride % static_cast<int64_t>(16 / sizeof(T)) == 0 && is_aligned(x);
         return FASTPEFT_LAUNCH(lora_down_kernel<T>, static_cast<unsigned>(rank), kThreads, stream,
                                static_cast<const T*>(x), x_stride, A, u, u_stride, index, adapter, static_cast<int>(M),
-                               K, vector);
+                               K, vector, rows_are_aligned(A));
     });
 }
 
