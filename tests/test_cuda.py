@@ -209,6 +209,21 @@ def test_beside_triton_it_computes_what_it_has(case: Case, monkeypatch: pytest.M
     expected(case).assert_met_by(by_cuda)
 
 
+@without_gpu
+@pytest.mark.parametrize("M", [8, 9, 16, 17])
+def test_beside_triton_few_tokens_decode_in_the_loop(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to eight by CUDA, up to sixteen by Triton; more multiply a decoded weight."""
+    triton_interpreter.use(monkeypatch)
+    cuda_emulation.use(monkeypatch, triton_backend.kernels())
+
+    def make() -> LoraInputs:
+        made = make_inputs((M, 128), 66, (4,), torch.float32)
+        packed = nf4.quantize(made.weight, "nf4", 64, True)
+        return replace(made, weight=packed.dequantize(torch.float32), packed=packed)
+
+    Expected.of(make).assert_met_by(by_cuda)
+
+
 def test_a_launch_that_fails_raises_and_leaves_no_error_pending(kernels: backend.CudaKernels) -> None:
     seed = torch.tensor(7, device=DEVICE)
     x, nowhere = torch.ones(2, 3, device=DEVICE), 1000

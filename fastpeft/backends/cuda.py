@@ -82,7 +82,7 @@ class CudaKernels:
     """
 
     def __init__(self, library: ModuleType, others: Kernels | None) -> None:
-        self._library, self._fused = library, others
+        self._library, self._others = library, others
         self._skinny = SkinnyProducts(self.dropout) if others is None else others
         types = library.DType
         self._dtypes = {torch.float32: types.f32, torch.bfloat16: types.bf16, torch.float16: types.f16}
@@ -111,11 +111,11 @@ class CudaKernels:
         self._library.lora_up(*operands, self._tail(tail), self._dtypes[base.dtype], *_place(base))
 
     def fuses(self) -> bool:
-        return self._fused is not None
+        return self._others is not None
 
     def lora_linear(self, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float) -> None:
-        assert self._fused is not None
-        self._fused.lora_linear(x, weight, y, tail, input_factor)
+        assert self._others is not None
+        self._others.lora_linear(x, weight, y, tail, input_factor)
 
     def dropout(self, x: Tensor, mask: Mask) -> Tensor:
         assert mask.seed is not None
@@ -156,15 +156,25 @@ class CudaKernels:
         return out
 
     def decodes_in_loop(self, M: int, K: int, blocksize: int) -> bool:
-        return M <= self._library.FEW_TOKENS and K % self._library.GROUP == 0 and blocksize >= self._library.GROUP
+        if self._few_tokens(M, K, blocksize):
+            return True
+        return self._others is not None and self._others.decodes_in_loop(M, K, blocksize)
 
     def four_bit_linear(
         self, x: Tensor, packed: Tensor, quant: Sequence[Tensor], blocksize: int, y: Tensor, tail: Tail
     ) -> None:
+        shape = x.shape[0], y.shape[1], x.shape[1]
+        if not self._few_tokens(shape[0], shape[2], blocksize):
+            assert self._others is not None
+            return self._others.four_bit_linear(x, packed, quant, blocksize, y, tail)
         x, packed = _aligned(x.contiguous()), _aligned(packed)
-        weight, shape = self._four_bit(packed, quant, blocksize), (x.shape[0], y.shape[1], x.shape[1])
+        weight = self._four_bit(packed, quant, blocksize)
         operands = x.data_ptr(), weight, y.data_ptr(), *shape, self._tail(tail), self._dtypes[x.dtype]
-        self._library.four_bit_linear(*operands, *_place(x))
+        return self._library.four_bit_linear(*operands, *_place(x))
+
+    def _few_tokens(self, M: int, K: int, blocksize: int) -> bool:
+        library = self._library
+        return M <= library.FEW_TOKENS and K % library.GROUP == 0 and blocksize >= library.GROUP
 
     def _matrix(self, t: Tensor) -> Any:
         return self._library.Matrix(t.data_ptr(), self._dtypes[t.dtype], *t.stride())
