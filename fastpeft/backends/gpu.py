@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, NamedTuple, Protocol
 
@@ -30,13 +29,16 @@ class Mask(NamedTuple):
 
     @classmethod
     def of(cls, p: float, seed: Tensor | None, adapter: int) -> Mask:
-        threshold = 0 if seed is None else dropout_threshold(p)
-        factor = dropout_scale(p) if threshold else 1.0
-        return cls(threshold, factor, None if seed is None else seed.select(0, adapter))
+        if seed is None:
+            return NO_MASK
+        threshold = dropout_threshold(p)
+        return cls(threshold, dropout_scale(p) if threshold else 1.0, seed.select(0, adapter))
 
 
-@dataclass(frozen=True)
-class Tail:
+NO_MASK = Mask(0, 1.0, None)
+
+
+class Tail(NamedTuple):
     """What follows a product: ``scale q [M, r] · right [N, r]ᵀ`` is added (``q`` float32), where dropout keeps it when
     ``threshold`` is not 0; then DoRA's ``c [N]`` and its ``z [M, N]``, and the bias ``[N]``."""
 
@@ -176,7 +178,7 @@ def lora_linear(
         return x.new_empty((*x.shape[:-1], N)), u, z
     dense = weight if in_loop else _dense(kernels, weight, quant, blocksize, N, K, x.dtype)
     scales = [s * mask.factor for s, mask in zip(scaling, masks, strict=True)]
-    parts = u.split([a.shape[0] for a in A], dim=1)
+    parts = _parts(u, A)
     kernels.lora_down(x2, A, parts, masks, index)
     if in_loop:
         y = x.new_empty((M, N))
@@ -189,9 +191,9 @@ def lora_linear(
             Tail(part, b, scale, c=factor, z=z[i] if z else None)
             for i, (part, b, scale, factor) in enumerate(zip(parts, B, scales, c, strict=True))
         ]
-        tails[-1] = replace(tails[-1], bias=bias)
+        tails[-1] = tails[-1]._replace(bias=bias)
         y = dora_product(kernels, x2, dense, tails, masks)
-    return y.view(*x.shape[:-1], N), u, z
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], N), u, z
 
 
 @_on_its_device
@@ -227,7 +229,7 @@ def lora_linear_backward(
     masks = [Mask.of(p, seed, i) for i, p in enumerate(dropout_p)]
     index = None if adapter_index is None else adapter_index.reshape(-1)
     v = dy.new_empty((M, sum(ranks)), dtype=torch.float32)
-    v_parts, u_parts = v.split(ranks, dim=1), None if u is None else u.split(ranks, dim=1)
+    v_parts, u_parts = _parts(v, A), None if u is None else _parts(u, A)
     dA, dB, dc = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
     flowing = dy2  # into what is below the adapters that were passed
     branches: list[tuple[Mask, Tensor]] = []  # what flows into D(x) Wᵀ: DoRA with dropout
@@ -320,7 +322,7 @@ def dora_product(
     if len(tails) == 1 and plan is Plan.fused:
         y = x.new_empty((x.shape[0], weight.shape[0]))
         if mask.threshold:
-            tail = replace(tails[0], threshold=mask.threshold, seed=mask.seed)
+            tail = tails[0]._replace(threshold=mask.threshold, seed=mask.seed)
             kernels.lora_linear(x, weight, y, tail, mask.factor)
         else:
             kernels.lora_linear(x, weight, y, tails[0], 0.0)
@@ -344,7 +346,7 @@ def _dx(kernels: Kernels, dy: Tensor, weight: Tensor, A: Sequence[Tensor], v: Te
     if not any(mask.threshold for mask in masks):
         A_all = A[0] if len(A) == 1 else torch.cat([a.float() for a in A])
         return product(kernels, dy, weight.t(), Tail(v, A_all.t(), 1.0))
-    parts = v.split([a.shape[0] for a in A], dim=1)
+    parts = _parts(v, A)
     tails = [Tail(part, a.t(), 1.0, mask.threshold, mask.seed) for part, a, mask in zip(parts, A, masks, strict=True)]
     dx = product(kernels, dy, weight.t(), tails[0])
     for tail in tails[1:]:
@@ -358,6 +360,11 @@ def _dense(
     return kernels.four_bit_decode(weight, quant, blocksize, N, K, dtype) if quant else weight
 
 
+def _parts(u: Tensor, A: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Each adapter's columns of ``u [M, Σ r]``."""
+    return (u,) if len(A) == 1 else u.split([a.shape[0] for a in A], dim=1)
+
+
 def matrix(x: Tensor) -> Tensor:
     """``x [..., K]`` with its leading dimensions as one."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
