@@ -86,7 +86,7 @@ def skinny(sets: dict[str, gpu.Kernels], device: str, M: int, name: str, masked:
     A, B, u = (torch.randn(shape, device=device) for shape in ((RANK, K), (N, RANK), (M, RANK)))
     mask = gpu.Mask(*(MASK if masked else (0, 1.0)), seed)
     launches: dict[str, Callable[[gpu.Kernels], Any]] = {
-        "lora_down": lambda k: k.lora_down(x, [A], [u], [mask], None),
+        "lora_down": lambda k: k.lora_down(x, [A], u, [mask], None),
         "lora_dy": lambda k: k.lora_dy(dy, B, u, 2.0, None, 0, None, None, u, (True, False, False)),
         "lora_dA": lambda k: k.lora_dA(x, u, mask),
     }

@@ -148,7 +148,7 @@ def launched(
     match method:
         case "lora_down":
             A, u = rest
-            kernels.lora_down(first, [A], [u.fill_(torch.nan)], [gpu.Mask(0, 1.0, None)], None)
+            kernels.lora_down(first, [A], u.fill_(torch.nan), [gpu.Mask(0, 1.0, None)], None)
             return u
         case "lora_up":
             q, right, c, bias = rest

@@ -15,6 +15,7 @@ import tempfile
 from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,21 @@ def launches(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], object]]:
     common = rank, "ieee"
     plain, masked = Tail(u, B, 2.0, bias=bias), Tail(u, A.t(), 1.0, 3277, seed)
     dora, dropped = Tail(u, B, 2.0, c=c, z=z), Tail(u, B, 2.0, 3277, seed, c, z)
-    dB, dc = tensor(32, N, rank, dtype=f32), tensor(32, N, dtype=f32)
-    gradients, all_gradients = kernels.DyOutputs(u, dB, None, None), kernels.DyOutputs(u, dB, dc, y)
-    dA = tensor(4, rank, K, dtype=f32)
+    v_sums, dB, dc = tensor(32, M, rank, dtype=f32), tensor(4, N, rank, dtype=f32), tensor(4, N, dtype=f32)
+    gradients, all_gradients = kernels.DyOutputs(v_sums, dB, None, None), kernels.DyOutputs(v_sums, dB, dc, y)
+    u_sums, dA = tensor(4, M, rank, dtype=f32), tensor(4, rank, K, dtype=f32)
     nested = [tensor(16, dtype=f32), tensor(N * K // 64, dtype=u8), *(tensor(n, dtype=f32) for n in (256, 1024, 1))]
     packed = tensor(N * K // 2, dtype=u8)
-    down, up = kernels.lora_down_config(*kind), kernels.lora_up_config(*kind)
+    down = replace(kernels.lora_down_config(*kind), SPLIT_K=1024)
+    up = kernels.lora_up_config(*kind)
     linear, masked_input = kernels.lora_linear_config(*kind, False), kernels.lora_linear_config(*kind, True)
-    dy, by_x = kernels.lora_dy_config(*kind), kernels.lora_dA_config(*kind)
+    dy, by_x = (replace(config(*kind), TILES=8) for config in (kernels.lora_dy_config, kernels.lora_dA_config))
     norm, few = kernels.dora_norm_config(*kind), kernels.four_bit_linear_config(*kind)
     return {
-        "lora_down": lambda: kernels.lora_down(x, [A], [u], [0], [None], None, *common, down),
-        "lora_down, dropout": lambda: kernels.lora_down(x, [A], [u], [3277], [seed], None, *common, down),
+        "lora_down": lambda: kernels.lora_down(x, [A], [u_sums], [0], [None], None, *common, down),
+        "lora_down, dropout": lambda: kernels.lora_down(x, [A], [u_sums], [3277], [seed], None, *common, down),
         "lora_down, three adapters": lambda: kernels.lora_down(
-            x, [A] * 3, [u] * 3, [3277, 0, 3277], [seed] * 3, None, *common, down
+            x, [A] * 3, [u_sums] * 3, [3277, 0, 3277], [seed] * 3, None, *common, down
         ),
         "lora_linear": lambda: kernels.lora_linear(x, weight, y, plain, 0.0, *common, linear),
         "lora_linear, dx with dropout": lambda: kernels.lora_linear(y, weight.t(), x, masked, 0.0, *common, linear),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import gpu, gpu_plans, triton
-from .gpu import DyGradients, Kernels, Mask, Tail
+from .gpu import DyGradients, Kernels, Mask, Tail, parts_of
 from .vendor import SkinnyProducts
 
 NAME = "cuda"
@@ -88,14 +88,12 @@ class CudaKernels:
         self._dtypes = {torch.float32: types.f32, torch.bfloat16: types.bf16, torch.float16: types.f16}
         self._no_matrix = library.Matrix(0, types.f32, 0, 0)
 
-    def lora_down(
-        self, x: Tensor, A: Sequence[Tensor], u: Sequence[Tensor], masks: Sequence[Mask], index: Tensor | None
-    ) -> None:
+    def lora_down(self, x: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask], index: Tensor | None) -> None:
         M, K = x.shape
         if M > self._library.FEW_TOKENS or any(mask.threshold for mask in masks):
             return self._skinny.lora_down(x, A, u, masks, index)
         x, chosen = _with_rows(x), None if index is None else index.to(torch.int32).contiguous()
-        for i, (a, out) in enumerate(zip(A, u, strict=True)):
+        for i, (a, out) in enumerate(zip(A, parts_of(u, A), strict=True)):
             operands = x.data_ptr(), x.stride(0), self._matrix(a), out.data_ptr(), out.stride(0), _address(chosen), i
             self._library.lora_down(*operands, M, K, a.shape[0], self._dtypes[x.dtype], *_place(x))
         return None

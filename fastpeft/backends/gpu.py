@@ -64,11 +64,9 @@ class DyGradients(NamedTuple):
 class Kernels(Protocol):
     """What a backend for GPUs brings. Matrices have any strides unless it is said; ``q``, ``u``, ``v`` are float32."""
 
-    def lora_down(
-        self, x: Tensor, A: Sequence[Tensor], u: Sequence[Tensor], masks: Sequence[Mask], index: Tensor | None
-    ) -> None:
-        """Writes ``keep ∘ x Aᵀ`` to ``u [M, r]`` for each adapter, with its own mask; 0 where ``index [M]`` names
-        another one. The rows of all ``u`` are equally far apart."""
+    def lora_down(self, x: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask], index: Tensor | None) -> None:
+        """Writes every adapter's ``keep ∘ x Aᵀ`` to its columns of ``u [M, Σ r]``, contiguous; 0 where ``index [M]``
+        names another one."""
 
     def lora_dy(
         self,
@@ -178,8 +176,7 @@ def lora_linear(
         return x.new_empty((*x.shape[:-1], N)), u, z
     dense = weight if in_loop else _dense(kernels, weight, quant, blocksize, N, K, x.dtype)
     scales = [s * mask.factor for s, mask in zip(scaling, masks, strict=True)]
-    parts = _parts(u, A)
-    kernels.lora_down(x2, A, parts, masks, index)
+    kernels.lora_down(x2, A, u, masks, index)
     if in_loop:
         y = x.new_empty((M, N))
         tail = Tail(u, *_side_by_side(B, scales), c=c[0] if c else None, z=z[0] if z else None, bias=bias)
@@ -189,7 +186,7 @@ def lora_linear(
     else:
         tails = [
             Tail(part, b, scale, c=factor, z=z[i] if z else None)
-            for i, (part, b, scale, factor) in enumerate(zip(parts, B, scales, c, strict=True))
+            for i, (part, b, scale, factor) in enumerate(zip(parts_of(u, A), B, scales, c, strict=True))
         ]
         tails[-1] = tails[-1]._replace(bias=bias)
         y = dora_product(kernels, x2, dense, tails, masks)
@@ -229,7 +226,7 @@ def lora_linear_backward(
     masks = [Mask.of(p, seed, i) for i, p in enumerate(dropout_p)]
     index = None if adapter_index is None else adapter_index.reshape(-1)
     v = dy.new_empty((M, sum(ranks)), dtype=torch.float32)
-    v_parts, u_parts = _parts(v, A), None if u is None else _parts(u, A)
+    v_parts, u_parts = parts_of(v, A), None if u is None else parts_of(u, A)
     dA, dB, dc = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
     flowing = dy2  # into what is below the adapters that were passed
     branches: list[tuple[Mask, Tensor]] = []  # what flows into D(x) Wᵀ: DoRA with dropout
@@ -346,7 +343,7 @@ def _dx(kernels: Kernels, dy: Tensor, weight: Tensor, A: Sequence[Tensor], v: Te
     if not any(mask.threshold for mask in masks):
         A_all = A[0] if len(A) == 1 else torch.cat([a.float() for a in A])
         return product(kernels, dy, weight.t(), Tail(v, A_all.t(), 1.0))
-    parts = _parts(v, A)
+    parts = parts_of(v, A)
     tails = [Tail(part, a.t(), 1.0, mask.threshold, mask.seed) for part, a, mask in zip(parts, A, masks, strict=True)]
     dx = product(kernels, dy, weight.t(), tails[0])
     for tail in tails[1:]:
@@ -360,9 +357,9 @@ def _dense(
     return kernels.four_bit_decode(weight, quant, blocksize, N, K, dtype) if quant else weight
 
 
-def _parts(u: Tensor, A: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Each adapter's columns of ``u [M, Σ r]``."""
-    return (u,) if len(A) == 1 else u.split([a.shape[0] for a in A], dim=1)
+def parts_of(u: Tensor, A: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Each adapter's columns of ``u [..., Σ r]``."""
+    return (u,) if len(A) == 1 else u.split([a.shape[0] for a in A], dim=-1)
 
 
 def matrix(x: Tensor) -> Tensor:

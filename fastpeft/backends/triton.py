@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ NAME = "triton"
 DEVICE = "cuda"  # where the self-check runs it
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter computes nonsense in bfloat16
 FEW_TOKENS = 16  # a tile's rows: more of them cost nothing, and two tiles would decode W twice
+PROGRAMS = 2  # of a skinny product for each multiprocessor, at least
+SHORTEST_SPLIT = 256  # inputs of a product that a program sums up, at least
+MOST_TILES = 16
 RANK_BLOCKS = (16, 32, 64)  # ranks that a program may hold; the matrix instructions want 16 at least
 
 
@@ -80,13 +84,20 @@ class TritonKernels:
     def __init__(self) -> None:
         self._launch: Any = importlib.import_module("fastpeft.kernels")
 
-    def lora_down(
-        self, x: Tensor, A: Sequence[Tensor], u: Sequence[Tensor], masks: Sequence[Mask], index: Tensor | None
-    ) -> None:
-        kind = _kind(x, max(a.shape[0] for a in A))
-        thresholds, seeds = [mask.threshold for mask in masks], [mask.seed for mask in masks]
+    def lora_down(self, x: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask], index: Tensor | None) -> None:
+        """Where tokens and ranks do not fill the GPU with programs, each takes a part of the inputs."""
+        (M, K), kind = x.shape, _kind(x, max(a.shape[0] for a in A))
         config = self._launch.lora_down_config(*kind)
-        self._launch.lora_down(x, A, u, thresholds, seeds, index, kind.rank_block, _precision(x), config)
+        programs = _ceil(M, config.BLOCK_M) * sum(_ceil(a.shape[0], kind.rank_block) for a in A)
+        splits = min(_ceil(_programs_wanted(x), programs), _ceil(K, SHORTEST_SPLIT))
+        config = replace(config, SPLIT_K=_ceil(_ceil(K, splits), config.BLOCK_K) * config.BLOCK_K)
+        splits = _ceil(K, config.SPLIT_K)
+        sums = u.unsqueeze(0) if splits == 1 else u.new_empty((splits, *u.shape))
+        thresholds, seeds = [mask.threshold for mask in masks], [mask.seed for mask in masks]
+        operands = x, A, gpu.parts_of(sums, A), thresholds, seeds, index
+        self._launch.lora_down(*operands, kind.rank_block, _precision(x), config)
+        if splits > 1:
+            torch.sum(sums, 0, out=u)
 
     def lora_dy(
         self,
@@ -104,23 +115,29 @@ class TritonKernels:
         (M, N), rank = dy.shape, B.shape[1]
         kind = _kind(dy, rank)
         config = self._launch.lora_dy_config(*kind)
-        tiles = -(-M // config.BLOCK_M)
-        sums = [(tiles, N, rank), (tiles, N)]
-        dB, dc = (
+        slabs = _ceil(N, config.BLOCK_N)
+        config = replace(config, TILES=_tiles(dy, config.BLOCK_M, slabs * _ceil(rank, kind.rank_block)))
+        parts = _ceil(M, config.BLOCK_M * config.TILES)
+        shapes = (slabs, M, rank), (parts, N, rank), (parts, N)
+        v_sums, dB, dc = (
             dy.new_empty(shape, dtype=torch.float32) if need else None
-            for shape, need in zip(sums, needs[:2], strict=True)
+            for shape, need in zip(shapes, (v is not None, *needs[:2]), strict=True)
         )
         dz = dy.new_empty((M, N)) if needs[2] else None
-        out = self._launch.DyOutputs(v=v, dB=dB, dc=dc, dz=dz)
+        out = self._launch.DyOutputs(v=v_sums, dB=dB, dc=dc, dz=dz)
         operands = dy, B, u, scale, index, adapter, c, z, out
         self._launch.lora_dy(*operands, kind.rank_block, _precision(dy), config)
+        if v is not None and v_sums is not None:
+            torch.sum(v_sums, 0, out=v)
         return DyGradients(None if dB is None else dB.sum(0), None if dc is None else dc.sum(0), dz)
 
     def lora_dA(self, x: Tensor, v: Tensor, mask: Mask) -> Tensor:
         rank = v.shape[1]
         kind = _kind(x, rank)
         config = self._launch.lora_dA_config(*kind)
-        sums = v.new_empty((-(-x.shape[0] // (config.BLOCK_M * config.TILES)), rank, x.shape[1]))
+        programs = _ceil(x.shape[1], config.BLOCK_K) * _ceil(rank, kind.rank_block)
+        config = replace(config, TILES=_tiles(x, config.BLOCK_M, programs))
+        sums = v.new_empty((_ceil(x.shape[0], config.BLOCK_M * config.TILES), rank, x.shape[1]))
         self._launch.lora_dA(x, v, sums, mask.threshold, mask.seed, kind.rank_block, _precision(x), config)
         return sums.sum(0)
 
@@ -191,6 +208,28 @@ def kernels() -> TritonKernels:
 def is_installed() -> bool:
     """Whether there is a package ``triton``."""
     return importlib.util.find_spec("triton") is not None
+
+
+def _programs_wanted(x: Tensor) -> int:
+    """So many that every multiprocessor has some to choose from."""
+    return PROGRAMS * (_multiprocessors(x.get_device()) if x.is_cuda else 1)
+
+
+@lru_cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles(x: Tensor, block: int, programs: int) -> int:
+    """How many tiles of ``block`` tokens a program takes, a power of two: more of them write fewer partial sums, fewer
+    fill the GPU. There are ``programs`` programs for each part of the tokens."""
+    tiles = _ceil(x.shape[0], block)
+    parts = min(tiles, _ceil(_programs_wanted(x), programs))
+    return min(MOST_TILES, 1 << (tiles // parts).bit_length() - 1)
+
+
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)
 
 
 def _block_bits(blocksize: int) -> int:

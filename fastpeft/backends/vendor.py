@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .gpu import DyGradients, Mask
+from .gpu import DyGradients, Mask, parts_of
 
 
 class Dropout(Protocol):
@@ -23,10 +23,8 @@ class SkinnyProducts:
     def __init__(self, dropout: Dropout) -> None:
         self._dropout = dropout
 
-    def lora_down(
-        self, x: Tensor, A: Sequence[Tensor], u: Sequence[Tensor], masks: Sequence[Mask], index: Tensor | None
-    ) -> None:
-        for i, (a, out, mask) in enumerate(zip(A, u, masks, strict=True)):
+    def lora_down(self, x: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask], index: Tensor | None) -> None:
+        for i, (a, out, mask) in enumerate(zip(A, parts_of(u, A), masks, strict=True)):
             product = wide_product(self._kept(x, mask), a.to(x.dtype).t())
             out.copy_(product if index is None else product * (index == i).unsqueeze(1))
 

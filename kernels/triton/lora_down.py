@@ -14,10 +14,12 @@ from .tiles import keep_tile
 
 @dataclass(frozen=True)
 class LoraDownConfig:
-    """Tile sizes and launch shape of :func:`_lora_down_kernel`."""
+    """Tile sizes and launch shape of :func:`_lora_down_kernel`; a program takes ``SPLIT_K`` inputs, a multiple of
+    ``BLOCK_K``."""
 
     BLOCK_M: int = 64
     BLOCK_K: int = 128
+    SPLIT_K: int = 1 << 20
     num_warps: int = 4
     num_stages: int = 3
     enable_fp_fusion: bool = True
@@ -40,8 +42,9 @@ def _down_tile(
     adapter,
     threshold,
     first_rank,
+    first_k,
+    last_k,
     M,
-    K,
     RANK,
     stride_xm,
     stride_xk,
@@ -60,13 +63,13 @@ def _down_tile(
     row_at = rows[:, None].to(tl.int64) * stride_xm
     rank_at = r[None, :].to(tl.int64) * stride_ar
     sums = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first_k, last_k, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x_inside = (rows[:, None] < M) & (k[None, :] < K)
+        x_inside = (rows[:, None] < M) & (k[None, :] < last_k)
         x = tl.load(x_ptr + row_at + k[None, :].to(tl.int64) * stride_xk, mask=x_inside, other=0.0)
         if HAS_DROPOUT:
             x = tl.where(keep_tile(seed_ptr, threshold, m, start, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
-        A_inside = (k[:, None] < K) & (r[None, :] < RANK)
+        A_inside = (k[:, None] < last_k) & (r[None, :] < RANK)
         A = tl.load(A_ptr + k[:, None].to(tl.int64) * stride_ak + rank_at, mask=A_inside, other=0.0)
         sums = tl.dot(x, A.to(x.dtype), sums, input_precision=PRECISION)
     if HAS_INDEX:
@@ -90,8 +93,10 @@ def _lora_down_kernel(
     stride_xm,
     stride_xk,
     stride_um,
+    stride_split,
     strides_ar,
     strides_ak,
+    SPLIT_K: tl.constexpr,
     DROPS: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,12 +104,15 @@ def _lora_down_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile = tl.program_id(1)
+    tile, split = tl.program_id(1), tl.program_id(2)
+    first_k = split * SPLIT_K
+    last_k = tl.minimum(K, first_k + SPLIT_K)
     for i in tl.static_range(len(DROPS)):
         if tile >= 0 and tile * BLOCK_R < ranks[i]:
             _down_tile(
-                *(x_ptr, A_ptrs[i], u_ptrs[i], seed_ptrs[i], index_ptr, i, thresholds[i], tile * BLOCK_R),
-                *(M, K, ranks[i], stride_xm, stride_xk, stride_um, strides_ar[i], strides_ak[i]),
+                *(x_ptr, A_ptrs[i], u_ptrs[i] + split.to(tl.int64) * stride_split, seed_ptrs[i], index_ptr, i),
+                *(thresholds[i], tile * BLOCK_R, first_k, last_k, M, ranks[i], stride_xm, stride_xk),
+                *(stride_um, strides_ar[i], strides_ak[i]),
                 *(DROPS[i], HAS_INDEX, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION),
             )
         tile -= tl.cdiv(ranks[i], BLOCK_R)
@@ -121,13 +129,17 @@ def lora_down(
     precision: str,
     config: LoraDownConfig,
 ) -> None:
-    """Writes ``D(x) Aᵀ`` to ``u [M, r]`` (float32, rows equally far apart) for each adapter, with its own mask; 0 where
-    ``index [M]`` names another one."""
+    """Writes ``D(x) Aᵀ`` to ``u [splits, M, r]`` (float32, strides alike) for each adapter, with its own mask; 0 where
+    ``index [M]`` names another one. Each split has the sums over ``SPLIT_K`` inputs."""
     M, K = x.shape
-    grid = triton.cdiv(M, config.BLOCK_M), sum(triton.cdiv(a.shape[0], rank_block) for a in A)
+    grid = (
+        triton.cdiv(M, config.BLOCK_M),
+        sum(triton.cdiv(a.shape[0], rank_block) for a in A),
+        triton.cdiv(K, config.SPLIT_K),
+    )
     _lora_down_kernel[grid](
         *(x, tuple(A), tuple(u), tuple(seeds), index, tuple(thresholds), M, K, tuple(a.shape[0] for a in A)),
-        *(*x.stride(), u[0].stride(0), tuple(a.stride(0) for a in A), tuple(a.stride(1) for a in A)),
+        *(*x.stride(), u[0].stride(1), u[0].stride(0), tuple(a.stride(0) for a in A), tuple(a.stride(1) for a in A)),
         DROPS=tuple(threshold > 0 for threshold in thresholds),
         HAS_INDEX=index is not None,
         BLOCK_R=rank_block,

@@ -1,6 +1,6 @@
 """``dy`` read once for ``v`` and ``dB`` (and DoRA's ``dc``), ``x`` once for ``dA``.
 
-Sums over tokens are made of partial sums, one a program, which torch adds in order: the same call gives the same bits.
+Sums over programs are made of partial sums, one each, which torch adds in order: the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from .tiles import keep_tile
 
 @dataclass(frozen=True)
 class LoraDyConfig:
-    """Tile sizes and launch shape of :func:`_lora_dy_kernel`."""
+    """Tile sizes and launch shape of :func:`_lora_dy_kernel`; a program takes ``TILES`` tiles of tokens."""
 
     BLOCK_M: int = 64
-    BLOCK_N: int = 64
+    BLOCK_N: int = 128
+    TILES: int = 1
     num_warps: int = 4
     num_stages: int = 2
     enable_fp_fusion: bool = True
@@ -27,11 +28,11 @@ class LoraDyConfig:
 
 @dataclass(frozen=True)
 class LoraDaConfig:
-    """Tile sizes and launch shape of :func:`_lora_dA_kernel`; a program sums ``TILES`` tiles of tokens."""
+    """Tile sizes and launch shape of :func:`_lora_dA_kernel`; a program takes ``TILES`` tiles of tokens."""
 
     BLOCK_M: int = 64
     BLOCK_K: int = 128
-    TILES: int = 8
+    TILES: int = 1
     num_warps: int = 4
     num_stages: int = 2
     enable_fp_fusion: bool = True
@@ -41,12 +42,12 @@ def lora_dy_config(rank_block: int, float32: bool) -> LoraDyConfig:
     """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands."""
     if float32:
         return LoraDyConfig(BLOCK_M=32, BLOCK_N=32)
-    return LoraDyConfig() if rank_block == 16 else LoraDyConfig(BLOCK_N=32)
+    return LoraDyConfig(num_warps=4 if rank_block == 16 else 8)
 
 
 def lora_dA_config(rank_block: int, float32: bool) -> LoraDaConfig:
     """As :func:`lora_dy_config`."""
-    return LoraDaConfig(BLOCK_M=32, BLOCK_K=32, TILES=16) if float32 else LoraDaConfig()
+    return LoraDaConfig(BLOCK_M=32, BLOCK_K=32) if float32 else LoraDaConfig()
 
 
 @triton.jit
@@ -71,7 +72,6 @@ def _lora_dy_kernel(
     stride_bn,
     stride_br,
     stride_um,
-    stride_vm,
     HAS_INDEX: tl.constexpr,
     HAS_C: tl.constexpr,
     NEEDS_V: tl.constexpr,
@@ -81,48 +81,51 @@ def _lora_dy_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, first_rank = tl.program_id(0), tl.program_id(1) * BLOCK_R
-    rows, r = tile * BLOCK_M + tl.arange(0, BLOCK_M), first_rank + tl.arange(0, BLOCK_R)
+    slab, part, first_rank = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_R
+    columns, r = slab * BLOCK_N + tl.arange(0, BLOCK_N), first_rank + tl.arange(0, BLOCK_R)
     dtype = dy_ptr.dtype.element_ty
-    served = rows < M
-    if HAS_INDEX:
-        served = served & (tl.load(index_ptr + rows, mask=rows < M, other=-1) == adapter)
-    if NEEDS_DB:
-        u_at = u_ptr + rows[:, None].to(tl.int64) * stride_um + r[None, :]
-        u = tl.load(u_at, mask=(rows[:, None] < M) & (r[None, :] < RANK), other=0.0)
-        u = (u * scale).to(dtype)
-    v = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
+    if NEEDS_V:
+        B_at = B_ptr + columns[:, None].to(tl.int64) * stride_bn + r[None, :].to(tl.int64) * stride_br
+        B = tl.load(B_at, mask=(columns[:, None] < N) & (r[None, :] < RANK), other=0.0).to(dtype)
+    if HAS_C:
+        c = tl.load(c_ptr + columns, mask=columns < N, other=0.0)
+    dB = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    dc = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(TILES):
+        rows = (part * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (rows[:, None] < M) & (columns[None, :] < N)
+        ranks_inside = (rows[:, None] < M) & (r[None, :] < RANK)
         dy_at = dy_ptr + rows[:, None].to(tl.int64) * stride_dm + columns[None, :].to(tl.int64) * stride_dn
         dy = tl.load(dy_at, mask=inside, other=0.0)
         flat = rows[:, None].to(tl.int64) * N + columns[None, :]
         if NEEDS_DC:
-            if first_rank == 0:
-                z = tl.load(z_ptr + flat, mask=inside, other=0.0)
-                dc = tl.sum(dy.to(tl.float32) * z.to(tl.float32), axis=0)
-                tl.store(dc_ptr + tile.to(tl.int64) * N + columns, dc, mask=columns < N)
+            z = tl.load(z_ptr + flat, mask=inside, other=0.0)
+            dc += tl.sum(dy.to(tl.float32) * z.to(tl.float32), axis=0)
         if HAS_C:
-            c = tl.load(c_ptr + columns, mask=columns < N, other=0.0)
             dy = (dy.to(tl.float32) * c[None, :]).to(dtype)
             if NEEDS_DZ:
                 if first_rank == 0:
                     tl.store(dz_ptr + flat, dy, mask=inside)
         if NEEDS_V:
-            B_at = B_ptr + columns[:, None].to(tl.int64) * stride_bn + r[None, :].to(tl.int64) * stride_br
-            B = tl.load(B_at, mask=(columns[:, None] < N) & (r[None, :] < RANK), other=0.0)
-            v = tl.dot(dy, B.to(dtype), v, input_precision=PRECISION)
+            v = tl.dot(dy, B, input_precision=PRECISION) * scale
+            if HAS_INDEX:
+                index = tl.load(index_ptr + rows, mask=rows < M, other=-1)
+                v = tl.where(index[:, None] == adapter, v, 0.0)
+            v_at = v_ptr + (slab.to(tl.int64) * M + rows[:, None]) * RANK + r[None, :]
+            tl.store(v_at, v, mask=ranks_inside)
         if NEEDS_DB:
-            dB = tl.dot(tl.trans(dy), u, input_precision=PRECISION)
-            dB_at = dB_ptr + (tile.to(tl.int64) * N + columns[:, None]) * RANK + r[None, :]
-            tl.store(dB_at, dB, mask=(columns[:, None] < N) & (r[None, :] < RANK))
-    if NEEDS_V:
-        v = tl.where(served[:, None], v * scale, 0.0)
-        v_at = v_ptr + rows[:, None].to(tl.int64) * stride_vm + r[None, :]
-        tl.store(v_at, v, mask=(rows[:, None] < M) & (r[None, :] < RANK))
+            u_at = u_ptr + rows[:, None].to(tl.int64) * stride_um + r[None, :]
+            u = (tl.load(u_at, mask=ranks_inside, other=0.0) * scale).to(dtype)
+            dB = tl.dot(tl.trans(dy), u, dB, input_precision=PRECISION)
+    if NEEDS_DB:
+        dB_at = dB_ptr + (part.to(tl.int64) * N + columns[:, None]) * RANK + r[None, :]
+        tl.store(dB_at, dB, mask=(columns[:, None] < N) & (r[None, :] < RANK))
+    if NEEDS_DC:
+        if first_rank == 0:
+            tl.store(dc_ptr + part.to(tl.int64) * N + columns, dc, mask=columns < N)
 
 
 @triton.jit
@@ -164,10 +167,10 @@ def _lora_dA_kernel(
 
 @dataclass(frozen=True)
 class DyOutputs:
-    """What :func:`lora_dy` writes, each None where nobody wants it.
+    """What :func:`lora_dy` writes, each None where nobody wants it: partial sums, contiguous, in float32.
 
-    ``v [M, r]`` in float32, its rows may be apart; of each tile of tokens the sums ``dB [tiles, N, r]`` and
-    ``dc [tiles, N]`` in float32; ``dz = c dy [M, N]``.
+    ``v [slabs, M, r]`` of each slab of ``BLOCK_N`` columns; ``dB [parts, N, r]`` and ``dc [parts, N]`` of each part of
+    ``TILES · BLOCK_M`` tokens; and ``dz = c dy [M, N]`` in the dtype of ``dy``.
     """
 
     v: Tensor | None
@@ -191,12 +194,12 @@ def lora_dy(
     config: LoraDyConfig,
 ) -> None:
     """One read of ``dy [M, N]``: ``v = scale c∘dy B``, ``dB = scale (c∘dy)ᵀ u``, ``dc = Σ dy∘z`` and ``dz = c∘dy``."""
-    M, N = dy.shape
-    rank = B.shape[1]
-    grid = triton.cdiv(M, config.BLOCK_M), triton.cdiv(rank, rank_block)
+    (M, N), rank = dy.shape, B.shape[1]
+    parts = triton.cdiv(M, config.BLOCK_M * config.TILES)
+    grid = triton.cdiv(N, config.BLOCK_N), parts, triton.cdiv(rank, rank_block)
     _lora_dy_kernel[grid](
         *(dy, B, u, index, adapter, c, z, out.v, out.dB, out.dc, out.dz, scale, M, N, rank),
-        *(*dy.stride(), *B.stride(), 0 if u is None else u.stride(0), 0 if out.v is None else out.v.stride(0)),
+        *(*dy.stride(), *B.stride(), 0 if u is None else u.stride(0)),
         HAS_INDEX=index is not None,
         HAS_C=c is not None,
         NEEDS_V=out.v is not None,
