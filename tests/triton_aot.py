@@ -63,7 +63,8 @@ def launches(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], object]]:
     down = replace(kernels.lora_down_config(*kind), SPLIT_K=1024)
     up = kernels.lora_up_config(*kind)
     linear, masked_input = kernels.lora_linear_config(*kind, False), kernels.lora_linear_config(*kind, True)
-    dy, by_x = (replace(config(*kind), TILES=8) for config in (kernels.lora_dy_config, kernels.lora_dA_config))
+    dy, scaled_dy = (replace(kernels.lora_dy_config(*kind, scaled), TILES=8) for scaled in (False, True))
+    by_x = replace(kernels.lora_dA_config(*kind), TILES=8)
     norm, few = kernels.dora_norm_config(*kind), kernels.four_bit_linear_config(*kind)
     return {
         "lora_down": lambda: kernels.lora_down(x, [A], [u_sums], [0], [None], None, *common, down),
@@ -81,7 +82,7 @@ def launches(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], object]]:
         "lora_up, dx with dropout": lambda: kernels.lora_up(x, None, x, masked, *common, up),
         "lora_up, dora with dropout": lambda: kernels.lora_up(y, z, y, dora, *common, up),
         "lora_dy": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, None, None, gradients, *common, dy),
-        "lora_dy, dora": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, c, z, all_gradients, *common, dy),
+        "lora_dy, dora": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, c, z, all_gradients, *common, scaled_dy),
         "lora_dA": lambda: kernels.lora_dA(x, u, dA, 0, None, *common, by_x),
         "lora_dA, dropout": lambda: kernels.lora_dA(x, u, dA, 3277, seed, *common, by_x),
         "dropout": lambda: kernels.dropout(x, x, 3277, 1.05, seed, kernels.DropoutConfig()),

@@ -114,7 +114,7 @@ class TritonKernels:
     ) -> DyGradients:
         (M, N), rank = dy.shape, B.shape[1]
         kind = _kind(dy, rank)
-        config = self._launch.lora_dy_config(*kind)
+        config = self._launch.lora_dy_config(*kind, scaled=c is not None)
         slabs = _ceil(N, config.BLOCK_N)
         config = replace(config, TILES=_tiles(dy, config.BLOCK_M, slabs * _ceil(rank, kind.rank_block)))
         parts = _ceil(M, config.BLOCK_M * config.TILES)

@@ -29,7 +29,7 @@ def lora_down_config(rank_block: int, float32: bool) -> LoraDownConfig:
     """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands."""
     if float32:
         return LoraDownConfig(BLOCK_M=32, BLOCK_K=32)
-    return LoraDownConfig() if rank_block == 16 else LoraDownConfig(BLOCK_K=64, num_warps=8)
+    return LoraDownConfig() if rank_block == 16 else LoraDownConfig(BLOCK_K=64, num_warps=8, num_stages=2)
 
 
 @triton.jit

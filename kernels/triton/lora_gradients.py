@@ -21,7 +21,7 @@ class LoraDyConfig:
     BLOCK_M: int = 64
     BLOCK_N: int = 128
     TILES: int = 1
-    num_warps: int = 4
+    num_warps: int = 8
     num_stages: int = 2
     enable_fp_fusion: bool = True
 
@@ -38,15 +38,16 @@ class LoraDaConfig:
     enable_fp_fusion: bool = True
 
 
-def lora_dy_config(rank_block: int, float32: bool) -> LoraDyConfig:
-    """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands."""
+def lora_dy_config(rank_block: int, float32: bool, scaled: bool) -> LoraDyConfig:
+    """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands. DoRA's
+    ``z`` and ``dz`` (``scaled``) take as many as ``dy``."""
     if float32:
-        return LoraDyConfig(BLOCK_M=32, BLOCK_N=32)
-    return LoraDyConfig(num_warps=4 if rank_block == 16 else 8)
+        return LoraDyConfig(BLOCK_M=32, BLOCK_N=32, num_warps=4)
+    return LoraDyConfig(BLOCK_N=64) if scaled else LoraDyConfig()
 
 
 def lora_dA_config(rank_block: int, float32: bool) -> LoraDaConfig:
-    """As :func:`lora_dy_config`."""
+    """What fits the registers, as for ``dy``."""
     return LoraDaConfig(BLOCK_M=32, BLOCK_K=32) if float32 else LoraDaConfig()
 
 
