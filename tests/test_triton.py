@@ -4,21 +4,20 @@ conftest.py and triton_interpreter.py. Oracle and eager compute on the CPU."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 import triton_interpreter
-from cases import CASES, Case, expected
-from devices import DEVICE, DTYPES, moved_to, on_device, run
-from oracle import Expected, LoraInputs, Results, assert_close_as_eager, make_inputs
-from test_dora_norm import eager as eager_norm
+from cases import Case
+from devices import DEVICE, DTYPES, on_device, run
+from gpu_suite import GpuSuite
+from oracle import Expected, LoraInputs, Results, assert_close_as_eager
 from triton.runtime.interpreter import InterpretedFunction
 
 import fastpeft
-from fastpeft import kernels, nf4, ops
+from fastpeft import kernels, ops
 from fastpeft.backends import gpu_plans
 from fastpeft.backends import triton as backend
 from fastpeft.backends.gpu import Tail
@@ -45,6 +44,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
 
 
+@pytest.fixture(name="kernels")
+def triton_kernels() -> backend.TritonKernels:
+    return backend.kernels()
+
+
+class TestTriton(GpuSuite):
+    name = "triton"
+
+
 def by_triton(inputs: LoraInputs) -> Results:
     return run(inputs, "triton")
 
@@ -67,11 +75,6 @@ def test_the_interpreters_product_and_its_rounding_are_right(dtype: torch.dtype)
     assert torch.equal(rounded, out.to(dtype))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_every_gradient_are_as_close_as_eager(case: Case) -> None:
-    expected(case).assert_met_by(by_triton)
-
-
 @pytest.fixture(params=Plan)
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each plan in turn, where it can run at all."""
@@ -86,15 +89,6 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.mark.parametrize("case", PLANNED.values(), ids=PLANNED)
 def test_every_plan_is_as_close_as_eager(plan: None, case: Case) -> None:
     Expected.of(case.inputs).assert_met_by(by_triton)
-
-
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8), (2, 257), (63, 100), (33, 130)])
-def test_the_mask_is_the_references(rows: int, columns: int, p: float) -> None:
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=DEVICE)
-    x, out = torch.ones(rows, columns, device=DEVICE), torch.empty(rows, columns, device=DEVICE)
-    kernels.dropout(x, out, dropout_threshold(p), 1.0, seed, kernels.DropoutConfig())
-    assert torch.equal(out != 0, dropout_keep(seed, rows, columns, p))
 
 
 def test_a_product_that_drops_its_input_reads_w_once() -> None:
@@ -115,57 +109,6 @@ def test_a_product_that_drops_its_input_reads_w_once() -> None:
 
     for actual, exact, eager in zip((y, z), formula(torch.float64), formula(torch.float32), strict=True):
         assert_close_as_eager(actual, exact, eager)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(40, 3), (33, 100), (70, 257)], ids=str)
-@pytest.mark.parametrize("rank", [1, 16, 70])
-def test_the_norm_is_as_close_as_eager(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
-    made = make_inputs((1, shape[1]), shape[0], (rank,), dtype)
-    weight, A, B = moved_to(DEVICE, (made.weight, made.A[0], made.B[0]))
-    norm = ops.dora_norm(weight, [], 0, A, B, 0.75, dtype, "triton").cpu()
-    exact = eager_norm(made.weight.double(), made.A[0].double(), made.B[0].double(), 0.75)
-    assert_close_as_eager(norm, exact, eager_norm(made.weight, made.A[0], made.B[0], 0.75))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", [("nf4", 64, True), ("fp4", 32, False), ("nf4", 4096, False), ("fp4", 128, True)])
-@pytest.mark.parametrize("shape", [(1, 1), (63, 101), (96, 130)], ids=str)
-def test_a_4_bit_weight_is_decoded_bit_by_bit(
-    shape: tuple[int, int], form: tuple[str, int, bool], dtype: torch.dtype
-) -> None:
-    packed = nf4.quantize(torch.randn(shape), *form)
-    decoded = backend.kernels().four_bit_decode(*nf4.weight_operands(moved_to(DEVICE, packed)), *shape, dtype)
-    assert torch.equal(decoded.cpu(), packed.dequantize(dtype))
-
-
-@pytest.mark.parametrize("dora", [False, True], ids=["qlora", "qdora"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("M", "K", "form"),
-    [
-        (33, 100, ("nf4", 64, True)),
-        (1, 192, ("nf4", 64, True)),
-        (16, 128, ("fp4", 128, False)),
-        (3, 64, ("nf4", 32, True)),
-    ],
-)
-def test_forward_and_gradients_over_4_bits(
-    M: int, K: int, form: tuple[str, int, bool], dtype: torch.dtype, dora: bool
-) -> None:
-    def make() -> LoraInputs:
-        made = make_inputs((M, K), 66, (4,), dtype, torch.float32, dora=dora)
-        packed = nf4.quantize(made.weight, *form)
-        return replace(made, weight=packed.dequantize(dtype), packed=packed)
-
-    Expected.of(make).assert_met_by(by_triton)
-
-
-@pytest.mark.parametrize("case", [Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(M=300, dora=True)], ids=str)
-def test_the_same_call_twice_gives_the_same_bits(case: Case) -> None:
-    inputs = case.inputs()
-    first, second = by_triton(inputs), by_triton(inputs)
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("case", [Case(), Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(dora=True)], ids=str)

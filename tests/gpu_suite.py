@@ -1,0 +1,91 @@
+"""What every backend for GPUs is tested for, wherever it runs: on a GPU, interpreted or emulated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, Case, expected
+from devices import DEVICE, DTYPES, moved_to, run
+from oracle import Expected, LoraInputs, Results, assert_close_as_eager, make_inputs
+from test_dora_norm import eager as eager_norm
+
+from fastpeft import nf4, ops
+from fastpeft.backends import gpu
+from fastpeft.dropout import dropout_keep, dropout_threshold
+
+Form = tuple[str, int, bool]  # quant_type, blocksize, nested
+
+
+class GpuSuite:
+    """``name`` is the backend's; a fixture ``kernels`` in the file of each subclass gives its kernels."""
+
+    name: str
+
+    def results(self, inputs: LoraInputs) -> Results:
+        return run(inputs, self.name)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_forward_and_every_gradient_are_as_close_as_eager(self, case: Case) -> None:
+        expected(case).assert_met_by(self.results)
+
+    @pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+    @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8), (2, 257), (63, 100), (33, 130)])
+    def test_the_mask_is_the_references(self, kernels: gpu.Kernels, rows: int, columns: int, p: float) -> None:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=DEVICE)
+        kept = kernels.dropout(torch.ones(rows, columns, device=DEVICE), gpu.Mask(dropout_threshold(p), 1.0, seed))
+        assert torch.equal(kept != 0, dropout_keep(seed, rows, columns, p))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [(40, 3), (33, 100), (33, 104), (70, 257), (8, 600)], ids=str)
+    @pytest.mark.parametrize("rank", [1, 16, 70])
+    def test_the_norm_is_as_close_as_eager(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+        made = make_inputs((1, shape[1]), shape[0], (rank,), dtype)
+        weight, A, B = moved_to(DEVICE, (made.weight, made.A[0], made.B[0]))
+        norm = ops.dora_norm(weight, [], 0, A, B, 0.75, dtype, self.name).cpu()
+        exact = eager_norm(made.weight.double(), made.A[0].double(), made.B[0].double(), 0.75)
+        assert_close_as_eager(norm, exact, eager_norm(made.weight, made.A[0], made.B[0], 0.75))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("form", [("nf4", 64, True), ("fp4", 32, False), ("nf4", 4096, False), ("fp4", 128, True)])
+    @pytest.mark.parametrize("shape", [(1, 1), (63, 101), (96, 130)], ids=str)
+    def test_a_4_bit_weight_is_decoded_bit_by_bit(
+        self, kernels: gpu.Kernels, shape: tuple[int, int], form: Form, dtype: torch.dtype
+    ) -> None:
+        packed = nf4.quantize(torch.randn(shape), *form)
+        decoded = kernels.four_bit_decode(*nf4.weight_operands(moved_to(DEVICE, packed)), *shape, dtype)
+        assert torch.equal(decoded.cpu(), packed.dequantize(dtype))
+
+    @pytest.mark.parametrize("dora", [False, True], ids=["qlora", "qdora"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("M", "K", "form"),
+        [
+            (33, 100, ("nf4", 64, True)),
+            (1, 192, ("nf4", 64, True)),
+            (1, 1216, ("nf4", 64, False)),
+            (2, 64, ("nf4", 4096, True)),
+            (8, 640, ("fp4", 128, False)),
+            (9, 128, ("nf4", 64, True)),
+            (16, 128, ("fp4", 128, False)),
+            (3, 64, ("nf4", 32, True)),
+        ],
+    )
+    def test_forward_and_gradients_over_4_bits(
+        self, M: int, K: int, form: Form, dtype: torch.dtype, dora: bool
+    ) -> None:
+        Expected.of(lambda: over_4_bits(M, K, form, dtype, dora)).assert_met_by(self.results)
+
+    @pytest.mark.parametrize("case", [Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(M=300, dora=True)], ids=str)
+    def test_the_same_call_twice_gives_the_same_bits(self, case: Case) -> None:
+        inputs = case.inputs()
+        first, second = self.results(inputs), self.results(inputs)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def over_4_bits(M: int, K: int, form: Form, dtype: torch.dtype, dora: bool = False) -> LoraInputs:
+    """Inputs with a 4-bit weight ``[66, K]``; the oracle's is what it decodes to."""
+    made = make_inputs((M, K), 66, (4,), dtype, torch.float32, dora=dora)
+    packed = nf4.quantize(made.weight, *form)
+    return replace(made, weight=packed.dequantize(dtype), packed=packed)
