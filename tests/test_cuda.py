@@ -190,5 +190,6 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError("No module named 'fastpeft._cuda'")
 
     monkeypatch.setattr(backend, "library", missing)
+    monkeypatch.setattr(backend, "_not_built", backend._not_built.__wrapped__)
     reason = "the CUDA extension is not built (No module named 'fastpeft._cuda'); `python -m fastpeft build` builds it"
     assert backend.unavailable() == f"{reason} where nvcc is found"

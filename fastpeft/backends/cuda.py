@@ -27,11 +27,7 @@ ALIGNED = 16  # bytes
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine at all; None when it can."""
-    try:
-        library()
-    except ImportError as error:
-        return f"the CUDA extension is not built ({error}); `python -m fastpeft build` builds it where nvcc is found"
-    return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU"
+    return _not_built() or (None if torch.cuda.is_available() else "torch finds no NVIDIA GPU")
 
 
 def detail() -> str:
@@ -45,7 +41,7 @@ def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence
     """Why this backend cannot take this call; None when it can. ``x`` stands for ``dy`` in a backward op."""
     if x.device.type != "cuda":
         return f"it runs on NVIDIA GPUs, and x is on {x.device}"
-    return unavailable() or gpu.refusal(x, weight, A, B)
+    return _not_built() or gpu.refusal(x, weight, A, B)
 
 
 def worth_a_warning(x: Tensor) -> bool:
@@ -194,6 +190,16 @@ class CudaKernels:
 def library() -> ModuleType:
     """Loaded at the first look: importing fastpeft leaves CUDA alone."""
     return import_module("fastpeft._cuda")
+
+
+@lru_cache
+def _not_built() -> str | None:
+    """The reason where there is no library; looked for once, as every call asks."""
+    try:
+        library()
+    except ImportError as error:
+        return f"the CUDA extension is not built ({error}); `python -m fastpeft build` builds it where nvcc is found"
+    return None
 
 
 @lru_cache
