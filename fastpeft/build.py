@@ -43,8 +43,8 @@ class BuildError(RuntimeError):
     """The extension cannot be built; the message says what is missing and how to add it."""
 
 
-def build_in_place() -> list[Path]:
-    """Builds the extensions beside this file, where ``import fastpeft`` finds them, and returns their paths.
+def build_in_place() -> None:
+    """Builds the extensions beside this file, where ``import fastpeft`` finds them, and prints their paths.
 
     Raises:
         BuildError: sources, compiler, Python's headers or torch are missing, or a file does not compile.
@@ -53,12 +53,16 @@ def build_in_place() -> list[Path]:
     checkout = package.parent / "csrc"
     with tempfile.TemporaryDirectory() as folder:
         csrc, objects = (checkout, package.parent / "build") if checkout.is_dir() else (package / "csrc", Path(folder))
-        built = [package / LIBRARY]
-        build(csrc, built[0], objects / "C")
-        if find_nvcc() is not None:
-            built.append(package / CUDA_LIBRARY)
-            build_cuda(csrc, built[1], objects / "cuda")
-    return built
+        wanted = [(build, LIBRARY, "C"), *([(build_cuda, CUDA_LIBRARY, "cuda")] if find_nvcc() else [])]
+        failures = []
+        for builder, library, name in wanted:
+            try:
+                builder(csrc, package / library, objects / name)
+                print(f"built {package / library}", flush=True)
+            except BuildError as failure:  # one serves without the other
+                failures.append(str(failure))
+        if failures:
+            raise BuildError("\n".join(dict.fromkeys(failures)))
 
 
 def build(csrc: Path, library: Path, objects: Path) -> None:
@@ -93,7 +97,7 @@ def build_cuda(csrc: Path, library: Path, objects: Path) -> None:
         raise BuildError(f"{nvcc} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: install a newer one")
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
     targets.append("-gencode=arch=compute_{0},code=compute_{0}".format(architectures[-1]))
-    compiler = [nvcc, *CUDA_FLAGS]
+    compiler = [nvcc, "-ccbin", find_compiler()[0], *CUDA_FLAGS]
     binding = [*compiler, "-DFASTPEFT_CUDA_MODULE=_cuda", *pybind_flags()]
 
     def command(source: Path) -> list[str]:

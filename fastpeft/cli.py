@@ -56,7 +56,6 @@ def build() -> None:
     from .build import BuildError, build_in_place
 
     try:
-        for library in build_in_place():
-            click.echo(f"built {library}")
+        build_in_place()
     except BuildError as error:
         raise click.ClickException(str(error)) from error
