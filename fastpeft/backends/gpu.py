@@ -300,8 +300,8 @@ def product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, plan: Plan 
         y = F.linear(x, weight)
         kernels.lora_up(y, None, y, tail)
         return y
-    q, right = (tail.q * tail.scale).to(x.dtype), tail.right.to(x.dtype)
-    y = F.linear(q, right, tail.bias)
+    q = torch.mul(tail.q, tail.scale, out=x.new_empty(tail.q.shape))
+    y = F.linear(q, tail.right.to(x.dtype), tail.bias)
     return y.addmm_(x, weight.t())
 
 
