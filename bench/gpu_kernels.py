@@ -30,10 +30,10 @@ SHARES = {"four_bit_decode": 0.9, "four_bit_linear 1": 0.8}
 
 
 def kernel_sets() -> dict[str, gpu.Kernels]:
-    """The kernels of every backend that runs here."""
+    """The kernels of every backend that runs here; what CUDA has none for is torch's in its column."""
     sets: dict[str, gpu.Kernels] = {}
     if cuda.unavailable() is None:
-        sets["cuda"] = cuda.CudaKernels(cuda.library(), None)
+        sets["cuda, or torch"] = cuda.CudaKernels(cuda.library(), None)
     if triton.unavailable() is None:
         sets["triton"] = triton.kernels()
     return sets

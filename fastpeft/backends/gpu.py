@@ -285,8 +285,8 @@ def dora_norm(
 def _plan(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, masked: bool) -> Plan:
     endings = [name for name, present in (("scaled", tail.c is not None), ("masked", masked)) if present]
     (M, K), N = x.shape, weight.shape[0]
-    product = Product(M, K, N, gpu_plans.name_of(x.dtype), ", ".join(endings) or "plain")
-    return gpu_plans.choose(product, x.device, kernels.fuses())
+    what = Product(M, K, N, gpu_plans.name_of(x.dtype), ", ".join(endings) or "plain")
+    return gpu_plans.choose(what, x.device, kernels.fuses())
 
 
 def product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, plan: Plan | None = None) -> Tensor:

@@ -3,21 +3,18 @@
 Tensors in, tensors out, no autograd and no choices: fastpeft/backends/triton.py makes those.
 """
 
-from .dora_norm import DoraNormConfig, dora_norm, dora_norm_config
+from .dora_norm import dora_norm, dora_norm_config
 from .dropout import DropoutConfig, dropout
 from .four_bit import (
     GROUP,
     FourBitDecodeConfig,
-    FourBitLinearConfig,
     four_bit_decode,
     four_bit_linear,
     four_bit_linear_config,
 )
-from .lora_down import LoraDownConfig, lora_down, lora_down_config
-from .lora_gradients import DyOutputs, LoraDaConfig, LoraDyConfig, lora_dA, lora_dA_config, lora_dy, lora_dy_config
+from .lora_down import lora_down, lora_down_config
+from .lora_gradients import DyOutputs, lora_dA, lora_dA_config, lora_dy, lora_dy_config
 from .lora_linear import (
-    LoraLinearConfig,
-    LoraUpConfig,
     lora_linear,
     lora_linear_config,
     lora_up,
@@ -26,16 +23,9 @@ from .lora_linear import (
 
 __all__ = [
     "GROUP",
-    "DoraNormConfig",
     "DropoutConfig",
     "DyOutputs",
     "FourBitDecodeConfig",
-    "FourBitLinearConfig",
-    "LoraDaConfig",
-    "LoraDownConfig",
-    "LoraDyConfig",
-    "LoraLinearConfig",
-    "LoraUpConfig",
     "dora_norm",
     "dora_norm_config",
     "dropout",
