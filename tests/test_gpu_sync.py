@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import peft
 import pytest
 import torch
 from cases import Case
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 import fastpeft
 from fastpeft import functional
 from fastpeft.backends import gpu, gpu_plans
+from fastpeft.peft import operands
 
 CASES = {
     "lora": Case(ranks=(8, 3), dropout_p=0.1),
@@ -100,6 +102,27 @@ def test_the_public_functions_ask_for_no_value(valueless: FakeTensorMode, case: 
     else:
         y = functional.lora_linear(i.x, i.weight, i.bias, *adapters, **settings, adapter_index=i.adapter_index)
     assert y.device.type == "cuda" and y.shape == i.dy.shape
+
+
+def test_a_scaling_that_is_a_tensor_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA's norm depends on it; on a GPU its value would have to be waited for."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["linear"])
+    model = peft.get_peft_model(nn.ModuleDict({"linear": nn.Linear(12, 10)}), config)
+    fastpeft.patch(model)
+    (layer,) = (module for module in model.modules() if hasattr(module, "lora_magnitude_vector"))
+    nn.init.normal_(layer.lora_B["default"].weight)
+    layer.scaling["default"] = torch.tensor(2.0)
+    x = torch.randn(5, 12)
+    expected = layer(x)
+
+    def waits(tensor: Tensor) -> float:
+        raise AssertionError("a value is asked for")
+
+    monkeypatch.setattr(operands, "is_readable", lambda tensor: False)
+    monkeypatch.setattr(functional, "is_readable", lambda tensor: False)
+    for name in ("__float__", "item"):
+        monkeypatch.setattr(Tensor, name, waits)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
 
 
 @on_gpu

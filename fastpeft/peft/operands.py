@@ -241,7 +241,8 @@ def _dora_factor(
     if not _is_plain(magnitude) or magnitude.device != weight.device:
         return f"has a magnitude that is a {type(magnitude).__qualname__} on {magnitude.device}"
     backend = layer.__dict__.get("fastpeft_backend")
-    if torch.compiler.is_compiling():  # keeps nothing that a graph would depend on; the scaling may stay a tensor
+    stays_tensor = isinstance(scaling, Tensor) and not is_readable(scaling)
+    if stays_tensor or torch.compiler.is_compiling():  # nothing is kept that a graph would depend on
         norm = dora_norm(weight, A, B, scaling, backend)
     else:
         caches = layer.__dict__.setdefault("_fastpeft_norms", {})
