@@ -52,7 +52,8 @@ def calls(of: gpu.Kernels, product: Product, device: str) -> dict[str, Callable[
         return lambda: gpu.product(of, x, weight, tail, plan)
 
     base = {"base": lambda: torch.nn.functional.linear(x, weight)}
-    return base | {plan.value: planned(plan) for plan in gpu_plans.plans_for(product.ending, of.fuses())}
+    plans = gpu_plans.plans_for(product.ending, of.fused_plans(x, weight, RANK))
+    return base | {plan.value: planned(plan) for plan in plans}
 
 
 def measure(dtype: str, rounds: int, run: Run) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.backends import gpu_plans
-from fastpeft.backends.gpu_plans import ENDINGS, MeasuredGpu, Plan, Product
+from fastpeft.backends.gpu_plans import ENDINGS, FUSED, MeasuredGpu, Plan, Product
 
 HERE = torch.device("cuda", 0)
 
@@ -27,6 +27,7 @@ def entry(M: int, plan: str, ending: str = "plain", dtype: str = "bfloat16", K: 
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two GPUs were measured, and this machine has the second."""
     plans = [entry(512, "fused"), entry(4096, "accumulate"), entry(512, "fused", "masked"), entry(64, "epilogue")]
+    plans += [entry(8192, "persistent")]
     gpus = [
         {"name": "Small", "capability": [8, 6], "multiprocessors": 20, "plans": [entry(1, "epilogue")]},
         {"name": "Large", "capability": [9, 0], "multiprocessors": 132, "plans": plans},
@@ -45,8 +46,10 @@ def forget() -> None:
         cached.cache_clear()
 
 
-def chosen(M: int, ending: str = "plain", dtype: str = "bfloat16", fuses: bool = True, K: int = 4096) -> Plan:
-    return gpu_plans.choose(Product(M, K, 4096, dtype, ending), HERE, fuses)
+def chosen(
+    M: int, ending: str = "plain", dtype: str = "bfloat16", fused: tuple[Plan, ...] = FUSED, K: int = 4096
+) -> Plan:
+    return gpu_plans.choose(Product(M, K, 4096, dtype, ending), HERE, fused)
 
 
 @pytest.mark.usefixtures("table")
@@ -56,7 +59,9 @@ def test_the_nearest_entry_that_can_run_counts() -> None:
     assert chosen(3000) is Plan.accumulate
     assert chosen(80) is Plan.epilogue
     assert chosen(512, "masked") is Plan.fused
-    assert chosen(512, fuses=False) is Plan.accumulate  # the nearest without the fused kernel
+    assert chosen(512, fused=()) is Plan.accumulate  # the nearest without the fused kernel
+    assert chosen(7000) is Plan.persistent
+    assert chosen(7000, fused=(Plan.fused,)) is Plan.accumulate  # operands that have no descriptors
 
 
 @pytest.mark.usefixtures("table")
@@ -64,7 +69,7 @@ def test_what_was_not_measured_goes_by_the_equations() -> None:
     assert chosen(512, "scaled") is Plan.epilogue
     assert chosen(512, dtype="float32") is Plan.accumulate
     assert chosen(1, dtype="float32") is Plan.epilogue
-    assert chosen(512, "masked", fuses=False) is Plan.epilogue
+    assert chosen(512, "masked", fused=()) is Plan.epilogue
 
 
 def test_an_unknown_gpu_takes_the_one_most_like_it() -> None:
@@ -91,7 +96,7 @@ def test_the_shipped_table_can_be_read() -> None:
     for gpu in gpu_plans.measured_gpus():
         assert gpu.multiprocessors > 0
         for product, plan in gpu.plans:
-            assert product.ending in ENDINGS and plan in gpu_plans.plans_for(product.ending, True)
+            assert product.ending in ENDINGS and plan in gpu_plans.plans_for(product.ending, FUSED)
 
 
 def test_explain_names_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,11 @@ PLANNED = {
     "half": Case(dtype=torch.bfloat16, dropout_p=0.3, weight_layout="transposed"),
     "dora": Case(dora=True),
     "dora_dropout": Case(M=70, K=130, N=90, dora=True, dropout_p=0.3),
+    "descriptors": Case(M=150, K=136, N=272, dtype=torch.bfloat16, ranks=(8, 3)),
+    "descriptors, dropout": Case(M=150, K=272, N=136, dtype=torch.float16, dropout_p=0.3),
+    "descriptors, transposed": Case(M=3, K=64, N=72, dtype=torch.bfloat16, dropout_p=0.3, weight_layout="transposed"),
+    "descriptors, ranks": Case(M=70, K=136, N=72, dtype=torch.bfloat16, ranks=(40,), dropout_p=0.3),
+    "descriptors, dora": Case(M=70, K=136, N=264, dtype=torch.bfloat16, dora=True),
 }
 
 
@@ -79,8 +84,8 @@ def test_the_interpreters_product_and_its_rounding_are_right(dtype: torch.dtype)
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each plan in turn, where it can run at all."""
 
-    def planned(product: Product, device: torch.device, fuses: bool) -> Plan:
-        return request.param if request.param in plans_for(product.ending, fuses) else Plan.epilogue
+    def planned(product: Product, device: torch.device, fused: tuple[Plan, ...]) -> Plan:
+        return request.param if request.param in plans_for(product.ending, fused) else Plan.epilogue
 
     monkeypatch.setattr(gpu_plans, "choose", planned)
     yield
@@ -89,6 +94,48 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.mark.parametrize("case", PLANNED.values(), ids=PLANNED)
 def test_every_plan_is_as_close_as_eager(plan: None, case: Case) -> None:
     Expected.of(case.inputs).assert_met_by(by_triton)
+
+
+def test_where_the_copy_engine_can_move_the_tiles(
+    kernels: backend.TritonKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in ((5, 32), (24, 32)))
+    monkeypatch.setattr(backend, "_architecture", lambda device: 90)
+
+    def persistent(x: torch.Tensor = x, weight: torch.Tensor = weight, rank: int = 64) -> bool:
+        return Plan.persistent in kernels.fused_plans(x, weight, rank)
+
+    assert persistent()
+    assert persistent(weight=weight.t().contiguous().t())
+    assert not persistent(rank=65)
+    assert not persistent(x.float(), weight.float())
+    assert not persistent(weight=weight[:20])  # rows of y of 40 bytes
+    assert not persistent(x[:, :28], weight[:, :28].contiguous())
+    assert not persistent(x[:, 4:28], weight[:, 4:28])  # an address in between
+    assert not persistent(x.t().contiguous().t())
+    monkeypatch.setattr(backend, "_architecture", lambda device: 89)
+    assert not persistent()
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_the_persistent_programs_share_the_tiles(
+    programs: int, kernels: backend.TritonKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 tiles; the kernel of that plan is what ran."""
+    if DEVICE == "cuda" and not backend.fused_plans(torch.device("cuda"), torch.bfloat16)[1:]:
+        pytest.skip("this GPU has no such copy engine")
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: programs)
+    with torch.device(DEVICE):
+        x, weight = torch.randn(130, 72).half(), torch.randn(904, 72).half()
+        u, B, bias, y = torch.randn(130, 4), torch.randn(904, 4), torch.randn(904), torch.full((130, 904), torch.nan)
+    y = y.half()
+    kernels.lora_linear(Plan.persistent, x, weight, y, Tail(u, B, 1.5, bias=bias))
+
+    def formula(dtype: torch.dtype) -> torch.Tensor:
+        low_rank = (1.5 * u).to(dtype) @ B.to(dtype).t()
+        return x.to(dtype) @ weight.to(dtype).t() + low_rank + bias.to(dtype)
+
+    assert_close_as_eager(y, formula(torch.float64), formula(torch.float16))
 
 
 def test_a_product_that_drops_its_input_reads_w_once() -> None:

@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 import triton
-from fastpeft.kernels import dora_norm, dropout, four_bit, lora_down, lora_gradients, lora_linear  # noqa: F401
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpeft import kernels
 from fastpeft.backends.gpu import Tail
 
 ARCHITECTURES = (80, 90, 100)
+DESCRIPTORS = 90  # the architecture whose copy engine takes tiles
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
 M, K, N = 2048, 4096, 4096
 KINDS = (
@@ -45,7 +46,7 @@ def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], object]]:
+def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Callable[[], object]]:
     """A call of every launcher in each variant that differs in more than a flag of its epilogue."""
     f32, u8, i64 = torch.float32, torch.uint8, torch.int64
     x, y, weight = tensor(M, K, dtype=dtype), tensor(M, N, dtype=dtype), tensor(N, K, dtype=dtype)
@@ -65,8 +66,9 @@ def launches(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], object]]:
     linear, masked_input = kernels.lora_linear_config(*kind, False), kernels.lora_linear_config(*kind, True)
     dy, scaled_dy = (replace(kernels.lora_dy_config(*kind, scaled), TILES=8) for scaled in (False, True))
     by_x = replace(kernels.lora_dA_config(*kind), TILES=8)
+    persistent = rank, 132, kernels.lora_linear_persistent_config(rank, architecture)
     norm, few = kernels.dora_norm_config(*kind), kernels.four_bit_linear_config(*kind)
-    return {
+    every = {
         "lora_down": lambda: kernels.lora_down(x, [A], [u_sums], [0], [None], None, *common, down),
         "lora_down, dropout": lambda: kernels.lora_down(x, [A], [u_sums], [3277], [seed], None, *common, down),
         "lora_down, three adapters": lambda: kernels.lora_down(
@@ -92,6 +94,17 @@ def launches(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], object]]:
             packed, nested, 6, 256, weight, kernels.FourBitDecodeConfig()
         ),
     }
+    by_descriptor = {
+        "lora_linear_persistent": (x, weight, y, plain),
+        "lora_linear_persistent, dx with dropout": (y, weight.t(), x, masked),
+        "lora_linear_persistent, dora": (x, weight, y, dora),
+    }
+    if architecture >= DESCRIPTORS and dtype != f32:
+        every |= {
+            name: lambda o=operands: kernels.lora_linear_persistent(*o, *persistent)
+            for name, operands in by_descriptor.items()
+        }
+    return every
 
 
 class Recorder:
@@ -144,6 +157,8 @@ def source(
         if constant or value is None or (type(value) is int and value == 1 and special):
             constexprs[path] = value
             return "constexpr"
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         divisible = isinstance(value, torch.Tensor) or (type(value) is int and value % ALIGNMENT == 0)
         if divisible and special:
             attributes[path] = [["tt.divisibility", ALIGNMENT]]
@@ -172,7 +187,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def compiled(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Any]:
     """Every launch on one architecture."""
     every = {}
-    for name, launch in launches(dtype, rank).items():
+    for name, launch in launches(dtype, rank, architecture).items():
         made, options = source(*recorded(launch))
         binary = triton.compile(made, target=GPUTarget("cuda", architecture, 32), options=options)
         found: dict[str, Any] = resources(binary.asm["cubin"])

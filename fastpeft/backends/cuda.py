@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import gpu, gpu_plans, triton
 from .gpu import DyGradients, Kernels, Mask, Tail, parts_of
+from .gpu_plans import Plan
 from .vendor import SkinnyProducts
 
 NAME = "cuda"
@@ -51,7 +52,8 @@ def worth_a_warning(x: Tensor) -> bool:
 
 def describe(K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
     """How a layer ``[N, K]`` would be computed, for ``explain``."""
-    return gpu_plans.describe(K, N, dtype, device, fuses=kernels().fuses())
+    fused = triton.fused_plans(device, dtype) if triton.is_installed() else ()
+    return gpu_plans.describe(K, N, dtype, device, fused)
 
 
 def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -104,12 +106,14 @@ class CudaKernels:
         operands = base.data_ptr(), base.stride(0), _address(second), y.data_ptr(), y.stride(0), *base.shape
         self._library.lora_up(*operands, self._tail(tail), self._dtypes[base.dtype], *_place(base))
 
-    def fuses(self) -> bool:
-        return self._others is not None
+    def fused_plans(self, x: Tensor, weight: Tensor, rank: int) -> tuple[Plan, ...]:
+        return () if self._others is None else self._others.fused_plans(x, weight, rank)
 
-    def lora_linear(self, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float) -> None:
+    def lora_linear(
+        self, plan: Plan, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float = 0.0
+    ) -> None:
         assert self._others is not None
-        self._others.lora_linear(x, weight, y, tail, input_factor)
+        self._others.lora_linear(plan, x, weight, y, tail, input_factor)
 
     def dropout(self, x: Tensor, mask: Mask) -> Tensor:
         assert mask.seed is not None

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..dropout import dropout_scale, dropout_threshold
 from . import gpu_plans
-from .gpu_plans import Plan, Product
+from .gpu_plans import FUSED, Plan, Product
 from .operands import operand_refusal
 
 
@@ -91,10 +91,12 @@ class Kernels(Protocol):
         """Writes a product ``base [M, N]`` with its ``tail`` to ``y``, which may be ``base``; ``second``: ``D(x) Wᵀ``.
         Rows of ``base`` and ``second`` are equally far apart, and contiguous each."""
 
-    def fuses(self) -> bool:
-        """Whether there is :meth:`lora_linear`."""
+    def fused_plans(self, x: Tensor, weight: Tensor, rank: int) -> tuple[Plan, ...]:
+        """Those of ``gpu_plans.FUSED`` that :meth:`lora_linear` has for these operands."""
 
-    def lora_linear(self, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float) -> None:
+    def lora_linear(
+        self, plan: Plan, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float = 0.0
+    ) -> None:
         """Writes ``x Wᵀ`` with its ``tail`` to ``y [M, N]``. With an ``input_factor`` the mask is the input's: DoRA
         over ``D(x) = input_factor · keep ∘ x``. With 0 it is the low-rank part's, as in the gradient of x."""
 
@@ -286,15 +288,15 @@ def _plan(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, masked: bool)
     endings = [name for name, present in (("scaled", tail.c is not None), ("masked", masked)) if present]
     (M, K), N = x.shape, weight.shape[0]
     what = Product(M, K, N, gpu_plans.name_of(x.dtype), ", ".join(endings) or "plain")
-    return gpu_plans.choose(what, x.device, kernels.fuses())
+    return gpu_plans.choose(what, x.device, kernels.fused_plans(x, weight, tail.q.shape[1]))
 
 
 def product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, plan: Plan | None = None) -> Tensor:
     """``x Wᵀ`` and its tail, without DoRA's second input; by the plan chosen for it unless one is given."""
     plan = plan or _plan(kernels, x, weight, tail, tail.threshold > 0)
-    if plan is Plan.fused:
+    if plan in FUSED:
         y = x.new_empty((x.shape[0], weight.shape[0]))
-        kernels.lora_linear(x, weight, y, tail, 0.0)
+        kernels.lora_linear(plan, x, weight, y, tail)
         return y
     if plan is Plan.epilogue:
         y = F.linear(x, weight)
@@ -316,13 +318,13 @@ def dora_product(
     """DoRA's adapters one after the other, each on the result of those before it."""
     mask = masks[0]
     plan = plan or _plan(kernels, x, weight, tails[0], mask.threshold > 0)
-    if len(tails) == 1 and plan is Plan.fused:
+    if len(tails) == 1 and plan in FUSED:
         y = x.new_empty((x.shape[0], weight.shape[0]))
         if mask.threshold:
             tail = tails[0]._replace(threshold=mask.threshold, seed=mask.seed)
-            kernels.lora_linear(x, weight, y, tail, mask.factor)
+            kernels.lora_linear(plan, x, weight, y, tail, mask.factor)
         else:
-            kernels.lora_linear(x, weight, y, tails[0], 0.0)
+            kernels.lora_linear(plan, x, weight, y, tails[0])
         return y
     y = F.linear(x, weight)
     for tail, mask in zip(tails, masks, strict=True):

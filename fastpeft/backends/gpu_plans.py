@@ -26,14 +26,20 @@ SHOWN_TOKENS = (1, 512, 4096)
 class Plan(Enum):
     """How a product with W and the low-rank part are computed.
 
-    ``fused``: one kernel, both in the same float32 sums. ``epilogue``: the vendor's product, then a kernel that adds
-    the low-rank part, the scales and the bias. ``accumulate``: the vendor's product, added onto the low-rank part, the
-    vendor's too: where nothing is masked or scaled.
+    ``fused``: one kernel, both in the same float32 sums. ``persistent``: another such, a program for each
+    multiprocessor and operands moved in tiles by the copy engine. ``epilogue``: the vendor's product, then a kernel
+    that adds the low-rank part, the scales and the bias. ``accumulate``: the vendor's product, added onto the low-rank
+    part, the vendor's too: where nothing is masked or scaled.
     """
 
     fused = "fused"
+    persistent = "persistent"
     epilogue = "epilogue"
     accumulate = "accumulate"
+
+
+FUSED = Plan.fused, Plan.persistent
+"""One kernel each."""
 
 
 class Product(NamedTuple):
@@ -60,23 +66,23 @@ class MeasuredGpu:
     plans: Sequence[tuple[Product, Plan]]
 
 
-def plans_for(ending: str, fuses: bool) -> list[Plan]:
-    """Those that can compute such a product; ``fuses``: whether there is a kernel for it."""
+def plans_for(ending: str, fused: Sequence[Plan]) -> list[Plan]:
+    """Those that can compute such a product; ``fused``: those of :data:`FUSED` that its operands allow for."""
     accumulates = [Plan.accumulate] if ending == "plain" else []
-    return [Plan.epilogue, *accumulates, *([Plan.fused] if fuses else [])]
+    return [Plan.epilogue, *accumulates, *(p for p in fused if p is Plan.fused or ending != "scaled, masked")]
 
 
-def choose(product: Product, device: torch.device, fuses: bool) -> Plan:
-    """The plan for a product on this device. Asks the GPU for nothing but its name."""
-    return _choose(product, _nearest_gpu(device.index or 0) if device.type == "cuda" else None, fuses)
+def choose(product: Product, device: torch.device, fused: tuple[Plan, ...]) -> Plan:
+    """The plan for a product on this device, see :func:`plans_for`. Asks the GPU for nothing but its name."""
+    return _choose(product, _nearest_gpu(device.index or 0) if device.type == "cuda" else None, fused)
 
 
-def describe(K: int, N: int, dtype: torch.dtype, device: torch.device, fuses: bool) -> str:
+def describe(K: int, N: int, dtype: torch.dtype, device: torch.device, fused: tuple[Plan, ...]) -> str:
     """The plans of a layer at a few numbers of tokens, and what they go by."""
     gpu = _nearest_gpu(device.index or 0) if device.type == "cuda" else None
     lines = []
     for tokens in SHOWN_TOKENS:
-        plans = {e: choose(Product(tokens, K, N, name_of(dtype), e), device, fuses).value for e in ENDINGS}
+        plans = {e: choose(Product(tokens, K, N, name_of(dtype), e), device, fused).value for e in ENDINGS}
         lines.append(
             f"{tokens} token{'s' * (tokens > 1)}: " + ", ".join(f"{plan} ({ending})" for ending, plan in plans.items())
         )
@@ -90,8 +96,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _choose(product: Product, gpu: MeasuredGpu | None, fuses: bool) -> Plan:
-    possible = plans_for(product.ending, fuses)
+def _choose(product: Product, gpu: MeasuredGpu | None, fused: tuple[Plan, ...]) -> Plan:
+    possible = plans_for(product.ending, fused)
     alike = [] if gpu is None else [(p, plan) for p, plan in gpu.plans if _kind(p) == _kind(product)]
     measured = [(p, plan) for p, plan in alike if plan in possible]
     if measured:

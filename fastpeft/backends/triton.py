@@ -16,6 +16,7 @@ from torch import Tensor
 from ..nf4 import NESTED_BLOCKSIZE
 from . import gpu, gpu_plans
 from .gpu import DyGradients, Mask, Tail
+from .gpu_plans import FUSED, Plan
 from .operands import DTYPES
 
 NAME = "triton"
@@ -26,6 +27,8 @@ PROGRAMS = 2  # of a skinny product for each multiprocessor, at least
 SHORTEST_SPLIT = 256  # inputs of a product that a program sums up, at least
 MOST_TILES = 16
 RANK_BLOCKS = (16, 32, 64)  # ranks that a program may hold; the matrix instructions want 16 at least
+COPIES_TILES = 90  # the architecture from which on a copy engine takes tiles of a matrix, by its descriptor
+ALIGNED = 16  # bytes of its rows and address
 
 
 def unavailable() -> str | None:
@@ -60,7 +63,7 @@ def worth_a_warning(x: Tensor) -> bool:
 
 def describe(K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
     """How a layer ``[N, K]`` would be computed, for ``explain``."""
-    return gpu_plans.describe(K, N, dtype, device, fuses=True)
+    return gpu_plans.describe(K, N, dtype, device, fused_plans(device, dtype))
 
 
 def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -146,13 +149,22 @@ class TritonKernels:
         config = self._launch.lora_up_config(*kind)
         self._launch.lora_up(base, second, y, tail, kind.rank_block, _precision(y), config)
 
-    def fuses(self) -> bool:
-        return True
+    def fused_plans(self, x: Tensor, weight: Tensor, rank: int) -> tuple[Plan, ...]:
+        fits = rank <= RANK_BLOCKS[-1] and weight.shape[0] * x.element_size() % ALIGNED == 0
+        if fits and _has_descriptor(x) and (_has_descriptor(weight) or _has_descriptor(weight.t())):
+            return fused_plans(x.device, x.dtype)
+        return (Plan.fused,)
 
-    def lora_linear(self, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float) -> None:
+    def lora_linear(
+        self, plan: Plan, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float = 0.0
+    ) -> None:
         kind = _kind(x, tail.q.shape[1])
+        if plan is Plan.persistent:
+            config = self._launch.lora_linear_persistent_config(kind.rank_block, _architecture(x.device))
+            operands = x, weight, y, tail, kind.rank_block, _multiprocessors(x.device)
+            return self._launch.lora_linear_persistent(*operands, config)
         config = self._launch.lora_linear_config(*kind, masked_input=input_factor != 0 and tail.threshold > 0)
-        self._launch.lora_linear(x, weight, y, tail, input_factor, kind.rank_block, _precision(x), config)
+        return self._launch.lora_linear(x, weight, y, tail, input_factor, kind.rank_block, _precision(x), config)
 
     def dropout(self, x: Tensor, mask: Mask) -> Tensor:
         out = x.new_empty(x.shape)
@@ -210,14 +222,34 @@ def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def fused_plans(device: torch.device, dtype: torch.dtype) -> tuple[Plan, ...]:
+    """Those of ``gpu_plans.FUSED`` that there are on this device, where the operands allow for them."""
+    return FUSED if _architecture(device) >= COPIES_TILES and dtype != torch.float32 else (Plan.fused,)
+
+
+def _has_descriptor(matrix: Tensor) -> bool:
+    """Whether the GPU's copy engine can move tiles of it."""
+    rows, columns = matrix.stride()
+    return columns == 1 and rows * matrix.element_size() % ALIGNED == 0 and matrix.data_ptr() % ALIGNED == 0
+
+
 def _programs_wanted(x: Tensor) -> int:
     """So many that every multiprocessor has some to choose from."""
-    return PROGRAMS * (_multiprocessors(x.get_device()) if x.is_cuda else 1)
+    return PROGRAMS * _multiprocessors(x.device)
 
 
 @lru_cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache
+def _architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0; the interpreter has every kernel."""
+    if device.type != "cuda":
+        return COPIES_TILES
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _tiles(x: Tensor, block: int, programs: int) -> int:

@@ -20,6 +20,7 @@ from .lora_linear import (
     lora_up,
     lora_up_config,
 )
+from .lora_linear_persistent import lora_linear_persistent, lora_linear_persistent_config
 
 __all__ = [
     "GROUP",
@@ -40,6 +41,8 @@ __all__ = [
     "lora_dy_config",
     "lora_linear",
     "lora_linear_config",
+    "lora_linear_persistent",
+    "lora_linear_persistent_config",
     "lora_up",
     "lora_up_config",
 ]

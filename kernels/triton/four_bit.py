@@ -148,8 +148,9 @@ def _four_bit_linear_kernel(
     q_at = q_ptr + rows[:, None].to(tl.int64) * stride_qm
     right_at = right_ptr + n[None, :].to(tl.int64) * stride_rn
     delta = low_rank_tile(q_at, right_at, stride_rr, scale, rows, n, M, N, RANK, dtype, BLOCK_R, PRECISION)
-    y_at = y_ptr + rows[:, None].to(tl.int64) * stride_ym
-    finish_tile(y_at, sums, sums, delta, c_ptr, z_ptr, bias_ptr, rows, n, M, N, False, HAS_C, HAS_Z, HAS_BIAS)
+    y = finish_tile(sums + delta, sums, c_ptr, z_ptr, bias_ptr, rows, n, M, N, False, HAS_C, HAS_Z, HAS_BIAS)
+    y_at = y_ptr + rows[:, None].to(tl.int64) * stride_ym + n[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (n[None, :] < N))
 
 
 def four_bit_linear(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import finish_tile, keep_tile, low_rank_tile
+from .tiles import finish_tile, group_tiles, keep_tile, low_rank_tile
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,8 @@ def _lora_linear_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tiles, column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group, within = tl.program_id(0) // (GROUP * column_tiles), tl.program_id(0) % (GROUP * column_tiles)
-    height = tl.minimum(row_tiles - group * GROUP, GROUP)
-    m, n = (group * GROUP + within % height) * BLOCK_M, (within // height) * BLOCK_N
-
+    row_tile, column_tile = group_tiles(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    m, n = row_tile * BLOCK_M, column_tile * BLOCK_N
     rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     row_at = rows[:, None].to(tl.int64) * stride_xm
     column_at = columns[None, :].to(tl.int64) * stride_wn
@@ -115,24 +112,12 @@ def _lora_linear_kernel(
     )
     if DROPS_OUTPUT:
         delta = tl.where(keep_tile(seed_ptr, threshold, m, n, BLOCK_M, BLOCK_N), delta, 0.0)
-    y_at = y_ptr + rows[:, None].to(tl.int64) * stride_ym
-    finish_tile(
-        y_at,
-        sums,
-        dropped * factor,
-        delta,
-        c_ptr,
-        z_ptr,
-        bias_ptr,
-        rows,
-        columns,
-        M,
-        N,
-        DROPS_INPUT,
-        HAS_C,
-        HAS_Z,
-        HAS_BIAS,
-    )
+    z, rest = sums + delta, sums
+    if DROPS_INPUT:
+        z, rest = dropped * factor + delta, sums - dropped * factor
+    y = finish_tile(z, rest, c_ptr, z_ptr, bias_ptr, rows, columns, M, N, DROPS_INPUT, HAS_C, HAS_Z, HAS_BIAS)
+    y_at = y_ptr + rows[:, None].to(tl.int64) * stride_ym + columns[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
 
 
 @triton.jit
@@ -171,9 +156,6 @@ def _lora_up_kernel(
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     base_at = rows[:, None].to(tl.int64) * stride_bm + columns[None, :]
     base = tl.load(base_ptr + base_at, mask=inside, other=0.0).to(tl.float32)
-    second = base
-    if HAS_SECOND:
-        second = tl.load(second_ptr + base_at, mask=inside, other=0.0).to(tl.float32)
     q_at = q_ptr + rows[:, None].to(tl.int64) * stride_qm
     right_at = right_ptr + columns[None, :].to(tl.int64) * stride_rn
     delta = low_rank_tile(
@@ -181,10 +163,13 @@ def _lora_up_kernel(
     )
     if DROPS_OUTPUT:
         delta = tl.where(keep_tile(seed_ptr, threshold, m, n, BLOCK_M, BLOCK_N), delta, 0.0)
-    y_at = y_ptr + rows[:, None].to(tl.int64) * stride_ym
-    finish_tile(
-        y_at, base, second, delta, c_ptr, z_ptr, bias_ptr, rows, columns, M, N, HAS_SECOND, HAS_C, HAS_Z, HAS_BIAS
-    )
+    z, rest = base + delta, base
+    if HAS_SECOND:
+        second = tl.load(second_ptr + base_at, mask=inside, other=0.0).to(tl.float32)
+        z, rest = second + delta, base - second
+    y = finish_tile(z, rest, c_ptr, z_ptr, bias_ptr, rows, columns, M, N, HAS_SECOND, HAS_C, HAS_Z, HAS_BIAS)
+    y_at = y_ptr + rows[:, None].to(tl.int64) * stride_ym + columns[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 class Tail(Protocol):

@@ -50,10 +50,8 @@ def low_rank_tile(
 
 @triton.jit
 def finish_tile(
-    y_at,
-    base,
-    second,
-    delta,
+    z,
+    rest,
     c_ptr,
     z_ptr,
     bias_ptr,
@@ -61,30 +59,32 @@ def finish_tile(
     columns,
     M,
     N,
-    HAS_SECOND: tl.constexpr,
+    HAS_REST: tl.constexpr,
     HAS_C: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Writes ``y = base + delta + bias``; with DoRA's ``c``: ``z = base + delta`` and ``y = c z + bias``, or, over
-    dropped-out inputs, ``z = second + delta`` and ``y = base - second + c z + bias``.
+    """``y = z + bias``; with DoRA's ``c``: ``y = c z + bias``, or, over dropped-out inputs, ``y = c z + rest + bias``.
 
-    ``y_at [rows, 1]`` points to column 0; ``z [M, N]`` is contiguous.
+    Writes DoRA's ``z`` to ``z_ptr [M, N]``, contiguous.
     """
-    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    y = z
     if HAS_C:
-        c = tl.load(c_ptr + columns, mask=columns < N, other=0.0)[None, :]
-        if HAS_SECOND:
-            z = second + delta
-            y = base - second + c * z
-        else:
-            z = base + delta
-            y = c * z
         if HAS_Z:
+            inside = (rows[:, None] < M) & (columns[None, :] < N)
             z_at = z_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
             tl.store(z_at, z.to(z_ptr.dtype.element_ty), mask=inside)
-    else:
-        y = base + delta
+        y *= tl.load(c_ptr + columns, mask=columns < N, other=0.0)[None, :]
+        if HAS_REST:
+            y += rest
     if HAS_BIAS:
         y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0)[None, :].to(tl.float32)
-    tl.store(y_at + columns[None, :], y.to(y_at.dtype.element_ty), mask=inside)
+    return y
+
+
+@triton.jit
+def group_tiles(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of the ``tile``-th tile: ``GROUP`` row tiles share a column of W tiles while it is cached."""
+    group, within = tile // (GROUP * column_tiles), tile % (GROUP * column_tiles)
+    height = tl.minimum(row_tiles - group * GROUP, GROUP)
+    return group * GROUP + within % height, within // height
