@@ -30,10 +30,10 @@ SHARES = {"four_bit_decode": 0.9, "four_bit_linear 1": 0.8}
 
 
 def kernel_sets() -> dict[str, gpu.Kernels]:
-    """The kernels of every backend that runs here; what CUDA has none for is torch's in its column."""
+    """The kernels of every backend that runs here."""
     sets: dict[str, gpu.Kernels] = {}
     if cuda.unavailable() is None:
-        sets["cuda, or torch"] = cuda.CudaKernels(cuda.library(), None)
+        sets["cuda"] = cuda.CudaKernels(cuda.library(), None)
     if triton.unavailable() is None:
         sets["triton"] = triton.kernels()
     return sets
@@ -85,13 +85,27 @@ def skinny(sets: dict[str, gpu.Kernels], device: str, M: int, name: str, masked:
     seed = torch.tensor(7, device=device)
     A, B, u = (torch.randn(shape, device=device) for shape in ((RANK, K), (N, RANK), (M, RANK)))
     mask = gpu.Mask(*(MASK if masked else (0, 1.0)), seed)
+    half_A, half_B, half_u = (t.bfloat16() for t in (A, B, u))
+    by_torch: dict[str, Callable[[], Any]] = {
+        "lora_down": lambda: _wide(x, half_A.t()),
+        "lora_dy": lambda: (_wide(dy, half_B), _wide(dy.t(), half_u)),
+        "lora_dA": lambda: _wide(half_u.t(), x),
+    }
     launches: dict[str, Callable[[gpu.Kernels], Any]] = {
         "lora_down": lambda k: k.lora_down(x, [A], u, [mask], None),
         "lora_dy": lambda k: k.lora_dy(dy, B, u, 2.0, None, 0, None, None, u, (True, False, False)),
         "lora_dA": lambda k: k.lora_dA(x, u, mask),
     }
     moved = dy.nbytes if name == "lora_dy" else x.nbytes + (A.nbytes if name == "lora_down" else 0)
-    return moved, {of: lambda k=kernels: launches[name](k) for of, kernels in sets.items()}
+    one_token = name == "lora_down" and M == 1  # all that CUDA has a kernel for
+    able = {of: kernels for of, kernels in sets.items() if one_token or not isinstance(kernels, cuda.CudaKernels)}
+    calls: Calls = {of: lambda k=kernels: launches[name](k) for of, kernels in able.items()}
+    return moved, calls if masked else calls | {"torch": by_torch[name]}
+
+
+def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a b`` as the C++ composition has torch multiply; on a CPU, which has no such product, in the low precision."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
 
 
 def dropout(sets: dict[str, gpu.Kernels], device: str, M: int) -> tuple[int, Calls]:

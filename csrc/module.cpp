@@ -3,6 +3,7 @@
 
 #include "cpu/base_product.h"
 #include "cpu/kernels.h"
+#include "gpu.h"
 #include "lora_linear.h"
 
 namespace {
@@ -49,6 +50,38 @@ Tensor dora_norm(const Tensor& weight, const Tensors& quant, int64_t blocksize, 
     return fastpeft::dora_norm(weight_of(weight, quant, blocksize, A, B), A, B, scaling, dtype);
 }
 
+// Where a call runs on a GPU: what fastpeft._cuda.launchers() gives, the GPU's index and torch's current stream there.
+using GpuPlace = std::tuple<uintptr_t, int, uintptr_t>;
+
+fastpeft::gpu::Gpu gpu_of(const GpuPlace& place) {
+    const auto& [table, device, stream] = place;
+    const auto& launchers = *reinterpret_cast<const fastpeft::cuda::Launchers*>(table);
+    TORCH_CHECK(launchers.layout == fastpeft::cuda::kLayout,
+                "fastpeft._cuda and fastpeft._C were built from different sources: run `python -m fastpeft build`");
+    return {launchers, {device, reinterpret_cast<void*>(stream)}};
+}
+
+fastpeft::Forward gpu_lora_linear(const GpuPlace& place, const Tensor& x, const Tensor& weight, const Tensors& quant,
+                                  int64_t blocksize, const MaybeTensor& bias, const Tensors& A, const Tensors& B,
+                                  const Tensors& c, const std::vector<double>& scaling,
+                                  const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
+                                  const MaybeTensor& adapter_index, bool keep_z) {
+    const PlainDispatch plain;
+    return fastpeft::gpu::lora_linear(gpu_of(place), x, weight_of(weight, quant, blocksize, A[0], B[0]), bias,
+                                      {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z);
+}
+
+Tensors gpu_lora_linear_backward(const GpuPlace& place, const Tensor& dy, const MaybeTensor& x, const Tensor& weight,
+                                 const Tensors& quant, int64_t blocksize, const Tensors& A, const Tensors& B,
+                                 const Tensors& c, const MaybeTensor& u, const Tensors& z,
+                                 const std::vector<double>& scaling, const std::vector<int64_t>& thresholds,
+                                 const MaybeTensor& seed, const MaybeTensor& adapter_index,
+                                 const std::vector<bool>& needs) {
+    const PlainDispatch plain;
+    return fastpeft::gpu::lora_linear_backward(gpu_of(place), dy, x, weight_of(weight, quant, blocksize, A[0], B[0]),
+                                               {A, B, c, scaling, thresholds, seed, adapter_index}, u, z, needs);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const char* const* name = fastpeft::cpu::available_kernels(); *name; ++name) names.emplace_back(*name);
@@ -73,6 +106,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear", &lora_linear, release());
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
+    m.def("gpu_lora_linear", &gpu_lora_linear, release());
+    m.def("gpu_lora_linear_backward", &gpu_lora_linear_backward, release());
     m.def("fingerprint", &fastpeft::fingerprint, release(), pybind11::arg("tensor"), pybind11::arg("every"));
     m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),
           pybind11::arg("columns"), pybind11::arg("threshold"), "Boolean [rows, columns], true where kept.");

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,6 +189,18 @@ dora_norm = _define(
 )
 
 
+class _Settings(NamedTuple):
+    """What of the op's arguments is no tensor, or none that a gradient flows into."""
+
+    keyset: torch._C.DispatchKeySet | None
+    quant: list[Tensor]
+    blocksize: int
+    scaling: list[float]
+    dropout_p: list[float]
+    keep_z: bool
+    backend: str | None
+
+
 class _LoraLinearNode(torch.autograd.Function):
     """Keeps ``x`` as it came, for ``dA`` (or ``dW``), ``u``, for ``dB``, ``z``, for ``dc``, and the seed.
 
@@ -198,13 +210,7 @@ class _LoraLinearNode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        keyset: torch._C.DispatchKeySet | None,
-        quant: list[Tensor],
-        blocksize: int,
-        scaling: list[float],
-        dropout_p: list[float],
-        keep_z: bool,
-        backend: str | None,
+        settings: _Settings,
         seed: Tensor | None,
         adapter_index: Tensor | None,
         x: Tensor,
@@ -212,38 +218,41 @@ class _LoraLinearNode(torch.autograd.Function):
         bias: Tensor | None,
         *ABc: Tensor,
     ) -> tuple[Tensor, ...]:
+        keyset, quant, blocksize, scaling, dropout_p, keep_z, backend = settings
         count = len(scaling)
         A, B, c = ABc[:count], ABc[count : 2 * count], ABc[2 * count :]
         y, u, z = _below_autograd(
             *(keyset, x, weight, quant, blocksize, bias, A, B, c),
             *(scaling, dropout_p, seed, adapter_index, keep_z, backend),
         )
-        need_x, need_weight, need_bias, *need_ABc = ctx.needs_input_grad[9:]
+        _, _, _, need_x, need_weight, need_bias, *need_ABc = ctx.needs_input_grad
         keep_x = need_weight or any(need_ABc[:count])
         keep_u = any(need_ABc[count : 2 * count])
         ctx.save_for_backward(x if keep_x else None, weight, u if keep_u else None, seed, adapter_index, *ABc, *z)
-        ctx.weight_format = quant, blocksize
-        ctx.settings = scaling, dropout_p, backend
-        ctx.needs = [need_x, need_weight, need_bias and bias is not None, *need_ABc]
+        ctx.call = settings, [need_x, need_weight, need_bias and bias is not None, *need_ABc]
         ctx.mark_non_differentiable(u, *z)
         ctx.set_materialize_grads(False)
         return y, u, *z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        absent: tuple[None, ...] = (None,) * 9
-        if dy is None:
-            return absent + (None,) * len(ctx.needs)
-        x, weight, u, seed, adapter_index, *kept = ctx.saved_tensors
-        scaling, dropout_p, backend = ctx.settings
-        count, parameters = len(scaling), len(ctx.needs) - 3
-        A, B, c, z = kept[:count], kept[count : 2 * count], kept[2 * count : parameters], kept[parameters:]
-        run = lora_linear_backward if _is_watched(dy) else _lora_linear_backward_dispatch
-        quant, blocksize = ctx.weight_format
-        operands = dy, x, weight, quant, blocksize, A, B, c, u, z
-        grads = iter(run(*operands, scaling, dropout_p, seed, adapter_index, ctx.needs, backend))
-        return absent + tuple(next(grads) if need else None for need in ctx.needs)
+        return _twice_raises(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
+
+
+def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    (_, quant, blocksize, scaling, dropout_p, _, backend), needs = ctx.call
+    if dy is None:
+        return (None,) * (3 + len(needs))
+    x, weight, u, seed, adapter_index, *kept = ctx.saved_tensors
+    count, parameters = len(scaling), len(needs) - 3
+    A, B, c, z = kept[:count], kept[count : 2 * count], kept[2 * count : parameters], kept[parameters:]
+    run = lora_linear_backward if _is_watched(dy) else _lora_linear_backward_dispatch
+    operands = dy, x, weight, quant, blocksize, A, B, c, u, z
+    grads = iter(run(*operands, scaling, dropout_p, seed, adapter_index, needs, backend))
+    return None, None, None, *(next(grads) if need else None for need in needs)
+
+
+_twice_raises = once_differentiable(_gradients)  # a wrapper that takes longer than all the rest of this node
 
 
 def _below_autograd(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Forward:
@@ -273,8 +282,8 @@ def _lora_linear_autograd(
     """What ``torch.library.register_autograd`` would generate, without its per-call reflection; it matters for small
     layers. ``keyset`` is None where the op was not called through torch's dispatcher."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *A, *B, *c)):
-        settings = quant, blocksize, scaling, dropout_p, keep_z, backend, seed, adapter_index
-        y, u, *z = _LoraLinearNode.apply(keyset, *settings, x, weight, bias, *A, *B, *c)
+        settings = _Settings(keyset, quant, blocksize, scaling, dropout_p, keep_z, backend)
+        y, u, *z = _LoraLinearNode.apply(settings, seed, adapter_index, x, weight, bias, *A, *B, *c)
         return y, u, z
     operands = x, weight, quant, blocksize, bias, A, B, c
     return _below_autograd(keyset, *operands, scaling, dropout_p, seed, adapter_index, keep_z, backend)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpeft import build
-from fastpeft.backends import cuda, gpu, vendor
+from fastpeft.backends import cuda, gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
@@ -49,17 +49,12 @@ def library() -> ModuleType:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, others: gpu.Kernels | None = None) -> cuda.CudaKernels:
-    """The CUDA backend takes calls on CPU tensors; ``others`` as for :class:`CudaKernels`."""
+    """The CUDA backend takes calls on CPU tensors: composed in C++, or in Python with the ``others``."""
     kernels = cuda.CudaKernels(library(), others)
+    monkeypatch.setattr(cuda, "HOST_BOUND", 0 if others is not None else cuda.HOST_BOUND)
     monkeypatch.setattr(cuda, "kernels", lambda: kernels)
     monkeypatch.setattr(cuda, "refuses", lambda op, *operands: gpu.refusal(*operands))
-    monkeypatch.setattr(vendor, "wide_product", wide_product)
     return kernels
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """torch has the one of the low precisions on GPUs alone."""
-    return a.to(torch.float32) @ b.to(torch.float32)
 
 
 @contextlib.contextmanager

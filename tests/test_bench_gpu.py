@@ -83,7 +83,7 @@ def test_the_sets_are_those_of_the_backends_that_run_here(monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "library", cuda_emulation.library)
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    assert list(gpu_kernels.kernel_sets()) == ["cuda, or torch", "triton"]
+    assert list(gpu_kernels.kernel_sets()) == ["cuda", "triton"]
 
 
 def test_plans_are_measured_shown_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

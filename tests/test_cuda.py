@@ -3,6 +3,7 @@ eager compute on the CPU."""
 
 from __future__ import annotations
 
+import ctypes
 from types import ModuleType
 from typing import Any
 
@@ -184,7 +185,7 @@ def test_beside_triton_few_tokens_decode_in_the_loop(M: int, monkeypatch: pytest
 def test_a_launch_that_fails_raises_and_leaves_no_error_pending(kernels: backend.CudaKernels) -> None:
     seed = torch.tensor(7, device=DEVICE)
     x, nowhere = torch.ones(2, 3, device=DEVICE), 1000
-    library = kernels._library
+    library = kernels.library
     with pytest.raises(RuntimeError, match="dropout on GPU 1000: invalid device ordinal"):
         library.dropout(kernels._matrix(x), x.data_ptr(), 2, 3, 9, 1.0, seed.data_ptr(), nowhere, 0)
     assert kernels.dropout(x, gpu.Mask(9, 1.0, seed)).isfinite().all()
@@ -205,3 +206,29 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_not_built", backend._not_built.__wrapped__)
     reason = "the CUDA extension is not built (No module named 'fastpeft._cuda'); `python -m fastpeft build` builds it"
     assert backend.unavailable() == f"{reason} where nvcc is found"
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("case", "composed"), [(Case(M=2), True), (Case(M=3), False)], ids=["few tokens", "many tokens"]
+)
+def test_small_calls_are_composed_in_cpp_and_large_ones_in_python(
+    case: Case, composed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_interpreter.use(monkeypatch)
+    cuda_emulation.use(monkeypatch, triton_backend.kernels())
+    monkeypatch.setattr(backend, "HOST_BOUND", 2 * case.K * case.N)
+    made = []
+    for name in ("lora_linear", "lora_linear_backward"):
+        python = getattr(gpu, name)
+        monkeypatch.setattr(gpu, name, lambda *args, run=python: made.append(run) or run(*args))
+    expected(case).assert_met_by(by_cuda)
+    assert bool(made) is not composed
+
+
+def test_a_table_of_launchers_from_other_sources_is_refused(kernels: backend.CudaKernels) -> None:
+    other = (ctypes.c_int64 * 8)(0)
+    kernels.launchers = ctypes.addressof(other)
+    x, weight, A, B = (torch.ones(shape, device=DEVICE) for shape in ((3, 8), (4, 8), (2, 8), (4, 2)))
+    with pytest.raises(RuntimeError, match="were built from different sources: run `python -m fastpeft build`"):
+        fastpeft.functional.lora_linear(x, weight, None, A, B, 1.0, backend="cuda")

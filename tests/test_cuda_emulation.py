@@ -18,6 +18,8 @@ KERNELS = """
 
 using namespace fastpeft::cuda;
 
+const Place here{0, nullptr};
+
 template <typename T>
 __global__ void product_kernel(const T* a, const T* b, float* d) {  // a [16, 16], b [8, 16], d [16, 8]
     const int g = threadIdx.x / 4, t = threadIdx.x % 4;
@@ -52,22 +54,22 @@ T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
     m.def("product", [](uintptr_t a, uintptr_t b, uintptr_t d, bool bf16) {
         if (bf16)
-            FASTPEFT_LAUNCH(product_kernel<__nv_bfloat16>, 1, 32, nullptr, at<__nv_bfloat16>(a), at<__nv_bfloat16>(b),
+            FASTPEFT_LAUNCH(product_kernel<__nv_bfloat16>, 1, 32, here, at<__nv_bfloat16>(a), at<__nv_bfloat16>(b),
                             at<float>(d));
         else
-            FASTPEFT_LAUNCH(product_kernel<__half>, 1, 32, nullptr, at<__half>(a), at<__half>(b), at<float>(d));
+            FASTPEFT_LAUNCH(product_kernel<__half>, 1, 32, here, at<__half>(a), at<__half>(b), at<float>(d));
     });
     m.def("round", [](uintptr_t in, uintptr_t out, bool bf16) {
         if (bf16)
-            FASTPEFT_LAUNCH(round_kernel<__nv_bfloat16>, 1, 64, nullptr, at<float>(in), at<__nv_bfloat16>(out));
+            FASTPEFT_LAUNCH(round_kernel<__nv_bfloat16>, 1, 64, here, at<float>(in), at<__nv_bfloat16>(out));
         else
-            FASTPEFT_LAUNCH(round_kernel<__half>, 1, 64, nullptr, at<float>(in), at<__half>(out));
+            FASTPEFT_LAUNCH(round_kernel<__half>, 1, 64, here, at<float>(in), at<__half>(out));
     });
     m.def("reverse", [](uintptr_t data, bool with_barrier) {
-        FASTPEFT_LAUNCH(reverse_kernel, 1, 64, nullptr, at<float>(data), with_barrier);
+        FASTPEFT_LAUNCH(reverse_kernel, 1, 64, here, at<float>(data), with_barrier);
     });
     m.def("skip", [](uintptr_t data, int which) {
-        FASTPEFT_LAUNCH(skipping_kernel, 1, 64, nullptr, at<float>(data), which);
+        FASTPEFT_LAUNCH(skipping_kernel, 1, 64, here, at<float>(data), which);
     });
     m.def("set_backwards", [](bool backwards) { emulation::backwards = backwards; });
 }

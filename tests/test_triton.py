@@ -124,7 +124,7 @@ def test_the_persistent_programs_share_the_tiles(
     """8 tiles; the kernel of that plan is what ran."""
     if DEVICE == "cuda" and not backend.fused_plans(torch.device("cuda"), torch.bfloat16)[1:]:
         pytest.skip("this GPU has no such copy engine")
-    monkeypatch.setattr(backend, "_multiprocessors", lambda device: programs)
+    monkeypatch.setattr(backend, "multiprocessors", lambda device: programs)
     with torch.device(DEVICE):
         x, weight = torch.randn(130, 72).half(), torch.randn(904, 72).half()
         u, B, bias, y = torch.randn(130, 4), torch.randn(904, 4), torch.randn(904), torch.full((130, 904), torch.nan)

@@ -7,6 +7,13 @@
 #include <string>
 
 #include "launchers.h"
+#ifndef FASTPEFT_EMULATE
+#include <cuda_runtime_api.h>
+#else
+#include "emulation.h"
+#endif
+
+const char* fastpeft::cuda::error_string(Error error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 namespace {
 
@@ -19,21 +26,15 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Runs a launcher on the tensors' GPU, and leaves the current one as it was.
-template <typename Launch>
-void on(int device, const char* kernel, Launch launch) {
-    int current = 0;
-    const auto check = [&](cudaError_t error) {
-        if (error != cudaSuccess)
-            throw std::runtime_error(std::string(kernel) + " on GPU " + std::to_string(device) + ": " +
-                                     cudaGetErrorString(error));
-    };
-    check(cudaGetDevice(&current));
-    if (current != device) check(cudaSetDevice(device));
-    const cudaError_t error = launch();
-    if (current != device) check(cudaSetDevice(current));
-    check(error);
+Place place(int device, Address stream) { return {device, at<void>(stream)}; }
+
+void check(const char* kernel, int device, Error error) {
+    if (error)
+        throw std::runtime_error(std::string(kernel) + " on GPU " + std::to_string(device) + ": " +
+                                 error_string(error));
 }
+
+const Launchers launchers{kLayout, &error_string, &four_bit_decode, &four_bit_linear, &lora_down, &lora_up, &dropout};
 
 Matrix matrix(Address data, DType dtype, int64_t row_stride, int64_t column_stride) {
     return {at<void>(data), dtype, row_stride, column_stride};
@@ -62,59 +63,55 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
     py::class_<Tail>(m, "Tail", local).def(py::init(&tail));
     m.attr("FEW_TOKENS") = kFewTokens;
     m.attr("GROUP") = kGroup;
+    m.def("launchers", [] { return reinterpret_cast<Address>(&launchers); }, "Their table, for fastpeft._C.");
     m.def(
         "four_bit_decode",
         [](const FourBit& weight, int64_t elements, Address out, DType dtype, int device, Address stream) {
-            on(device, "four_bit_decode",
-               [&] { return four_bit_decode(weight, elements, at<void>(out), dtype, at<CUstream_st>(stream)); });
+            check("four_bit_decode", device,
+                  four_bit_decode(weight, elements, at<void>(out), dtype, place(device, stream)));
         },
         release());
     m.def(
         "four_bit_linear",
         [](Address x, const FourBit& weight, Address y, int64_t M, int64_t N, int64_t K, const Tail& tail, DType dtype,
            int device, Address stream) {
-            on(device, "four_bit_linear", [&] {
-                return four_bit_linear(at<void>(x), weight, at<void>(y), M, N, K, tail, dtype, at<CUstream_st>(stream));
-            });
+            check("four_bit_linear", device,
+                  four_bit_linear(at<void>(x), weight, at<void>(y), M, N, K, tail, dtype, place(device, stream)));
         },
         release());
     m.def(
         "lora_down",
         [](Address x, int64_t x_stride, const Matrix& A, Address u, int64_t u_stride, Address index, int adapter,
            int64_t M, int64_t K, int64_t rank, DType dtype, int device, Address stream) {
-            on(device, "lora_down", [&] {
-                return lora_down(at<void>(x), x_stride, A, at<float>(u), u_stride, at<int32_t>(index), adapter, M, K,
-                                 rank, dtype, at<CUstream_st>(stream));
-            });
+            check("lora_down", device,
+                  lora_down(at<void>(x), x_stride, A, at<float>(u), u_stride, at<int32_t>(index), adapter, M, K, rank,
+                            dtype, place(device, stream)));
         },
         release());
     m.def(
         "lora_up",
         [](Address base, int64_t base_stride, Address second, Address y, int64_t y_stride, int64_t M, int64_t N,
            const Tail& tail, DType dtype, int device, Address stream) {
-            on(device, "lora_up", [&] {
-                return lora_up(at<void>(base), base_stride, at<void>(second), at<void>(y), y_stride, M, N, tail, dtype,
-                               at<CUstream_st>(stream));
-            });
+            check("lora_up", device,
+                  lora_up(at<void>(base), base_stride, at<void>(second), at<void>(y), y_stride, M, N, tail, dtype,
+                          place(device, stream)));
         },
         release());
     m.def(
         "dropout",
         [](const Matrix& x, Address out, int64_t M, int64_t K, uint32_t threshold, float factor, Address seed,
            int device, Address stream) {
-            on(device, "dropout", [&] {
-                return dropout(x, at<void>(out), M, K, threshold, factor, at<int64_t>(seed), at<CUstream_st>(stream));
-            });
+            check("dropout", device,
+                  dropout(x, at<void>(out), M, K, threshold, factor, at<int64_t>(seed), place(device, stream)));
         },
         release());
     m.def(
         "dora_norm",
         [](const Matrix& weight, const std::optional<FourBit>& four_bit, const Matrix& A, Address B, int64_t B_stride,
            float scale, Address norm, int64_t N, int64_t K, int64_t rank, DType dtype, int device, Address stream) {
-            on(device, "dora_norm", [&] {
-                return dora_norm(weight, four_bit ? &*four_bit : nullptr, A, at<float>(B), B_stride, scale,
-                                 at<float>(norm), N, K, rank, dtype, at<CUstream_st>(stream));
-            });
+            check("dora_norm", device,
+                  dora_norm(weight, four_bit ? &*four_bit : nullptr, A, at<float>(B), B_stride, scale, at<float>(norm),
+                            N, K, rank, dtype, place(device, stream)));
         },
         release());
 #ifdef FASTPEFT_EMULATE

@@ -60,8 +60,8 @@ __global__ __launch_bounds__(kThreads, 2) void dora_norm_kernel(Matrix weight, F
 
 }  // namespace
 
-cudaError_t dora_norm(const Matrix& weight, const FourBit* four_bit, const Matrix& A, const float* B, int64_t B_stride,
-                      float scale, float* norm, int64_t N, int64_t K, int64_t rank, DType dtype, cudaStream_t stream) {
+Error dora_norm(const Matrix& weight, const FourBit* four_bit, const Matrix& A, const float* B, int64_t B_stride,
+                float scale, float* norm, int64_t N, int64_t K, int64_t rank, DType dtype, const Place& place) {
     const Matrix right = {A.data, A.dtype, A.column_stride, A.row_stride};
     const bool vector = rows_are_aligned(weight);
     const FourBit packed = four_bit == nullptr ? FourBit{} : *four_bit;
@@ -69,9 +69,9 @@ cudaError_t dora_norm(const Matrix& weight, const FourBit* four_bit, const Matri
         using T = std::remove_pointer_t<decltype(type)>;
         const unsigned blocks = blocks_of(N, kTileRows);
         if (four_bit != nullptr)
-            return FASTPEFT_LAUNCH((dora_norm_kernel<T, true>), blocks, kThreads, stream, weight, packed, right, B,
+            return FASTPEFT_LAUNCH((dora_norm_kernel<T, true>), blocks, kThreads, place, weight, packed, right, B,
                                    B_stride, scale, norm, N, K, rank, vector);
-        return FASTPEFT_LAUNCH((dora_norm_kernel<T, false>), blocks, kThreads, stream, weight, packed, right, B,
+        return FASTPEFT_LAUNCH((dora_norm_kernel<T, false>), blocks, kThreads, place, weight, packed, right, B,
                                B_stride, scale, norm, N, K, rank, vector);
     });
 }

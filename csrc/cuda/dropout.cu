@@ -33,12 +33,12 @@ __global__ __launch_bounds__(kThreads) void dropout_kernel(const T* x, int64_t r
 
 }  // namespace
 
-cudaError_t dropout(const Matrix& x, void* out, int64_t M, int64_t K, uint32_t threshold, float factor,
-                    const int64_t* seed, cudaStream_t stream) {
+Error dropout(const Matrix& x, void* out, int64_t M, int64_t K, uint32_t threshold, float factor, const int64_t* seed,
+              const Place& place) {
     return with_type(x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int64_t kPerLoad = 16 / sizeof(T);
-        return FASTPEFT_LAUNCH(dropout_kernel<T>, blocks_of(M * ((K + 7) / 8), kThreads), kThreads, stream,
+        return FASTPEFT_LAUNCH(dropout_kernel<T>, blocks_of(M * ((K + 7) / 8), kThreads), kThreads, place,
                                static_cast<const T*>(x.data), x.row_stride, x.column_stride, static_cast<T*>(out), M, K,
                                threshold, factor, seed, x.row_stride % kPerLoad == 0 && is_aligned(x.data),
                                K % kPerLoad == 0 && is_aligned(out));

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstdint>
 
-#include "launchers.h"
 #include "runtime.h"
 
 namespace fastpeft::cuda {
@@ -133,7 +132,7 @@ __device__ __forceinline__ uint32_t keep8(uint64_t seed, uint32_t threshold, uin
 
 // Calls `launch` with a null pointer of the type that `dtype` names.
 template <typename Launch>
-cudaError_t with_type(DType dtype, Launch launch) {
+Error with_type(DType dtype, Launch launch) {
     if (dtype == DType::f32) return launch(static_cast<float*>(nullptr));
     if (dtype == DType::bf16) return launch(static_cast<__nv_bfloat16*>(nullptr));
     return launch(static_cast<__half*>(nullptr));

@@ -19,8 +19,8 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
-#define FASTPEFT_LAUNCH(kernel, grid, threads, stream, ...) \
-    (static_cast<void>(stream), emulation::launch(grid, threads, [&] { kernel(__VA_ARGS__); }))
+#define FASTPEFT_LAUNCH(kernel, grid, threads, place, ...) \
+    launched(place, [&] { return emulation::launch(grid, threads, [&] { kernel(__VA_ARGS__); }); })
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
@@ -34,8 +34,8 @@ struct alignas(8) uint2 {
 };
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
-using cudaStream_t = struct CUstream_st*;
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid device ordinal"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 

@@ -40,11 +40,11 @@ __global__ __launch_bounds__(kThreads) void four_bit_decode_kernel(FourBit weigh
 
 }  // namespace
 
-cudaError_t four_bit_decode(const FourBit& weight, int64_t elements, void* out, DType dtype, cudaStream_t stream) {
+Error four_bit_decode(const FourBit& weight, int64_t elements, void* out, DType dtype, const Place& place) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const bool words = reinterpret_cast<uintptr_t>(weight.packed) % 4 == 0;
-        return FASTPEFT_LAUNCH(four_bit_decode_kernel<T>, blocks_of(elements, 8 * kRuns * kThreads), kThreads, stream,
+        return FASTPEFT_LAUNCH(four_bit_decode_kernel<T>, blocks_of(elements, 8 * kRuns * kThreads), kThreads, place,
                                weight, elements, static_cast<T*>(out), words, is_aligned(out));
     });
 }

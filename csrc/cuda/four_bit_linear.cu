@@ -167,11 +167,11 @@ __global__ __launch_bounds__(kThreads) void four_bit_linear_kernel(const T* x, F
 
 }  // namespace
 
-cudaError_t four_bit_linear(const void* x, const FourBit& weight, void* y, int64_t M, int64_t N, int64_t K,
-                            const Tail& tail, DType dtype, cudaStream_t stream) {
+Error four_bit_linear(const void* x, const FourBit& weight, void* y, int64_t M, int64_t N, int64_t K, const Tail& tail,
+                      DType dtype, const Place& place) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return FASTPEFT_LAUNCH(four_bit_linear_kernel<T>, blocks_of(N, kRows), kThreads, stream,
+        return FASTPEFT_LAUNCH(four_bit_linear_kernel<T>, blocks_of(N, kRows), kThreads, place,
                                static_cast<const T*>(x), weight, static_cast<T*>(y), M, N, K, tail);
     });
 }

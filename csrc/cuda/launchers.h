@@ -1,14 +1,17 @@
-// The launchers: raw pointers to device memory, sizes in elements, a stream. Each gives its launch's error.
+// The launchers: raw pointers to device memory, sizes in elements, where to run. Each gives its launch's error, 0 for
+// none, and leaves none pending. Needs no CUDA to include.
 #pragma once
 #include <cstdint>
 
-#ifndef FASTPEFT_EMULATE
-#include <cuda_runtime_api.h>
-#else
-#include "emulation.h"
-#endif
-
 namespace fastpeft::cuda {
+
+using Error = int;  // a cudaError_t
+const char* error_string(Error error);
+
+struct Place {
+    int device;
+    void* stream;  // a cudaStream_t
+};
 
 enum class DType : int { f32, bf16, f16 };
 
@@ -50,28 +53,39 @@ constexpr int64_t kFewTokens = 8;  // columns of one product of the matrix units
 constexpr int64_t kGroup = 64;     // elements of a row that share a scale in four_bit_linear
 
 // out [elements] = code * scale of its block, rounded once.
-cudaError_t four_bit_decode(const FourBit& weight, int64_t elements, void* out, DType dtype, cudaStream_t stream);
+Error four_bit_decode(const FourBit& weight, int64_t elements, void* out, DType dtype, const Place& place);
 
 // y [M, N] = x [M, K] Wᵀ with its tail (no mask); M up to kFewTokens, K in whole groups, blocks of a group or more.
-cudaError_t four_bit_linear(const void* x, const FourBit& weight, void* y, int64_t M, int64_t N, int64_t K,
-                            const Tail& tail, DType dtype, cudaStream_t stream);
+Error four_bit_linear(const void* x, const FourBit& weight, void* y, int64_t M, int64_t N, int64_t K, const Tail& tail,
+                      DType dtype, const Place& place);
 
 // u [M, r] = x [M, K] A [r, K]ᵀ by dot products, M up to kFewTokens; 0 where index [M] names another adapter.
-cudaError_t lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride,
-                      const int32_t* index, int adapter, int64_t M, int64_t K, int64_t rank, DType dtype,
-                      cudaStream_t stream);
+Error lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride, const int32_t* index,
+                int adapter, int64_t M, int64_t K, int64_t rank, DType dtype, const Place& place);
 
 // y [M, N] = base [M, N] with its tail; with `second` = D(x) Wᵀ (rows as far apart as base's) DoRA over dropped-out
 // inputs. y may be base.
-cudaError_t lora_up(const void* base, int64_t base_stride, const void* second, void* y, int64_t y_stride, int64_t M,
-                    int64_t N, const Tail& tail, DType dtype, cudaStream_t stream);
+Error lora_up(const void* base, int64_t base_stride, const void* second, void* y, int64_t y_stride, int64_t M,
+              int64_t N, const Tail& tail, DType dtype, const Place& place);
 
 // out [M, K] = factor * keep ∘ x [M, K]; out is contiguous.
-cudaError_t dropout(const Matrix& x, void* out, int64_t M, int64_t K, uint32_t threshold, float factor,
-                    const int64_t* seed, cudaStream_t stream);
+Error dropout(const Matrix& x, void* out, int64_t M, int64_t K, uint32_t threshold, float factor, const int64_t* seed,
+              const Place& place);
 
 // norm [N] = ‖W + scale B A‖ of each row; B A is computed in `dtype`, and 4-bit weights are rounded to it.
-cudaError_t dora_norm(const Matrix& weight, const FourBit* four_bit, const Matrix& A, const float* B, int64_t B_stride,
-                      float scale, float* norm, int64_t N, int64_t K, int64_t rank, DType dtype, cudaStream_t stream);
+Error dora_norm(const Matrix& weight, const FourBit* four_bit, const Matrix& A, const float* B, int64_t B_stride,
+                float scale, float* norm, int64_t N, int64_t K, int64_t rank, DType dtype, const Place& place);
+
+// All of them, for another library to call.
+struct Launchers {
+    int64_t layout;  // kLayout of whoever made the table
+    decltype(&cuda::error_string) error_string;
+    decltype(&cuda::four_bit_decode) four_bit_decode;
+    decltype(&cuda::four_bit_linear) four_bit_linear;
+    decltype(&cuda::lora_down) lora_down;
+    decltype(&cuda::lora_up) lora_up;
+    decltype(&cuda::dropout) dropout;
+};
+constexpr int64_t kLayout = 1;  // raised when anything in this file changes
 
 }  // namespace fastpeft::cuda

@@ -46,13 +46,12 @@ __global__ __launch_bounds__(kThreads) void lora_down_kernel(const T* x, int64_t
 
 }  // namespace
 
-cudaError_t lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride,
-                      const int32_t* index, int adapter, int64_t M, int64_t K, int64_t rank, DType dtype,
-                      cudaStream_t stream) {
+Error lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride, const int32_t* index,
+                int adapter, int64_t M, int64_t K, int64_t rank, DType dtype, const Place& place) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const bool vector = x_stride % static_cast<int64_t>(16 / sizeof(T)) == 0 && is_aligned(x);
-        return FASTPEFT_LAUNCH(lora_down_kernel<T>, static_cast<unsigned>(rank), kThreads, stream,
+        return FASTPEFT_LAUNCH(lora_down_kernel<T>, static_cast<unsigned>(rank), kThreads, place,
                                static_cast<const T*>(x), x_stride, A, u, u_stride, index, adapter, static_cast<int>(M),
                                K, vector, rows_are_aligned(A));
     });

@@ -60,15 +60,15 @@ __global__ __launch_bounds__(kThreads, 2) void lora_up_kernel(const T* base, int
 
 }  // namespace
 
-cudaError_t lora_up(const void* base, int64_t base_stride, const void* second, void* y, int64_t y_stride, int64_t M,
-                    int64_t N, const Tail& tail, DType dtype, cudaStream_t stream) {
+Error lora_up(const void* base, int64_t base_stride, const void* second, void* y, int64_t y_stride, int64_t M,
+              int64_t N, const Tail& tail, DType dtype, const Place& place) {
     return with_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int64_t kPerLoad = 16 / sizeof(T);
         const bool vector = N % kPerLoad == 0 && base_stride % kPerLoad == 0 && y_stride % kPerLoad == 0 &&
                             is_aligned(base) && is_aligned(second) && is_aligned(y) && is_aligned(tail.z);
         const dim3 grid(blocks_of(M, kTileRows), blocks_of(N, kBlockColumns));
-        return FASTPEFT_LAUNCH(lora_up_kernel<T>, grid, kThreads, stream, static_cast<const T*>(base), base_stride,
+        return FASTPEFT_LAUNCH(lora_up_kernel<T>, grid, kThreads, place, static_cast<const T*>(base), base_stride,
                                static_cast<const T*>(second), static_cast<T*>(y), y_stride, M, N, tail, vector);
     });
 }

@@ -1,6 +1,8 @@
-// CUDA, or with FASTPEFT_EMULATE the emulation of what the kernels use of it. FASTPEFT_LAUNCH starts a kernel and
-// gives the launch's error, so that none is left pending.
+// CUDA, or with FASTPEFT_EMULATE the emulation of what the kernels use of it. FASTPEFT_LAUNCH starts a kernel at a
+// Place and gives the launch's error, so that none is left pending.
 #pragma once
+#include "launchers.h"
+
 #ifndef FASTPEFT_EMULATE
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -8,8 +10,11 @@
 
 #include <type_traits>
 
-#define FASTPEFT_LAUNCH(kernel, grid, threads, stream, ...) \
-    (kernel<<<grid, threads, 0, stream>>>(__VA_ARGS__), cudaGetLastError())
+#define FASTPEFT_LAUNCH(kernel, grid, threads, place, ...)                                    \
+    launched(place, [&] {                                                                     \
+        kernel<<<grid, threads, 0, static_cast<cudaStream_t>((place).stream)>>>(__VA_ARGS__); \
+        return cudaGetLastError();                                                            \
+    })
 
 namespace fastpeft::cuda {
 
@@ -32,3 +37,20 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 #else
 #include "emulation.h"
 #endif
+
+namespace fastpeft::cuda {
+
+// Launches on the GPU of `place`, and leaves the current one as it was.
+template <typename Launch>
+Error launched(const Place& place, Launch launch) {
+    int current = 0;
+    cudaError_t error = cudaGetDevice(&current);
+    const bool elsewhere = current != place.device;
+    if (error == cudaSuccess && elsewhere) error = cudaSetDevice(place.device);
+    if (error == cudaSuccess) error = launch();
+    if (elsewhere) cudaSetDevice(current);
+    if (error != cudaSuccess) cudaGetLastError();  // what these calls leave
+    return error;
+}
+
+}  // namespace fastpeft::cuda

@@ -1,7 +1,8 @@
 """The CUDA backend: NVIDIA GPUs, with the kernels of csrc/cuda.
 
-What it has none for, skinny products of many tokens and the fused product with W, Triton computes, or torch where there
-is no Triton.
+Calls that take the GPU no longer than Python takes to put them together are put together in C++ (csrc/gpu.cpp), with
+torch's skinny products. In larger ones Triton's kernels do what this backend has none for: skinny products of many
+tokens, the fused products with W. Where there is no Triton, all is C++, and without the C++ extension all is Python.
 """
 
 from __future__ import annotations
@@ -15,34 +16,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu, gpu_plans, triton
+from . import gpu, gpu_plans, native, triton
 from .gpu import DyGradients, Kernels, Mask, Tail, parts_of
 from .gpu_plans import Plan
-from .vendor import SkinnyProducts
+from .operands import folded_dropout
 
 NAME = "cuda"
 DEVICE = "cuda"  # where the self-check runs it
 RUN = 8  # elements that a thread decodes: within one row, and within one block
 ALIGNED = 16  # bytes
+# Multiply-adds of the product with W, for each multiprocessor, that take as long as Python: about 0.1 ms on an H100.
+HOST_BOUND = 200_000_000
 
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine at all; None when it can."""
-    return _not_built() or (None if torch.cuda.is_available() else "torch finds no NVIDIA GPU")
+    return _missing() or (None if torch.cuda.is_available() else "torch finds no NVIDIA GPU")
 
 
 def detail() -> str:
     """What ``fastpeft info`` says of it where it is available."""
-    return (
-        f"skinny products of many tokens by {'Triton' if triton.is_installed() else 'torch, Triton is not installed'}"
-    )
+    if not triton.is_installed():
+        return "composed in C++, Triton is not installed"
+    if native._C is None:
+        return "composed in Python, the C++ extension is not built; skinny products by Triton"
+    return "small calls composed in C++; skinny products of large ones by Triton"
 
 
 def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:
     """Why this backend cannot take this call; None when it can. ``x`` stands for ``dy`` in a backward op."""
     if x.device.type != "cuda":
         return f"it runs on NVIDIA GPUs, and x is on {x.device}"
-    return _not_built() or gpu.refusal(x, weight, A, B)
+    return _missing() or gpu.refusal(x, weight, A, B)
 
 
 def worth_a_warning(x: Tensor) -> bool:
@@ -52,18 +57,63 @@ def worth_a_warning(x: Tensor) -> bool:
 
 def describe(K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
     """How a layer ``[N, K]`` would be computed, for ``explain``."""
-    fused = triton.fused_plans(device, dtype) if triton.is_installed() else ()
-    return gpu_plans.describe(K, N, dtype, device, fused)
+    if kernels().others is None:
+        return "composed in C++ (epilogue)"
+    plans = gpu_plans.describe(K, N, dtype, device, triton.fused_plans(device, dtype))
+    if native._C is None:
+        return plans
+    tokens = HOST_BOUND * triton.multiprocessors(device) // (K * N)
+    return f"up to {tokens} tokens composed in C++ (epilogue); above, {plans}"
 
 
-def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    bias: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
-    return gpu.lora_linear(kernels(), *args)
+    operands = x, weight, quant, blocksize, bias, A, B, c
+    if not _is_composed(x, B[0].shape[0]):
+        return gpu.lora_linear(kernels(), *operands, scaling, dropout_p, seed, adapter_index, keep_z)
+    assert native._C is not None
+    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
+    return native._C.gpu_lora_linear(_where(x), *operands, scaling, thresholds, seed, adapter_index, keep_z)
 
 
-def lora_linear_backward(*args: Any) -> list[Tensor]:
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[Tensor],
+    u: Tensor | None,
+    z: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
     """See ops.py."""
-    return gpu.lora_linear_backward(kernels(), *args)
+    operands = dy, x, weight, quant, blocksize, A, B, c, u, z
+    if not _is_composed(dy, A[0].shape[1]):
+        return gpu.lora_linear_backward(kernels(), *operands, scaling, dropout_p, seed, adapter_index, needs)
+    assert native._C is not None
+    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
+    return native._C.gpu_lora_linear_backward(_where(dy), *operands, scaling, thresholds, seed, adapter_index, needs)
 
 
 def dora_norm(*args: Any) -> Tensor:
@@ -76,50 +126,53 @@ class CudaKernels:
 
     Args:
         library: ``fastpeft._cuda``, or its emulation.
-        others: Triton's kernels, for what the library has none for; None: torch computes it.
+        others: Triton's kernels, for what the library has none for; None: it is not asked for that.
     """
 
     def __init__(self, library: ModuleType, others: Kernels | None) -> None:
-        self._library, self._others = library, others
-        self._skinny = SkinnyProducts(self.dropout) if others is None else others
+        self.library, self.others = library, others
+        self.launchers: int = library.launchers()
         types = library.DType
         self._dtypes = {torch.float32: types.f32, torch.bfloat16: types.bf16, torch.float16: types.f16}
         self._no_matrix = library.Matrix(0, types.f32, 0, 0)
 
     def lora_down(self, x: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask], index: Tensor | None) -> None:
         M, K = x.shape
-        if M > self._library.FEW_TOKENS or any(mask.threshold for mask in masks):
-            return self._skinny.lora_down(x, A, u, masks, index)
+        if M > self.library.FEW_TOKENS or any(mask.threshold for mask in masks):
+            assert self.others is not None
+            return self.others.lora_down(x, A, u, masks, index)
         x, chosen = _with_rows(x), None if index is None else index.to(torch.int32).contiguous()
         for i, (a, out) in enumerate(zip(A, parts_of(u, A), strict=True)):
             operands = x.data_ptr(), x.stride(0), self._matrix(a), out.data_ptr(), out.stride(0), _address(chosen), i
-            self._library.lora_down(*operands, M, K, a.shape[0], self._dtypes[x.dtype], *_place(x))
+            self.library.lora_down(*operands, M, K, a.shape[0], self._dtypes[x.dtype], *_place(x))
         return None
 
     def lora_dy(self, *args: Any) -> DyGradients:
-        return self._skinny.lora_dy(*args)
+        assert self.others is not None
+        return self.others.lora_dy(*args)
 
     def lora_dA(self, x: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        return self._skinny.lora_dA(x, v, mask)
+        assert self.others is not None
+        return self.others.lora_dA(x, v, mask)
 
     def lora_up(self, base: Tensor, second: Tensor | None, y: Tensor, tail: Tail) -> None:
         operands = base.data_ptr(), base.stride(0), _address(second), y.data_ptr(), y.stride(0), *base.shape
-        self._library.lora_up(*operands, self._tail(tail), self._dtypes[base.dtype], *_place(base))
+        self.library.lora_up(*operands, self._tail(tail), self._dtypes[base.dtype], *_place(base))
 
     def fused_plans(self, x: Tensor, weight: Tensor, rank: int) -> tuple[Plan, ...]:
-        return () if self._others is None else self._others.fused_plans(x, weight, rank)
+        return () if self.others is None else self.others.fused_plans(x, weight, rank)
 
     def lora_linear(
         self, plan: Plan, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float = 0.0
     ) -> None:
-        assert self._others is not None
-        self._others.lora_linear(plan, x, weight, y, tail, input_factor)
+        assert self.others is not None
+        self.others.lora_linear(plan, x, weight, y, tail, input_factor)
 
     def dropout(self, x: Tensor, mask: Mask) -> Tensor:
         assert mask.seed is not None
         out = x.new_empty(x.shape)
         settings = mask.threshold, mask.factor, mask.seed.data_ptr()
-        self._library.dropout(self._matrix(x), out.data_ptr(), *x.shape, *settings, *_place(x))
+        self.library.dropout(self._matrix(x), out.data_ptr(), *x.shape, *settings, *_place(x))
         return out
 
     def dora_norm(
@@ -142,7 +195,7 @@ class CudaKernels:
         left = B.float().contiguous()
         dense = self._no_matrix if packed is not None else self._matrix(weight)
         operands = dense, packed, self._matrix(A), left.data_ptr(), left.stride(0), scaling, norm.data_ptr()
-        self._library.dora_norm(*operands, N, K, A.shape[0], self._dtypes[dtype], *_place(weight))
+        self.library.dora_norm(*operands, N, K, A.shape[0], self._dtypes[dtype], *_place(weight))
         return norm
 
     def four_bit_decode(
@@ -150,44 +203,44 @@ class CudaKernels:
     ) -> Tensor:
         out = packed.new_empty((N, K), dtype=dtype)
         weight = self._four_bit(packed, quant, blocksize)
-        self._library.four_bit_decode(weight, N * K, out.data_ptr(), self._dtypes[dtype], *_place(packed))
+        self.library.four_bit_decode(weight, N * K, out.data_ptr(), self._dtypes[dtype], *_place(packed))
         return out
 
     def decodes_in_loop(self, M: int, K: int, blocksize: int) -> bool:
         if self._few_tokens(M, K, blocksize):
             return True
-        return self._others is not None and self._others.decodes_in_loop(M, K, blocksize)
+        return self.others is not None and self.others.decodes_in_loop(M, K, blocksize)
 
     def four_bit_linear(
         self, x: Tensor, packed: Tensor, quant: Sequence[Tensor], blocksize: int, y: Tensor, tail: Tail
     ) -> None:
         shape = x.shape[0], y.shape[1], x.shape[1]
         if not self._few_tokens(shape[0], shape[2], blocksize):
-            assert self._others is not None
-            return self._others.four_bit_linear(x, packed, quant, blocksize, y, tail)
+            assert self.others is not None
+            return self.others.four_bit_linear(x, packed, quant, blocksize, y, tail)
         x, packed = _aligned(x.contiguous()), _aligned(packed)
         weight = self._four_bit(packed, quant, blocksize)
         operands = x.data_ptr(), weight, y.data_ptr(), *shape, self._tail(tail), self._dtypes[x.dtype]
-        return self._library.four_bit_linear(*operands, *_place(x))
+        return self.library.four_bit_linear(*operands, *_place(x))
 
     def _few_tokens(self, M: int, K: int, blocksize: int) -> bool:
-        library = self._library
+        library = self.library
         return M <= library.FEW_TOKENS and K % library.GROUP == 0 and blocksize >= library.GROUP
 
     def _matrix(self, t: Tensor) -> Any:
-        return self._library.Matrix(t.data_ptr(), self._dtypes[t.dtype], *t.stride())
+        return self.library.Matrix(t.data_ptr(), self._dtypes[t.dtype], *t.stride())
 
     def _four_bit(self, packed: Tensor, quant: Sequence[Tensor], blocksize: int) -> Any:
         code, absmax, *nested = (tensor.data_ptr() for tensor in quant)
         statistics = (0, absmax, *nested) if nested else (absmax, 0, 0, 0, 0)
-        return self._library.FourBit(packed.data_ptr(), code, *statistics, blocksize.bit_length() - 1)
+        return self.library.FourBit(packed.data_ptr(), code, *statistics, blocksize.bit_length() - 1)
 
     def _tail(self, tail: Tail) -> Any:
         bias = tail.bias
         bias_row = self._no_matrix if bias is None else self._matrix(bias.unsqueeze(0))
         operands = tail.q.data_ptr(), tail.q.stride(0), tail.q.shape[1], self._matrix(tail.right), tail.scale
         ending = tail.threshold, _address(tail.seed), _address(tail.c), _address(tail.z)
-        return self._library.Tail(*operands, *ending, tail.z is not None and tail.z.dtype == torch.float32, bias_row)
+        return self.library.Tail(*operands, *ending, tail.z is not None and tail.z.dtype == torch.float32, bias_row)
 
 
 @lru_cache
@@ -206,9 +259,27 @@ def _not_built() -> str | None:
     return None
 
 
+def _missing() -> str | None:
+    if not triton.is_installed() and native._C is None:
+        return "neither Triton is installed nor the C++ extension built, `python -m fastpeft build` builds it"
+    return _not_built()
+
+
 @lru_cache
 def kernels() -> CudaKernels:
     return CudaKernels(library(), triton.kernels() if triton.is_installed() else None)
+
+
+def _is_composed(x: Tensor, outputs: int) -> bool:
+    """Whether a call is put together in C++; ``x [..., K]`` is multiplied with W to so many outputs."""
+    if kernels().others is None:
+        return True
+    return native._C is not None and x.numel() * outputs <= HOST_BOUND * triton.multiprocessors(x.device)
+
+
+def _where(x: Tensor) -> tuple[int, int, int]:
+    """What C++ launches by: the table of launchers, the GPU, its current stream."""
+    return kernels().launchers, *_place(x)
 
 
 def _address(tensor: Tensor | None) -> int:

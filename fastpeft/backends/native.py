@@ -10,8 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..dropout import dropout_scale, dropout_threshold
-from .operands import DTYPES, operand_refusal
+from .operands import DTYPES, folded_dropout, operand_refusal
 
 _C: ModuleType | None = None
 _load_error = ""
@@ -83,7 +82,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
     assert _C is not None
-    thresholds, scaling = _dropout(scaling, dropout_p, seed)
+    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
     few = _few_tokens(x, weight, quant, A, B) and (not c or (len(c) == 1 and seed is None))
     plan = _C.Plan.dots if few else _plan(x.dtype, weight, quant, A[0].shape[1], bool(c))
     operands = x, weight, quant, blocksize, bias, A, B, c
@@ -109,7 +108,7 @@ def lora_linear_backward(
 ) -> list[Tensor]:
     """See ops.py."""
     assert _C is not None
-    thresholds, scaling = _dropout(scaling, dropout_p, seed)
+    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
     plan = _plan(dy.dtype, weight, quant, B[0].shape[0], bool(c))
     operands = dy, x, weight, quant, blocksize, A, B, c, u, z
     return _C.lora_linear_backward(*operands, scaling, thresholds, seed, adapter_index, needs, plan)
@@ -135,16 +134,6 @@ def fingerprint(tensor: Tensor, every: int = 1) -> int | None:
     if _C is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None
     return _C.fingerprint(tensor, every)
-
-
-def _dropout(
-    scaling: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None
-) -> tuple[list[int], Sequence[float]]:
-    """The masks' thresholds, and the scalings with dropout's factor 1 / (1 - p) in them."""
-    if seed is None:
-        return [0] * len(scaling), scaling
-    thresholds = [dropout_threshold(p) for p in dropout_p]
-    return thresholds, [s * dropout_scale(p) for s, p in zip(scaling, dropout_p, strict=True)]
 
 
 def _few_tokens(x: Tensor, weight: Tensor, quant: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:

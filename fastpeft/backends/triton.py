@@ -161,7 +161,7 @@ class TritonKernels:
         kind = _kind(x, tail.q.shape[1])
         if plan is Plan.persistent:
             config = self._launch.lora_linear_persistent_config(kind.rank_block, _architecture(x.device))
-            operands = x, weight, y, tail, kind.rank_block, _multiprocessors(x.device)
+            operands = x, weight, y, tail, kind.rank_block, multiprocessors(x.device)
             return self._launch.lora_linear_persistent(*operands, config)
         config = self._launch.lora_linear_config(*kind, masked_input=input_factor != 0 and tail.threshold > 0)
         return self._launch.lora_linear(x, weight, y, tail, input_factor, kind.rank_block, _precision(x), config)
@@ -235,11 +235,12 @@ def _has_descriptor(matrix: Tensor) -> bool:
 
 def _programs_wanted(x: Tensor) -> int:
     """So many that every multiprocessor has some to choose from."""
-    return PROGRAMS * _multiprocessors(x.device)
+    return PROGRAMS * multiprocessors(x.device)
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many this GPU has; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

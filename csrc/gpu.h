@@ -1,0 +1,22 @@
+// The LoRA op on a GPU, put together out of torch's products and the launchers of cuda/: what backends/cuda.py calls
+// where the host's time counts. Notation and arguments as in lora_linear.h; the seed stays on the GPU.
+#pragma once
+#include "cuda/launchers.h"
+#include "lora_linear.h"
+
+namespace fastpeft::gpu {
+
+struct Gpu {
+    const cuda::Launchers& launchers;
+    cuda::Place place;  // of the tensors, with torch's current stream
+};
+
+Forward lora_linear(const Gpu& gpu, const at::Tensor& x, const Weight& weight, const std::optional<at::Tensor>& bias,
+                    const Adapters& adapters, bool keep_z);
+
+std::vector<at::Tensor> lora_linear_backward(const Gpu& gpu, const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                                             const Weight& weight, const Adapters& adapters,
+                                             const std::optional<at::Tensor>& u, const std::vector<at::Tensor>& z,
+                                             const std::vector<bool>& needs);
+
+}  // namespace fastpeft::gpu
