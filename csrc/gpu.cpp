@@ -65,7 +65,7 @@ Tensor kept(const Kernels& kernels, const Tensor& x, const Mask& mask) {
 Tensor lora_down(const Kernels& kernels, const Tensor& x, const Adapters& adapters, const std::vector<Mask>& masks) {
     const Tensor index = index_of(adapters);
     Tensors parts;
-    if (Kernels::few_tokens(x.size(0)) && !any_masked(masks)) {
+    if (x.size(0) <= cuda::kDownTokens && !any_masked(masks)) {
         int64_t ranks = 0;
         for (const Tensor& A : adapters.A) ranks += A.size(0);
         const Tensor u = at::empty({x.size(0), ranks}, x.options().dtype(at::kFloat));

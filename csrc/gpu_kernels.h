@@ -32,14 +32,14 @@ class Kernels {
     // W, dense.
     at::Tensor decode(const Weight& weight, at::ScalarType dtype) const;
 
-    // Whether few_tokens_four_bit takes this product, and few_tokens_down so many tokens.
+    // Whether few_tokens_four_bit takes this product.
     static bool decodes_in_loop(int64_t M, const Weight& weight);
-    static bool few_tokens(int64_t M) { return M <= cuda::kFewTokens; }
 
     // x Wᵀ with its tail, which has no mask.
     at::Tensor few_tokens_four_bit(const at::Tensor& x, const Weight& weight, const Tail& tail) const;
 
-    // Writes x Aᵀ to u [M, r]; 0 where index (int32, contiguous, or undefined) names another adapter.
+    // Writes x Aᵀ to u [M, r], M up to cuda::kDownTokens; 0 where index (int32, contiguous, or undefined) names another
+    // adapter.
     void few_tokens_down(const at::Tensor& x, const at::Tensor& A, const at::Tensor& u, const at::Tensor& index,
                          size_t adapter) const;
 

@@ -49,9 +49,8 @@ def library() -> ModuleType:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, others: gpu.Kernels | None = None) -> cuda.CudaKernels:
-    """The CUDA backend takes calls on CPU tensors: composed in C++, or in Python with the ``others``."""
+    """The CUDA backend takes calls on CPU tensors, in C++ all of them unless there are ``others``."""
     kernels = cuda.CudaKernels(library(), others)
-    monkeypatch.setattr(cuda, "HOST_BOUND", 0 if others is not None else cuda.HOST_BOUND)
     monkeypatch.setattr(cuda, "kernels", lambda: kernels)
     monkeypatch.setattr(cuda, "refuses", lambda op, *operands: gpu.refusal(*operands))
     return kernels

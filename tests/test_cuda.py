@@ -79,7 +79,7 @@ def calls(dtype: torch.dtype, device: str = DEVICE) -> dict[str, tuple[str, list
     packed = nf4.quantize(torch.randn(66, 192, generator=draw), "nf4", 64, True)
     four_bit = [packed.packed.to(device), *(t.to(device) for t in packed.quant)]
     return {
-        "lora_down": ("lora_down", [drawn(3, 190), drawn(5, 190, of=f32), drawn(3, 5, of=f32)]),
+        "lora_down": ("lora_down", [drawn(11, 190), drawn(5, 190, of=f32), drawn(11, 5, of=f32)]),
         "lora_up": ("lora_up", [drawn(70, 90), drawn(70, 6, of=f32), drawn(90, 6), drawn(90, of=f32), drawn(90)]),
         "dropout": ("dropout", [drawn(70, 90), torch.tensor(7, device=device)]),
         "dora_norm": ("dora_norm", [drawn(66, 192), drawn(6, 192), drawn(66, 6, of=f32)]),
@@ -160,21 +160,24 @@ def test_nothing_beyond_a_tensor_is_touched(
         assert torch.equal(result, outside)
 
 
-@without_gpu
+@pytest.fixture
+def beside_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend of large calls, composed in Python: Triton is there, if only by its interpreter."""
+    if DEVICE == "cpu":
+        triton_interpreter.use(monkeypatch)
+        cuda_emulation.use(monkeypatch, triton_backend.kernels())
+    monkeypatch.setattr(backend, "HOST_BOUND", 0)
+
+
 @pytest.mark.parametrize("case", [Case(dropout_p=0.5), Case(ranks=(8, 3), mixed=True), Case(dora=True)], ids=str)
-def test_beside_triton_it_computes_what_it_has(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skinny products of many tokens and the fused product are Triton's, here by its interpreter."""
-    triton_interpreter.use(monkeypatch)
-    cuda_emulation.use(monkeypatch, triton_backend.kernels())
+def test_beside_triton_it_computes_what_it_has(case: Case, beside_triton: None) -> None:
+    """Skinny products of many tokens and the fused product are Triton's."""
     expected(case).assert_met_by(by_cuda)
 
 
-@without_gpu
 @pytest.mark.parametrize("M", [8, 9, 16, 17])
-def test_beside_triton_few_tokens_decode_in_the_loop(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_triton_few_tokens_decode_in_the_loop(M: int, beside_triton: None) -> None:
     """Up to eight by CUDA, up to sixteen by Triton; more multiply a decoded weight."""
-    triton_interpreter.use(monkeypatch)
-    cuda_emulation.use(monkeypatch, triton_backend.kernels())
 
     def make() -> LoraInputs:
         return over_4_bits(M, 128, ("nf4", 64, True), torch.float32)
@@ -208,15 +211,11 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.unavailable() == f"{reason} where nvcc is found"
 
 
-@without_gpu
-@pytest.mark.parametrize(
-    ("case", "composed"), [(Case(M=2), True), (Case(M=3), False)], ids=["few tokens", "many tokens"]
-)
+@pytest.mark.parametrize(("case", "composed"), [(Case(M=2), True), (Case(M=3), False)], ids=["small", "large"])
 def test_small_calls_are_composed_in_cpp_and_large_ones_in_python(
-    case: Case, composed: bool, monkeypatch: pytest.MonkeyPatch
+    case: Case, composed: bool, beside_triton: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    triton_interpreter.use(monkeypatch)
-    cuda_emulation.use(monkeypatch, triton_backend.kernels())
+    monkeypatch.setattr(triton_backend, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(backend, "HOST_BOUND", 2 * case.K * case.N)
     made = []
     for name in ("lora_linear", "lora_linear_backward"):

@@ -62,6 +62,7 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
     py::class_<FourBit>(m, "FourBit", local).def(py::init(&four_bit));
     py::class_<Tail>(m, "Tail", local).def(py::init(&tail));
     m.attr("FEW_TOKENS") = kFewTokens;
+    m.attr("DOWN_TOKENS") = kDownTokens;
     m.attr("GROUP") = kGroup;
     m.def("launchers", [] { return reinterpret_cast<Address>(&launchers); }, "Their table, for fastpeft._C.");
     m.def(

@@ -49,8 +49,9 @@ struct Tail {
     Matrix bias;  // one row
 };
 
-constexpr int64_t kFewTokens = 8;  // columns of one product of the matrix units
-constexpr int64_t kGroup = 64;     // elements of a row that share a scale in four_bit_linear
+constexpr int64_t kFewTokens = 8;    // columns of one product of the matrix units
+constexpr int64_t kDownTokens = 64;  // of lora_down
+constexpr int64_t kGroup = 64;       // elements of a row that share a scale in four_bit_linear
 
 // out [elements] = code * scale of its block, rounded once.
 Error four_bit_decode(const FourBit& weight, int64_t elements, void* out, DType dtype, const Place& place);
@@ -59,7 +60,7 @@ Error four_bit_decode(const FourBit& weight, int64_t elements, void* out, DType 
 Error four_bit_linear(const void* x, const FourBit& weight, void* y, int64_t M, int64_t N, int64_t K, const Tail& tail,
                       DType dtype, const Place& place);
 
-// u [M, r] = x [M, K] A [r, K]ᵀ by dot products, M up to kFewTokens; 0 where index [M] names another adapter.
+// u [M, r] = x [M, K] A [r, K]ᵀ by dot products, M up to kDownTokens; 0 where index [M] names another adapter.
 Error lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int64_t u_stride, const int32_t* index,
                 int adapter, int64_t M, int64_t K, int64_t rank, DType dtype, const Place& place);
 
@@ -86,6 +87,6 @@ struct Launchers {
     decltype(&cuda::lora_up) lora_up;
     decltype(&cuda::dropout) dropout;
 };
-constexpr int64_t kLayout = 1;  // raised when anything in this file changes
+constexpr int64_t kLayout = 2;  // raised when anything in this file changes
 
 }  // namespace fastpeft::cuda
