@@ -134,7 +134,7 @@ def _norm(
     weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
 ) -> Tensor:
     data, quant, blocksize = weight_operands(weight)
-    return ops.dora_norm(data.detach(), quant, blocksize, A.detach(), B.detach(), scaling, dtype, backend)
+    return ops.call_dora_norm(data.detach(), quant, blocksize, A.detach(), B.detach(), scaling, dtype, backend)
 
 
 def compute_dtype(weight: Tensor | FourBit) -> torch.dtype:

@@ -37,10 +37,10 @@ class NormCache:
         settings = blocksize, scaling, dtype, backend
         key = None if torch.compiler.is_compiling() else _key(*tensors, quant, settings)
         if key is None:
-            return ops.dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
+            return ops.call_dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
         if key != self._key or self._norm is None:
             self._key = None  # an error leaves nothing behind
-            self._norm = ops.dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
+            self._norm = ops.call_dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
             self._key = key
         return self._norm
 

@@ -326,3 +326,18 @@ def call_lora_linear(
     if _is_watched(x, weight, bias, *A, *B, *c):
         return lora_linear(*args)
     return _lora_linear_autograd(None, *args)
+
+
+def call_dora_norm(
+    weight: Tensor,
+    quant: list[Tensor],
+    blocksize: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> Tensor:
+    """As :func:`call_lora_linear`."""
+    run = dora_norm if _is_watched(weight, A, B) else _dora_norm_dispatch
+    return run(weight, quant, blocksize, A, B, scaling, dtype, backend)

@@ -5,10 +5,10 @@
 Uses the python it is started with, which needs torch with CUDA, Triton, transformers, peft and pytest; what it lacks
 of the bench's other packages may lie in a folder made by ``pip install --target FOLDER``. Builds the extensions in this
 checkout, puts fastpeft together in a folder of its own (nothing is installed), runs the GPU backends' tests, times
-kernels and plans, then runs ``fastpeft bench`` with the plans that were found fastest, and leaves behind the tests'
-report, the rows by device name with their tables, the plans to be put into fastpeft/backends, and a summary, which is
-printed last. The exit code is 1 when a step failed, a bound was missed, or the time was too short. Without nvcc the
-CUDA backend is left out, without bitsandbytes the 4-bit methods of the bench, and it says so.
+kernels, plans and compositions, then runs ``fastpeft bench`` with the plans that were found fastest, and leaves behind
+the tests' report, the rows by device name with their tables, the plans to be put into fastpeft/backends, and a summary,
+which is printed last. The exit code is 1 when a step failed, a bound was missed, or the time was too short. Without
+nvcc the CUDA backend is left out, without bitsandbytes the 4-bit methods of the bench, and it says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ FOLDERS = {"bench": "bench", "kernels/triton": "kernels", "csrc": "csrc"}  # pyp
 METHODS = ("lora", "dora", "qlora", "qdora", "adalora")
 FOUR_BIT = ("qlora", "qdora")
 TESTS = ("test_cuda.py", "test_triton.py", "test_gpu_sync.py")
-SHARES = {"build": 0.2, "tests": 0.45, "kernels": 0.25, "plans": 0.4}  # of the time that is left, at most
+# Of the time that is left, at most.
+SHARES = {"build": 0.2, "tests": 0.45, "kernels": 0.25, "plans": 0.4, "compositions": 0.15}
 
 
 def assemble(folder: Path) -> None:
@@ -113,12 +114,15 @@ def main() -> int:
         assemble(Path(folder))  # with what was built
         pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}"]
         pytest += ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
-        steps.run("tests", [*pytest, *(f"tests/{name}" for name in TESTS)], environment)
+        # A workspace of its own for each stream: what torch asks for where the same call is to give the same bits.
+        deterministic = environment | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        steps.run("tests", [*pytest, *(f"tests/{name}" for name in TESTS)], deterministic)
         steps.run("kernels", [*python, "fastpeft.bench.gpu_kernels", "--out", str(out)], environment)
         shutil.copy(PLANS, out)  # the other GPUs' entries stay
         plans = ["fastpeft.bench.gpu_plans", "--out", str(out), "--record", str(out / PLANS.name)]
         steps.run("plans", [*python, *plans], environment)
         shutil.copy(out / PLANS.name, PLANS)
+        steps.run("compositions", [*python, "fastpeft.bench.gpu_compositions", "--out", str(out)], environment)
         bench = ["fastpeft", "bench", "--device", "cuda", "--layer", "--no-compile", "--out", str(out)]
         for position, method in enumerate(methods):
             share = 1 / (len(methods) - position)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton_interpreter
 from click.testing import CliRunner
-from fastpeft.bench import gpu_kernels, gpu_plans, gpu_timing
+from fastpeft.bench import gpu_compositions, gpu_kernels, gpu_plans, gpu_timing, timing
 from fastpeft.bench.measure import Run
 
 from fastpeft.backends import cuda, gpu, triton
@@ -36,6 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timing, "replay_of", replay_of)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for module, name, value in (
+        (timing, "SHORTEST_SAMPLE", 0.0),
         (gpu_kernels, "K", 128),
         (gpu_kernels, "N", 64),
         (gpu_kernels, "FEW", (1, 2)),
@@ -111,8 +112,32 @@ def test_plans_are_measured_shown_and_recorded(monkeypatch: pytest.MonkeyPatch, 
     json.dumps(mine)
 
 
+def test_both_compositions_are_measured_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_interpreter.use(monkeypatch)
+    kernels = cuda_emulation.use(monkeypatch, triton.kernels())
+    monkeypatch.setattr(triton, "multiprocessors", lambda device: 1)
+    composed = list[object]()
+    monkeypatch.setattr(cuda, "HOST_BOUND", 7)
+    where = cuda._where
+    monkeypatch.setattr(cuda, "_where", lambda x: composed.append(x) or where(x))
+    for name, value in (("WIDTHS", (64,)), ("TOKENS", (2, 5)), ("RANK", 4)):
+        monkeypatch.setattr(gpu_compositions, name, value)
+    steps = gpu_compositions.steps(2, 64, 0.0, "cpu")
+    steps["Python"]()
+    assert composed == [] and kernels.others is not None
+    steps["C++"]()
+    assert len(composed) == 2
+    cuda.HOST_BOUND = 7
+    found = list(gpu_compositions.measure(2, run()))
+    assert cuda.HOST_BOUND == 7
+    assert [(row["tokens"], row["dropout"]) for row in found] == [(2, 0.0), (2, 0.05), (5, 0.0), (5, 0.05)]
+    for row in found:
+        row["seconds"] = {name: {"median": s} for name, s in (("base", 1e-6), ("C++", 2e-6), ("Python", 3e-6))}
+    assert "| 5 x 64² | 0.05 | 0 | 1.0 | **2.00** | 3.00 |" in gpu_compositions.markdown(found)
+
+
 def test_without_a_gpu_the_commands_say_so() -> None:
-    for command in (gpu_kernels.command, gpu_plans.command):
+    for command in (gpu_kernels.command, gpu_plans.command, gpu_compositions.command):
         result = CliRunner().invoke(command, [])
         assert result.exit_code == 1 and "torch finds no NVIDIA GPU" in result.output
 

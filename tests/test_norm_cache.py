@@ -42,13 +42,13 @@ class Adapted(nn.Module):
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """One entry for each norm that is computed by a cache."""
     calls: list[None] = []
-    compute = ops.dora_norm
+    compute = ops.call_dora_norm
 
     def counted(*args: Any) -> torch.Tensor:
         calls.append(None)
         return compute(*args)
 
-    monkeypatch.setattr("fastpeft.norm_cache.ops", type("ops", (), {"dora_norm": staticmethod(counted)}))
+    monkeypatch.setattr("fastpeft.norm_cache.ops", type("ops", (), {"call_dora_norm": staticmethod(counted)}))
     return calls
 
 
@@ -203,7 +203,7 @@ def test_an_error_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastpeft.norm_cache.ops", type("ops", (), {"dora_norm": staticmethod(breaks)}))
+        patch.setattr("fastpeft.norm_cache.ops", type("ops", (), {"call_dora_norm": staticmethod(breaks)}))
         with pytest.raises(RuntimeError, match="no luck"):
             layer.norm()
     assert torch.equal(layer.norm(), layer.fresh())
