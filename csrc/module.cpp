@@ -1,6 +1,7 @@
 // The pybind11 module fastpeft._C: thin.
 #include <torch/extension.h>
 
+#include "autograd.h"
 #include "cpu/base_product.h"
 #include "cpu/kernels.h"
 #include "gpu.h"
@@ -12,11 +13,7 @@ using at::Tensor;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
-// The kernels compute in the dtype they are given: no autograd, no autocast below this point.
-struct PlainDispatch {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
+using fastpeft::PlainDispatch;
 
 // The adapters know the shape that a 4-bit weight does not.
 fastpeft::Weight weight_of(const Tensor& data, const Tensors& quant, int64_t blocksize, const Tensor& A,
@@ -42,6 +39,35 @@ Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tenso
     const PlainDispatch plain;
     return fastpeft::lora_linear_backward(dy, x, weight_of(weight, quant, blocksize, A[0], B[0]),
                                           {A, B, c, scaling, thresholds, seed, adapter_index}, u, z, needs, plan);
+}
+
+class OnCpu : public fastpeft::Composition {
+  public:
+    OnCpu(fastpeft::Plan forward, fastpeft::Plan backward) : forward_(forward), backward_(backward) {}
+
+    fastpeft::Forward forward(const Tensor& x, const fastpeft::Weight& weight, const MaybeTensor& bias,
+                              const fastpeft::Adapters& adapters, bool keep_z) const override {
+        return fastpeft::lora_linear(x, weight, bias, adapters, keep_z, forward_);
+    }
+
+    Tensors backward(const Tensor& dy, const MaybeTensor& x, const fastpeft::Weight& weight,
+                     const fastpeft::Adapters& adapters, const MaybeTensor& u, const Tensors& z,
+                     const std::vector<bool>& needs) const override {
+        return fastpeft::lora_linear_backward(dy, x, weight, adapters, u, z, needs, backward_);
+    }
+
+  private:
+    fastpeft::Plan forward_, backward_;
+};
+
+Tensor lora_linear_with_gradient(const Tensor& x, const Tensor& weight, const Tensors& quant, int64_t blocksize,
+                                 const MaybeTensor& bias, const Tensors& A, const Tensors& B, const Tensors& c,
+                                 const std::vector<double>& scaling, const std::vector<int64_t>& thresholds,
+                                 const MaybeTensor& seed, const MaybeTensor& adapter_index, bool keep_z,
+                                 fastpeft::Plan forward, fastpeft::Plan backward) {
+    return fastpeft::with_gradient(std::make_shared<OnCpu>(forward, backward), x,
+                                   weight_of(weight, quant, blocksize, A[0], B[0]), bias,
+                                   {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z);
 }
 
 Tensor dora_norm(const Tensor& weight, const Tensors& quant, int64_t blocksize, const Tensor& A, const Tensor& B,
@@ -82,6 +108,35 @@ Tensors gpu_lora_linear_backward(const GpuPlace& place, const Tensor& dy, const 
                                                {A, B, c, scaling, thresholds, seed, adapter_index}, u, z, needs);
 }
 
+class OnGpu : public fastpeft::Composition {
+  public:
+    explicit OnGpu(const fastpeft::gpu::Gpu& gpu) : gpu_(gpu) {}
+
+    fastpeft::Forward forward(const Tensor& x, const fastpeft::Weight& weight, const MaybeTensor& bias,
+                              const fastpeft::Adapters& adapters, bool keep_z) const override {
+        return fastpeft::gpu::lora_linear(gpu_, x, weight, bias, adapters, keep_z);
+    }
+
+    Tensors backward(const Tensor& dy, const MaybeTensor& x, const fastpeft::Weight& weight,
+                     const fastpeft::Adapters& adapters, const MaybeTensor& u, const Tensors& z,
+                     const std::vector<bool>& needs) const override {
+        return fastpeft::gpu::lora_linear_backward(gpu_, dy, x, weight, adapters, u, z, needs);
+    }
+
+  private:
+    fastpeft::gpu::Gpu gpu_;  // autograd runs the backward pass on the forward pass's stream
+};
+
+Tensor gpu_lora_linear_with_gradient(const GpuPlace& place, const Tensor& x, const Tensor& weight, const Tensors& quant,
+                                     int64_t blocksize, const MaybeTensor& bias, const Tensors& A, const Tensors& B,
+                                     const Tensors& c, const std::vector<double>& scaling,
+                                     const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
+                                     const MaybeTensor& adapter_index, bool keep_z) {
+    return fastpeft::with_gradient(std::make_shared<OnGpu>(gpu_of(place)), x,
+                                   weight_of(weight, quant, blocksize, A[0], B[0]), bias,
+                                   {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const char* const* name = fastpeft::cpu::available_kernels(); *name; ++name) names.emplace_back(*name);
@@ -105,9 +160,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .value("one_accumulator", fastpeft::Plan::one_accumulator);
     m.def("lora_linear", &lora_linear, release());
     m.def("lora_linear_backward", &lora_linear_backward, release());
+    m.def("lora_linear_with_gradient", &lora_linear_with_gradient, release());
     m.def("dora_norm", &dora_norm, release());
     m.def("gpu_lora_linear", &gpu_lora_linear, release());
     m.def("gpu_lora_linear_backward", &gpu_lora_linear_backward, release());
+    m.def("gpu_lora_linear_with_gradient", &gpu_lora_linear_with_gradient, release());
     m.def("fingerprint", &fastpeft::fingerprint, release(), pybind11::arg("tensor"), pybind11::arg("every"));
     m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),
           pybind11::arg("columns"), pybind11::arg("threshold"), "Boolean [rows, columns], true where kept.");

@@ -258,7 +258,7 @@ def _run(
     seed = dropout_seeds(len(As), x.device) if training and any(ps) else None
     keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in c)
     operands = x, *weight_operands(weight), bias, As, Bs, c
-    return ops.call_lora_linear(*operands, factors, ps, seed, adapter_index, keep_z, backend)[0]
+    return ops.call_lora_linear(*operands, factors, ps, seed, adapter_index, keep_z, backend)
 
 
 def _constant_scaling(Bs: list[Tensor], scalings: Sequence[float | Tensor], x: Tensor) -> list[float]:

@@ -1,4 +1,5 @@
-"""Each op's schema, fake and autograd formula, stated once. Shapes are checked before, in functional.py.
+"""Each op's schema, fake and autograd formula. Shapes are checked before, in functional.py. csrc/autograd.cpp has the
+same node for calls that nobody watches, as Python's takes as long as a small layer.
 
 ``fastpeft::lora_linear(x, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z,``
     ``backend) -> (y, u, z)``. ``x [..., K]``; ``weight [N, K]`` (any strides) with an empty ``quant``, or nf4.py's
@@ -319,13 +320,16 @@ def call_lora_linear(
     adapter_index: Tensor | None,
     keep_z: bool,
     backend: str | None,
-) -> Forward:
-    """The op, without the way through torch's dispatcher where nobody is there to see it: that way is a third of a
-    small layer's time."""
-    args = x, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z, backend
+) -> Tensor:
+    """The op's ``y``, without the way through torch's dispatcher where nobody is there to see it, and with the node of
+    csrc/autograd.cpp where the backend has it: both ways are a third of a small layer's time."""
+    args = x, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z
     if _is_watched(x, weight, bias, *A, *B, *c):
-        return lora_linear(*args)
-    return _lora_linear_autograd(None, *args)
+        return lora_linear(*args, backend)[0]
+    run = dispatch.choose("lora_linear", x, weight, A, B, backend)
+    with_gradient = getattr(run, "with_gradient", None)
+    y = with_gradient(*args) if with_gradient is not None else None
+    return _lora_linear_autograd(None, *args, backend)[0] if y is None else y
 
 
 def call_dora_norm(

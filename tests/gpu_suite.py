@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, Case, expected
-from devices import DEVICE, DTYPES, moved_to, run
+from devices import DEVICE, DTYPES, moved_to, on_device, run
 from oracle import Expected, LoraInputs, Results, assert_close_as_eager, make_inputs
 from test_dora_norm import eager as eager_norm
 
@@ -16,6 +16,14 @@ from fastpeft.backends import gpu
 from fastpeft.dropout import dropout_keep, dropout_threshold
 
 Form = tuple[str, int, bool]  # quant_type, blocksize, nested
+
+
+SHORT = {
+    "dropout": Case(dropout_p=0.5, dtype=torch.bfloat16),
+    "mixed": Case(ranks=(8, 3), dropout_p=0.5, mixed=True),
+    "dora": Case(dora=True, ranks=(8, 3), dropout_p=0.5),
+    "one token": Case(M=1, dora=True),
+}
 
 
 class GpuSuite:
@@ -76,6 +84,20 @@ class GpuSuite:
         self, M: int, K: int, form: Form, dtype: torch.dtype, dora: bool
     ) -> None:
         Expected.of(lambda: over_4_bits(M, K, form, dtype, dora)).assert_met_by(self.results)
+
+    @pytest.mark.parametrize("case", SHORT.values(), ids=SHORT)
+    def test_the_short_way_gives_the_bits_of_the_op(self, case: Case) -> None:
+        """Past torch's dispatcher, with the node in C++ where the backend has it."""
+        i = on_device(case.inputs())
+        settings = i.scaling, i.dropout_p, i.seed, i.adapter_index, True, self.name
+        for t in (i.x, i.weight, *i.A, *i.B, *i.c):
+            t.requires_grad_()
+        learned = [i.x, i.weight, *i.A, *i.B, *i.c]
+        y, _, _ = ops.lora_linear(i.x, i.weight, [], 0, i.bias, i.A, i.B, i.c, *settings)
+        short = ops.call_lora_linear(i.x, i.weight, [], 0, i.bias, i.A, i.B, i.c, *settings)
+        assert torch.equal(short, y)
+        pairs = zip(*(torch.autograd.grad(out, learned, i.dy) for out in (y, short)), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
 
     @pytest.mark.parametrize("case", [Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(M=300, dora=True)], ids=str)
     def test_the_same_call_twice_gives_the_same_bits(self, case: Case) -> None:

@@ -126,7 +126,7 @@ def test_both_compositions_are_measured_and_shown(monkeypatch: pytest.MonkeyPatc
     steps["Python"]()
     assert composed == [] and kernels.others is not None
     steps["C++"]()
-    assert len(composed) == 2
+    assert len(composed) == 1
     cuda.HOST_BOUND = 7
     found = list(gpu_compositions.measure(2, run()))
     assert cuda.HOST_BOUND == 7

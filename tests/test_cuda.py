@@ -225,9 +225,11 @@ def test_small_calls_are_composed_in_cpp_and_large_ones_in_python(
     assert bool(made) is not composed
 
 
-def test_a_table_of_launchers_from_other_sources_is_refused(kernels: backend.CudaKernels) -> None:
+def test_a_table_of_launchers_from_other_sources_is_refused(
+    kernels: backend.CudaKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = (ctypes.c_int64 * 8)(0)
-    kernels.launchers = ctypes.addressof(other)
+    monkeypatch.setattr(kernels, "launchers", ctypes.addressof(other))
     x, weight, A, B = (torch.ones(shape, device=DEVICE) for shape in ((3, 8), (4, 8), (2, 8), (4, 2)))
     with pytest.raises(RuntimeError, match="were built from different sources: run `python -m fastpeft build`"):
         fastpeft.functional.lora_linear(x, weight, None, A, B, 1.0, backend="cuda")

@@ -52,6 +52,15 @@ def requiring(i: LoraInputs, *names: str) -> tuple[LoraInputs, dict[str, torch.T
     return replace(i, x=leaves["x"], weight=leaves["weight"], bias=leaves.get("bias"), A=A, B=B, c=c), leaves
 
 
+def output(way: str, i: LoraInputs, backend: str) -> torch.Tensor:
+    """``y`` by torch's dispatcher, or without it; then the backend may have the node in C++."""
+    args = forward_args(i, backend)
+    return ops.lora_linear(*args)[0] if way == "dispatched" else ops.call_lora_linear(*args)
+
+
+every_way = pytest.mark.parametrize("way", ["dispatched", "direct"])
+
+
 def assert_same_bits(actual: Results, expected: Results) -> None:
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -241,19 +250,21 @@ def test_any_number_of_threads(backend: str, case: Case, dtype: torch.dtype) -> 
 
 
 @every_backend
-def test_double_backward_is_refused(backend: str) -> None:
+@every_way
+def test_double_backward_is_refused(backend: str, way: str) -> None:
     i, leaves = requiring(Case().inputs(), "x", "A[0]")
-    y, _, _ = ops.lora_linear(*forward_args(i, backend))
+    y = output(way, i, backend)
     (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
 
 @every_backend
+@every_way
 @pytest.mark.parametrize("name", ["x", "weight", "A[0]", "B[0]"])
-def test_modifying_what_was_kept_is_detected(backend: str, name: str) -> None:
+def test_modifying_what_was_kept_is_detected(backend: str, way: str, name: str) -> None:
     i, leaves = requiring(Case().inputs(), "x", "A[0]", "B[0]")
-    y, _, _ = ops.lora_linear(*forward_args(i, backend))
+    y = output(way, i, backend)
     with torch.no_grad():
         leaves[name].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -261,11 +272,12 @@ def test_modifying_what_was_kept_is_detected(backend: str, name: str) -> None:
 
 
 @every_backend
-def test_x_may_be_modified_when_only_B_is_trained(backend: str) -> None:
+@every_way
+def test_x_may_be_modified_when_only_B_is_trained(backend: str, way: str) -> None:
     made = Case().inputs()
     expected = fused(made, backend)["B[0]"]
     i, leaves = requiring(replace(made, x=made.x.clone()), "B[0]")
-    y, _, _ = ops.lora_linear(*forward_args(i, backend))
+    y = output(way, i, backend)
     leaves["x"].zero_()
     y.backward(i.dy)
     assert leaves["B[0]"].grad is not None
@@ -273,13 +285,90 @@ def test_x_may_be_modified_when_only_B_is_trained(backend: str) -> None:
 
 
 @every_backend
+@every_way
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_no_graph_without_grad_mode(backend: str, mode: Any) -> None:
+def test_no_graph_without_grad_mode(backend: str, way: str, mode: Any) -> None:
     i, _ = requiring(Case(dropout_p=0.5).inputs(), "x", "A[0]", "B[0]")
     with mode():
-        y, _, _ = ops.lora_linear(*forward_args(i, backend))
+        y = output(way, i, backend)
     assert not y.requires_grad
     assert torch.equal(y, fused(i, backend)["y"])
+
+
+@every_backend
+@every_typical
+def test_both_ways_give_the_same_bits(backend: str, case: Case) -> None:
+    made = case.inputs()
+    learned = [name for name in made.differentiable() if name != "dy"]
+    results = []
+    for way in ("dispatched", "direct"):
+        i, leaves = requiring(made, *learned)
+        y = output(way, i, backend)
+        y.backward(i.dy)
+        results.append({"y": y.detach()} | {name: leaves[name].grad for name in learned})
+    assert_same_bits(*results)
+
+
+@every_backend
+@every_way
+def test_whatever_requires_a_gradient_gets_it(backend: str, way: str) -> None:
+    made = Case(ranks=(8, 3), dora=True).inputs()
+    expected = fused(made, backend)
+    names = [name for name in made.differentiable() if name != "dy"]
+    for n in range(len(names)):
+        for some in (names[n : n + 1], names[n:], names[:n]):
+            i, leaves = requiring(made, *some)
+            y = output(way, i, backend)
+            assert y.requires_grad == bool(some)
+            if some:
+                y.backward(i.dy)
+            found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+            assert_same_bits(found, {name: expected[name] for name in some})
+
+
+@every_backend
+@every_way
+def test_what_is_kept_can_be_moved_away_and_is_given_up(backend: str, way: str) -> None:
+    """Saved tensors' hooks see it; a graph that was not retained holds nothing any more."""
+    i, leaves = requiring(Case(dropout_p=0.5).inputs(), "x", "A[0]", "B[0]")
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t):
+        y = output(way, i, backend)
+    assert {t.shape for t in packed} >= {i.x.shape, i.weight.shape, i.A[0].shape, i.B[0].shape}
+    first = torch.autograd.grad(y, list(leaves.values())[:1], i.dy, retain_graph=True)
+    second = torch.autograd.grad(y, list(leaves.values())[:1], i.dy)
+    assert torch.equal(*first, *second)
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(y, list(leaves.values())[:1], i.dy)
+
+
+class Cut(torch.autograd.Function):
+    """Lets no gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> None:
+        return None
+
+
+@every_backend
+@every_way
+def test_no_gradient_in_no_gradients_out(backend: str, way: str) -> None:
+    i, leaves = requiring(Case().inputs(), "x", "A[0]", "B[0]")
+    Cut.apply(output(way, i, backend)).sum().backward()
+    assert all(leaf.grad is None for leaf in leaves.values())
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
+@every_backend
+@every_way
+def test_anomaly_detection_names_the_op(backend: str, way: str) -> None:
+    i, _ = requiring(Case().inputs(), "x", "A[0]", "B[0]")
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match=r"LoraLinear.*returned nan"):
+        output(way, i, backend).backward(torch.full_like(i.dy, torch.nan))
 
 
 @every_backend

@@ -91,6 +91,30 @@ def lora_linear(
     return native._C.gpu_lora_linear(_where(x), *operands, scaling, thresholds, seed, adapter_index, keep_z)
 
 
+def with_gradient(
+    x: Tensor,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    bias: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    keep_z: bool,
+) -> Tensor | None:
+    """``y`` of :func:`lora_linear` with an autograd node in C++; None where the call is not put together there."""
+    if not _is_composed(x, B[0].shape[0]):
+        return None
+    assert native._C is not None
+    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
+    settings = scaling, thresholds, seed, adapter_index, keep_z
+    return native._C.gpu_lora_linear_with_gradient(_where(x), x, weight, quant, blocksize, bias, A, B, c, *settings)
+
+
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,

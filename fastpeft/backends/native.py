@@ -83,10 +83,32 @@ def lora_linear(
     """See ops.py."""
     assert _C is not None
     thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
-    few = _few_tokens(x, weight, quant, A, B) and (not c or (len(c) == 1 and seed is None))
-    plan = _C.Plan.dots if few else _plan(x.dtype, weight, quant, A[0].shape[1], bool(c))
+    plan = _forward_plan(x, weight, quant, A, B, c, seed)
     operands = x, weight, quant, blocksize, bias, A, B, c
     return _C.lora_linear(*operands, scaling, thresholds, seed, adapter_index, keep_z, plan)
+
+
+def with_gradient(
+    x: Tensor,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    bias: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    keep_z: bool,
+) -> Tensor:
+    """``y`` of :func:`lora_linear` with an autograd node in C++."""
+    assert _C is not None
+    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
+    plans = _forward_plan(x, weight, quant, A, B, c, seed), _plan(x.dtype, weight, quant, B[0].shape[0], bool(c))
+    operands = x, weight, quant, blocksize, bias, A, B, c
+    return _C.lora_linear_with_gradient(*operands, scaling, thresholds, seed, adapter_index, keep_z, *plans)
 
 
 def lora_linear_backward(
@@ -144,6 +166,21 @@ def _few_tokens(x: Tensor, weight: Tensor, quant: Sequence[Tensor], A: Sequence[
     else:
         fits = rows == 1 or (rows <= FEW_TOKENS[x.dtype] and x.numel() * x.itemsize <= FEW_TOKENS_BYTES)
     return rows > 0 and fits and all(t.is_contiguous() for t in (weight, *A, *B))
+
+
+def _forward_plan(
+    x: Tensor,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[Tensor],
+    seed: Tensor | None,
+) -> object:
+    assert _C is not None
+    if _few_tokens(x, weight, quant, A, B) and (not c or (len(c) == 1 and seed is None)):
+        return _C.Plan.dots
+    return _plan(x.dtype, weight, quant, A[0].shape[1], bool(c))
 
 
 def _plan(dtype: torch.dtype, weight: Tensor, quant: Sequence[Tensor], contracted: int, dora: bool) -> object:
