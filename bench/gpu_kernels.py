@@ -97,7 +97,7 @@ def skinny(sets: dict[str, gpu.Kernels], device: str, M: int, name: str, masked:
         "lora_dA": lambda k: k.lora_dA(x, u, mask),
     }
     moved = dy.nbytes if name == "lora_dy" else x.nbytes + (A.nbytes if name == "lora_down" else 0)
-    one_token = name == "lora_down" and M == 1  # all that CUDA has a kernel for
+    one_token = name == "lora_down" and M == 1  # of these sizes all that CUDA has a kernel for
     able = {of: kernels for of, kernels in sets.items() if one_token or not isinstance(kernels, cuda.CudaKernels)}
     calls: Calls = {of: lambda k=kernels: launches[name](k) for of, kernels in able.items()}
     return moved, calls if masked else calls | {"torch": by_torch[name]}

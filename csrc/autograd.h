@@ -4,8 +4,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <memory>
-
 #include "lora_linear.h"
 
 namespace fastpeft {
@@ -16,20 +14,15 @@ struct PlainDispatch {
     c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// The op put together, as lora_linear.h describes it.
-class Composition {
-  public:
-    virtual ~Composition() = default;
-    virtual Forward forward(const at::Tensor& x, const Weight& weight, const std::optional<at::Tensor>& bias,
-                            const Adapters& adapters, bool keep_z) const = 0;
-    virtual std::vector<at::Tensor> backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
-                                             const Weight& weight, const Adapters& adapters,
-                                             const std::optional<at::Tensor>& u, const std::vector<at::Tensor>& z,
-                                             const std::vector<bool>& needs) const = 0;
+// Where and how a call is put together, in numbers: autograd hashes what a graph keeps when it compiles one.
+struct Composition {
+    int64_t launchers;  // the address of a cuda::Launchers; 0: on the CPU
+    int64_t device, stream;
+    int64_t forward, backward;  // Plans, on the CPU
 };
 
 // y. Keeps x as it came, for dA (or dW), u, for dB, z, for dc, and the seed. Differentiable once.
-at::Tensor with_gradient(std::shared_ptr<const Composition> composition, const at::Tensor& x, const Weight& weight,
+at::Tensor with_gradient(const Composition& composition, const at::Tensor& x, const Weight& weight,
                          const std::optional<at::Tensor>& bias, const Adapters& adapters, bool keep_z);
 
 }  // namespace fastpeft

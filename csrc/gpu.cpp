@@ -50,9 +50,11 @@ bool any_masked(const std::vector<Mask>& masks) {
     return std::any_of(masks.begin(), masks.end(), [](const Mask& mask) { return mask.threshold != 0; });
 }
 
-// Rows that another adapter serves are 0.
-Tensor selected(const Tensor& product, const Tensor& index, size_t adapter) {
-    return index.defined() ? product * index.eq(static_cast<int64_t>(adapter)).unsqueeze(1) : product;
+// A product of its own, times a factor; rows that another adapter serves are 0, whatever stood there.
+Tensor selected(const Tensor& product, double factor, const Tensor& index, size_t adapter) {
+    if (factor != 1.0) product.mul_(factor);
+    if (index.defined()) product.masked_fill_(index.ne(static_cast<int64_t>(adapter)).unsqueeze(1), 0);
+    return product;
 }
 
 Tensor index_of(const Adapters& adapters) { return adapters.index ? adapters.index->reshape({-1}) : Tensor(); }
@@ -76,7 +78,7 @@ Tensor lora_down(const Kernels& kernels, const Tensor& x, const Adapters& adapte
     }
     for (size_t i = 0; i < masks.size(); ++i) {
         const Tensor A = adapters.A[i].to(x.scalar_type());
-        parts.push_back(selected(wide_product(kept(kernels, x, masks[i]), A.t()), index, i));
+        parts.push_back(selected(wide_product(kept(kernels, x, masks[i]), A.t()), 1.0, index, i));
     }
     return side_by_side(parts);
 }
@@ -188,7 +190,7 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
         if (!need_v && !need_B && !hands_on) continue;
         const double scale = adapters.scaling[i];
         const Tensor dz = scales ? scaled_to(flowing, adapters.c[i], dtype) : flowing;
-        if (need_v) v[i] = selected(wide_product(dz, scaled_to(adapters.B[i], scale, dtype)), index, i);
+        if (need_v) v[i] = selected(wide_product(dz, adapters.B[i].to(dtype)), scale, index, i);
         if (need_B) dB[i] = wide_product(dz.t(), scaled_to(u_parts[i], scale, dtype)).to(adapters.B[i].scalar_type());
         if (need_A)
             dA[i] = wide_product(v[i].to(dtype).t(), kept(kernels, x2, masks[i])).to(adapters.A[i].scalar_type());

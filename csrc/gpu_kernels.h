@@ -53,7 +53,7 @@ class Kernels {
 // a b with its sums left in float32.
 at::Tensor wide_product(const at::Tensor& a, const at::Tensor& b);
 
-// t times a number or a tensor, rounded once to `dtype`; t itself where that changes nothing.
+// t times a number (t in float32) or a tensor (in float32), rounded once to `dtype`.
 at::Tensor scaled_to(const at::Tensor& t, double factor, at::ScalarType dtype);
 at::Tensor scaled_to(const at::Tensor& t, const at::Tensor& factor, at::ScalarType dtype);
 

@@ -41,31 +41,12 @@ Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tenso
                                           {A, B, c, scaling, thresholds, seed, adapter_index}, u, z, needs, plan);
 }
 
-class OnCpu : public fastpeft::Composition {
-  public:
-    OnCpu(fastpeft::Plan forward, fastpeft::Plan backward) : forward_(forward), backward_(backward) {}
-
-    fastpeft::Forward forward(const Tensor& x, const fastpeft::Weight& weight, const MaybeTensor& bias,
-                              const fastpeft::Adapters& adapters, bool keep_z) const override {
-        return fastpeft::lora_linear(x, weight, bias, adapters, keep_z, forward_);
-    }
-
-    Tensors backward(const Tensor& dy, const MaybeTensor& x, const fastpeft::Weight& weight,
-                     const fastpeft::Adapters& adapters, const MaybeTensor& u, const Tensors& z,
-                     const std::vector<bool>& needs) const override {
-        return fastpeft::lora_linear_backward(dy, x, weight, adapters, u, z, needs, backward_);
-    }
-
-  private:
-    fastpeft::Plan forward_, backward_;
-};
-
 Tensor lora_linear_with_gradient(const Tensor& x, const Tensor& weight, const Tensors& quant, int64_t blocksize,
                                  const MaybeTensor& bias, const Tensors& A, const Tensors& B, const Tensors& c,
                                  const std::vector<double>& scaling, const std::vector<int64_t>& thresholds,
                                  const MaybeTensor& seed, const MaybeTensor& adapter_index, bool keep_z,
                                  fastpeft::Plan forward, fastpeft::Plan backward) {
-    return fastpeft::with_gradient(std::make_shared<OnCpu>(forward, backward), x,
+    return fastpeft::with_gradient({0, 0, 0, static_cast<int64_t>(forward), static_cast<int64_t>(backward)}, x,
                                    weight_of(weight, quant, blocksize, A[0], B[0]), bias,
                                    {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z);
 }
@@ -108,31 +89,14 @@ Tensors gpu_lora_linear_backward(const GpuPlace& place, const Tensor& dy, const 
                                                {A, B, c, scaling, thresholds, seed, adapter_index}, u, z, needs);
 }
 
-class OnGpu : public fastpeft::Composition {
-  public:
-    explicit OnGpu(const fastpeft::gpu::Gpu& gpu) : gpu_(gpu) {}
-
-    fastpeft::Forward forward(const Tensor& x, const fastpeft::Weight& weight, const MaybeTensor& bias,
-                              const fastpeft::Adapters& adapters, bool keep_z) const override {
-        return fastpeft::gpu::lora_linear(gpu_, x, weight, bias, adapters, keep_z);
-    }
-
-    Tensors backward(const Tensor& dy, const MaybeTensor& x, const fastpeft::Weight& weight,
-                     const fastpeft::Adapters& adapters, const MaybeTensor& u, const Tensors& z,
-                     const std::vector<bool>& needs) const override {
-        return fastpeft::gpu::lora_linear_backward(gpu_, dy, x, weight, adapters, u, z, needs);
-    }
-
-  private:
-    fastpeft::gpu::Gpu gpu_;  // autograd runs the backward pass on the forward pass's stream
-};
-
 Tensor gpu_lora_linear_with_gradient(const GpuPlace& place, const Tensor& x, const Tensor& weight, const Tensors& quant,
                                      int64_t blocksize, const MaybeTensor& bias, const Tensors& A, const Tensors& B,
                                      const Tensors& c, const std::vector<double>& scaling,
                                      const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
                                      const MaybeTensor& adapter_index, bool keep_z) {
-    return fastpeft::with_gradient(std::make_shared<OnGpu>(gpu_of(place)), x,
+    gpu_of(place);  // checks the table
+    const auto [table, device, stream] = place;
+    return fastpeft::with_gradient({static_cast<int64_t>(table), device, static_cast<int64_t>(stream), 0, 0}, x,
                                    weight_of(weight, quant, blocksize, A[0], B[0]), bias,
                                    {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z);
 }

@@ -85,6 +85,37 @@ class GpuSuite:
     ) -> None:
         Expected.of(lambda: over_4_bits(M, K, form, dtype, dora)).assert_met_by(self.results)
 
+    @pytest.mark.parametrize("M", [63, 65])
+    @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("scale", [1.3, 0.0625])
+    def test_scalings_are_not_rounded_with_the_adapters(self, M: int, adapter_dtype: torch.dtype, scale: float) -> None:
+        def make() -> LoraInputs:
+            made = Case(M=M, adapter_dtype=adapter_dtype, dropout_p=0.1).inputs()
+            return replace(made, scaling=[scale])
+
+        Expected.of(make).assert_met_by(self.results)
+
+    @pytest.mark.parametrize("scale", [0.0625, 1.0])
+    def test_small_adapters_do_not_vanish(self, scale: float) -> None:
+        """``s B`` is below float16's normal numbers, its product with ``dy`` is not."""
+
+        def make() -> LoraInputs:
+            made = Case(M=65, dtype=torch.float16, adapter_dtype=torch.float32).inputs()
+            return replace(made, B=[2e-4 * b for b in made.B], scaling=[scale])
+
+        Expected.of(make).assert_met_by(self.results)
+
+    @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")  # interpreted
+    @pytest.mark.parametrize("M", [8, 63, 65, 300])
+    @pytest.mark.parametrize("p", [0.0, 0.5])
+    def test_one_adapters_infinities_stay_with_its_tokens(self, M: int, p: float) -> None:
+        i = Case(M=M, dtype=torch.float16, ranks=(8, 3), dropout_p=p, mixed=True).inputs()
+        i.A[1].fill_(1e6)
+        results, sound = self.results(i), i.adapter_index != 1
+        assert not results["y"][~sound].isfinite().all()
+        for finite in (results["y"][sound], results["A[0]"], results["B[0]"]):
+            assert finite.isfinite().all()
+
     @pytest.mark.parametrize("case", SHORT.values(), ids=SHORT)
     def test_the_short_way_gives_the_bits_of_the_op(self, case: Case) -> None:
         """Past torch's dispatcher, with the node in C++ where the backend has it."""

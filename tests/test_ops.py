@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import CASES, Case, expected
 from oracle import Expected, LoraInputs, Results, fused, oracle
+from torch._dynamo import compiled_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft import ops
@@ -397,3 +398,31 @@ def test_infinities_and_nans_pass_through(backend: str, dtype: torch.dtype) -> N
     y = fused(replace(i, x=x), backend)["y"]
     assert not y[:2].isfinite().any()
     assert torch.equal(y[2], fused(i, backend)["y"][2])
+
+
+@every_backend
+@every_way
+def test_factors_with_strides_are_read_right(backend: str, way: str) -> None:
+    made = Case(dora=True).inputs()
+    strided = torch.stack((made.c[0], made.c[0] + 1), dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    results = []
+    for c in (made.c[0], strided):
+        i, leaves = requiring(replace(made, c=[c]), "x", "c[0]")
+        y = output(way, i, backend)
+        y.backward(i.dy)
+        results.append({"y": y.detach(), "x": leaves["x"].grad, "c": leaves["c[0]"].grad})
+    assert_same_bits(*results)
+
+
+@every_backend
+def test_a_compiled_backward_pass_runs_it(backend: str) -> None:
+    made = Case(dropout_p=0.5).inputs()
+    gradients = []
+    for compiled in (False, True):
+        i, leaves = requiring(made, "x", "A[0]", "B[0]")
+        y = output("direct", i, backend)
+        with compiled_autograd._enable(torch.compile(backend="eager")) if compiled else nullcontext():
+            y.backward(i.dy)
+        gradients.append({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
+    assert_same_bits(*gradients)

@@ -33,7 +33,7 @@ PLANNED = {
     "dora_dropout": Case(M=70, K=130, N=90, dora=True, dropout_p=0.3),
     "descriptors": Case(M=150, K=136, N=272, dtype=torch.bfloat16, ranks=(8, 3)),
     "descriptors, dropout": Case(M=150, K=272, N=136, dtype=torch.float16, dropout_p=0.3),
-    "descriptors, transposed": Case(M=3, K=64, N=72, dtype=torch.bfloat16, dropout_p=0.3, weight_layout="transposed"),
+    "descriptors, transposed": Case(M=33, K=64, N=72, dtype=torch.bfloat16, dropout_p=0.3, weight_layout="transposed"),
     "descriptors, ranks": Case(M=70, K=136, N=72, dtype=torch.bfloat16, ranks=(40,), dropout_p=0.3),
     "descriptors, dora": Case(M=70, K=136, N=264, dtype=torch.bfloat16, dora=True),
 }
@@ -99,7 +99,7 @@ def test_every_plan_is_as_close_as_eager(plan: None, case: Case) -> None:
 def test_where_the_copy_engine_can_move_the_tiles(
     kernels: backend.TritonKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, weight = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in ((5, 32), (24, 32)))
+    x, weight = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in ((17, 32), (24, 32)))
     monkeypatch.setattr(backend, "_architecture", lambda device: 90)
 
     def persistent(x: torch.Tensor = x, weight: torch.Tensor = weight, rank: int = 64) -> bool:
@@ -113,8 +113,12 @@ def test_where_the_copy_engine_can_move_the_tiles(
     assert not persistent(x[:, :28], weight[:, :28].contiguous())
     assert not persistent(x[:, 4:28], weight[:, 4:28])  # an address in between
     assert not persistent(x.t().contiguous().t())
-    monkeypatch.setattr(backend, "_architecture", lambda device: 89)
-    assert not persistent()
+    assert not persistent(x[:1].expand(17, 32))  # rows that overlap
+    assert not persistent(x[:, :1], weight[:, :1])
+    assert not persistent(x[:16])  # few tokens: z may be float32, and one tile leaves the GPU idle
+    for architecture, moves_tiles in ((89, False), (100, True), (120, False)):
+        monkeypatch.setattr(backend, "_architecture", lambda device, name=architecture: name)
+        assert persistent() is moves_tiles
 
 
 @pytest.mark.parametrize("programs", [1, 3])

@@ -48,7 +48,7 @@ Error launched(const Place& place, Launch launch) {
     const bool elsewhere = current != place.device;
     if (error == cudaSuccess && elsewhere) error = cudaSetDevice(place.device);
     if (error == cudaSuccess) error = launch();
-    if (elsewhere) cudaSetDevice(current);
+    if (elsewhere && cudaSetDevice(current) != cudaSuccess) cudaGetLastError();
     if (error != cudaSuccess) cudaGetLastError();  // what these calls leave
     return error;
 }

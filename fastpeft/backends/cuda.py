@@ -19,7 +19,7 @@ from torch import Tensor
 from . import gpu, gpu_plans, native, triton
 from .gpu import DyGradients, Kernels, Mask, Tail, parts_of
 from .gpu_plans import Plan
-from .operands import folded_dropout
+from .operands import backward_in_cpp, forward_in_cpp
 
 NAME = "cuda"
 DEVICE = "cuda"  # where the self-check runs it
@@ -67,78 +67,28 @@ def describe(K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
     return f"up to {tokens} tokens composed in C++ (epilogue); above, {plans}"
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
-    operands = x, weight, quant, blocksize, bias, A, B, c
-    if not _is_composed(x, B[0].shape[0]):
-        return gpu.lora_linear(kernels(), *operands, scaling, dropout_p, seed, adapter_index, keep_z)
-    assert native._C is not None
-    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
-    return native._C.gpu_lora_linear(_where(x), *operands, scaling, thresholds, seed, adapter_index, keep_z)
+    x, _, _, _, _, A, B, *_ = args
+    if not _is_composed(x, A, B):
+        return gpu.lora_linear(kernels(), *args)
+    return _cpp().gpu_lora_linear(_where(x), *forward_in_cpp(*args))
 
 
-def with_gradient(
-    x: Tensor,
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    keep_z: bool,
-) -> Tensor | None:
+def with_gradient(*args: Any) -> Tensor | None:
     """``y`` of :func:`lora_linear` with an autograd node in C++; None where the call is not put together there."""
-    if not _is_composed(x, B[0].shape[0]):
+    x, _, _, _, _, A, B, *_ = args
+    if not _is_composed(x, A, B):
         return None
-    assert native._C is not None
-    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
-    settings = scaling, thresholds, seed, adapter_index, keep_z
-    return native._C.gpu_lora_linear_with_gradient(_where(x), x, weight, quant, blocksize, bias, A, B, c, *settings)
+    return _cpp().gpu_lora_linear_with_gradient(_where(x), *forward_in_cpp(*args))
 
 
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    u: Tensor | None,
-    z: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def lora_linear_backward(*args: Any) -> list[Tensor]:
     """See ops.py."""
-    operands = dy, x, weight, quant, blocksize, A, B, c, u, z
-    if not _is_composed(dy, A[0].shape[1]):
-        return gpu.lora_linear_backward(kernels(), *operands, scaling, dropout_p, seed, adapter_index, needs)
-    assert native._C is not None
-    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
-    return native._C.gpu_lora_linear_backward(_where(dy), *operands, scaling, thresholds, seed, adapter_index, needs)
+    dy, _, _, _, _, A, B, *_ = args
+    if not _is_composed(dy, A, B):
+        return gpu.lora_linear_backward(kernels(), *args)
+    return _cpp().gpu_lora_linear_backward(_where(dy), *backward_in_cpp(*args))
 
 
 def dora_norm(*args: Any) -> Tensor:
@@ -295,11 +245,17 @@ def kernels() -> CudaKernels:
     return CudaKernels(library(), triton.kernels() if triton.is_installed() else None)
 
 
-def _is_composed(x: Tensor, outputs: int) -> bool:
-    """Whether a call is put together in C++; ``x [..., K]`` is multiplied with W to so many outputs."""
+def _is_composed(x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
+    """Whether a call is put together in C++; ``x`` stands for ``dy`` in a backward op."""
     if kernels().others is None:
         return True
-    return native._C is not None and x.numel() * outputs <= HOST_BOUND * triton.multiprocessors(x.device)
+    multiply_adds = x.shape[:-1].numel() * A[0].shape[1] * B[0].shape[0]
+    return native._C is not None and multiply_adds <= HOST_BOUND * triton.multiprocessors(x.device)
+
+
+def _cpp() -> ModuleType:
+    assert native._C is not None
+    return native._C
 
 
 def _where(x: Tensor) -> tuple[int, int, int]:

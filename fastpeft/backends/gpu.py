@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..dropout import dropout_scale, dropout_threshold
 from . import gpu_plans
 from .gpu_plans import FUSED, Plan, Product
-from .operands import operand_refusal
+from .operands import contiguous, operand_refusal
 
 
 class Mask(NamedTuple):
@@ -165,7 +165,7 @@ def lora_linear(
     keep_z: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
-    x2, N = matrix(x), B[0].shape[0]
+    x2, N, c = matrix(x), B[0].shape[0], contiguous(c)
     M, K = x2.shape
     bias = None if bias is None else bias.contiguous()
     masks = [Mask.of(p, seed, i) for i, p in enumerate(dropout_p)]
@@ -215,7 +215,7 @@ def lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """See ops.py."""
-    count, N, K = len(A), B[0].shape[0], A[0].shape[1]
+    count, N, K, c = len(A), B[0].shape[0], A[0].shape[1], contiguous(c)
     need_x, need_weight, need_bias = needs[:3]
     need_A, need_B, need_c = needs[3 : 3 + count], needs[3 + count : 3 + 2 * count], needs[3 + 2 * count :]
     dy2, x2 = matrix(dy), None if x is None else matrix(x)

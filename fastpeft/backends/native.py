@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .operands import DTYPES, folded_dropout, operand_refusal
+from .operands import DTYPES, backward_in_cpp, forward_in_cpp, operand_refusal
 
 _C: ModuleType | None = None
 _load_error = ""
@@ -65,75 +66,25 @@ def worth_a_warning(x: Tensor) -> bool:
     return _C is None and x.device.type == "cpu" and x.dtype in DTYPES
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
     assert _C is not None
-    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
-    plan = _forward_plan(x, weight, quant, A, B, c, seed)
-    operands = x, weight, quant, blocksize, bias, A, B, c
-    return _C.lora_linear(*operands, scaling, thresholds, seed, adapter_index, keep_z, plan)
+    return _C.lora_linear(*forward_in_cpp(*args), _forward_plan(*args))
 
 
-def with_gradient(
-    x: Tensor,
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    keep_z: bool,
-) -> Tensor:
+def with_gradient(*args: Any) -> Tensor:
     """``y`` of :func:`lora_linear` with an autograd node in C++."""
     assert _C is not None
-    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
-    plans = _forward_plan(x, weight, quant, A, B, c, seed), _plan(x.dtype, weight, quant, B[0].shape[0], bool(c))
-    operands = x, weight, quant, blocksize, bias, A, B, c
-    return _C.lora_linear_with_gradient(*operands, scaling, thresholds, seed, adapter_index, keep_z, *plans)
+    x, weight, quant, _, _, _, B, c, *_ = args
+    plans = _forward_plan(*args), _plan(x.dtype, weight, quant, B[0].shape[0], bool(c))
+    return _C.lora_linear_with_gradient(*forward_in_cpp(*args), *plans)
 
 
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    u: Tensor | None,
-    z: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def lora_linear_backward(*args: Any) -> list[Tensor]:
     """See ops.py."""
     assert _C is not None
-    thresholds, scaling = folded_dropout(scaling, dropout_p, seed)
-    plan = _plan(dy.dtype, weight, quant, B[0].shape[0], bool(c))
-    operands = dy, x, weight, quant, blocksize, A, B, c, u, z
-    return _C.lora_linear_backward(*operands, scaling, thresholds, seed, adapter_index, needs, plan)
+    dy, _, weight, quant, _, _, B, c, *_ = args
+    return _C.lora_linear_backward(*backward_in_cpp(*args), _plan(dy.dtype, weight, quant, B[0].shape[0], bool(c)))
 
 
 def dora_norm(
@@ -172,10 +123,15 @@ def _forward_plan(
     x: Tensor,
     weight: Tensor,
     quant: Sequence[Tensor],
+    blocksize: int,
+    bias: Tensor | None,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     c: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
     seed: Tensor | None,
+    *_: object,
 ) -> object:
     assert _C is not None
     if _few_tokens(x, weight, quant, A, B) and (not c or (len(c) == 1 and seed is None)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,58 @@ def operand_refusal(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[
     return None
 
 
-def folded_dropout(
+def forward_in_cpp(
+    x: Tensor,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    bias: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    keep_z: bool,
+) -> tuple[Any, ...]:
+    """The arguments of an op's ``lora_linear`` as the extension takes them."""
+    folded = _folded_dropout(scaling, dropout_p, seed)
+    return x, weight, quant, blocksize, bias, A, B, contiguous(c), *folded, seed, adapter_index, keep_z
+
+
+def backward_in_cpp(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    quant: Sequence[Tensor],
+    blocksize: int,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[Tensor],
+    u: Tensor | None,
+    z: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seed: Tensor | None,
+    adapter_index: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Any, ...]:
+    """The same of ``lora_linear_backward``."""
+    folded = _folded_dropout(scaling, dropout_p, seed)
+    return dy, x, weight, quant, blocksize, A, B, contiguous(c), u, z, *folded, seed, adapter_index, needs
+
+
+def contiguous(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """DoRA's factors as every kernel reads them."""
+    return [vector.contiguous() for vector in vectors]
+
+
+def _folded_dropout(
     scaling: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None
-) -> tuple[list[int], Sequence[float]]:
-    """The masks' thresholds, and the scalings with dropout's factor 1 / (1 - p) in them."""
+) -> tuple[Sequence[float], list[int]]:
+    """The scalings with dropout's factor 1 / (1 - p) in them, and the masks' thresholds."""
     if seed is None:
-        return [0] * len(scaling), scaling
-    thresholds = [dropout_threshold(p) for p in dropout_p]
-    return thresholds, [s * dropout_scale(p) for s, p in zip(scaling, dropout_p, strict=True)]
+        return scaling, [0] * len(scaling)
+    factors = [s * dropout_scale(p) for s, p in zip(scaling, dropout_p, strict=True)]
+    return factors, [dropout_threshold(p) for p in dropout_p]

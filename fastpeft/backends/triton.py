@@ -27,7 +27,7 @@ PROGRAMS = 2  # of a skinny product for each multiprocessor, at least
 SHORTEST_SPLIT = 256  # inputs of a product that a program sums up, at least
 MOST_TILES = 16
 RANK_BLOCKS = (16, 32, 64)  # ranks that a program may hold; the matrix instructions want 16 at least
-COPIES_TILES = 90  # the architecture from which on a copy engine takes tiles of a matrix, by its descriptor
+COPY_TILES = range(90, 120)  # architectures whose copy engine moves tiles of a matrix, and that hold enough of them
 ALIGNED = 16  # bytes of its rows and address
 
 
@@ -150,7 +150,8 @@ class TritonKernels:
         self._launch.lora_up(base, second, y, tail, kind.rank_block, _precision(y), config)
 
     def fused_plans(self, x: Tensor, weight: Tensor, rank: int) -> tuple[Plan, ...]:
-        fits = rank <= RANK_BLOCKS[-1] and weight.shape[0] * x.element_size() % ALIGNED == 0
+        (M, K), N = x.shape, weight.shape[0]
+        fits = M > FEW_TOKENS and K > 1 and rank <= RANK_BLOCKS[-1] and N * x.element_size() % ALIGNED == 0
         if fits and _has_descriptor(x) and (_has_descriptor(weight) or _has_descriptor(weight.t())):
             return fused_plans(x.device, x.dtype)
         return (Plan.fused,)
@@ -224,13 +225,14 @@ def is_installed() -> bool:
 
 def fused_plans(device: torch.device, dtype: torch.dtype) -> tuple[Plan, ...]:
     """Those of ``gpu_plans.FUSED`` that there are on this device, where the operands allow for them."""
-    return FUSED if _architecture(device) >= COPIES_TILES and dtype != torch.float32 else (Plan.fused,)
+    return FUSED if _architecture(device) in COPY_TILES and dtype != torch.float32 else (Plan.fused,)
 
 
 def _has_descriptor(matrix: Tensor) -> bool:
     """Whether the GPU's copy engine can move tiles of it."""
     rows, columns = matrix.stride()
-    return columns == 1 and rows * matrix.element_size() % ALIGNED == 0 and matrix.data_ptr() % ALIGNED == 0
+    apart = columns == 1 and rows >= matrix.shape[1]
+    return apart and rows * matrix.element_size() % ALIGNED == 0 and matrix.data_ptr() % ALIGNED == 0
 
 
 def _programs_wanted(x: Tensor) -> int:
@@ -248,7 +250,7 @@ def multiprocessors(device: torch.device) -> int:
 def _architecture(device: torch.device) -> int:
     """90 for compute capability 9.0; the interpreter has every kernel."""
     if device.type != "cuda":
-        return COPIES_TILES
+        return COPY_TILES[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

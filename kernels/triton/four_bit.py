@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lora_linear import Tail
-from .tiles import finish_tile, low_rank_tile
+from .tiles import finish_tile, low_rank_tile, store_tile
 
 GROUP = 64  # elements of a row that :func:`four_bit_linear` decodes at a time; a block holds whole groups
 
@@ -148,9 +148,11 @@ def _four_bit_linear_kernel(
     q_at = q_ptr + rows[:, None].to(tl.int64) * stride_qm
     right_at = right_ptr + n[None, :].to(tl.int64) * stride_rn
     delta = low_rank_tile(q_at, right_at, stride_rr, scale, rows, n, M, N, RANK, dtype, BLOCK_R, PRECISION)
-    y = finish_tile(sums + delta, sums, c_ptr, z_ptr, bias_ptr, rows, n, M, N, False, HAS_C, HAS_Z, HAS_BIAS)
-    y_at = y_ptr + rows[:, None].to(tl.int64) * stride_ym + n[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (n[None, :] < N))
+    z = sums + delta
+    if HAS_Z:
+        store_tile(z_ptr, N, z, rows, n, M, N)
+    y = finish_tile(z, sums, c_ptr, bias_ptr, n, N, False, HAS_C, HAS_BIAS)
+    store_tile(y_ptr, stride_ym, y, rows, n, M, N)
 
 
 def four_bit_linear(

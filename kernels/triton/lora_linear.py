@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import finish_tile, group_tiles, keep_tile, low_rank_tile
+from .tiles import finish_tile, group_tiles, keep_tile, low_rank_tile, store_tile
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,10 @@ def _lora_linear_kernel(
     z, rest = sums + delta, sums
     if DROPS_INPUT:
         z, rest = dropped * factor + delta, sums - dropped * factor
-    y = finish_tile(z, rest, c_ptr, z_ptr, bias_ptr, rows, columns, M, N, DROPS_INPUT, HAS_C, HAS_Z, HAS_BIAS)
-    y_at = y_ptr + rows[:, None].to(tl.int64) * stride_ym + columns[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
+    if HAS_Z:
+        store_tile(z_ptr, N, z, rows, columns, M, N)
+    y = finish_tile(z, rest, c_ptr, bias_ptr, columns, N, DROPS_INPUT, HAS_C, HAS_BIAS)
+    store_tile(y_ptr, stride_ym, y, rows, columns, M, N)
 
 
 @triton.jit
@@ -167,9 +168,10 @@ def _lora_up_kernel(
     if HAS_SECOND:
         second = tl.load(second_ptr + base_at, mask=inside, other=0.0).to(tl.float32)
         z, rest = second + delta, base - second
-    y = finish_tile(z, rest, c_ptr, z_ptr, bias_ptr, rows, columns, M, N, HAS_SECOND, HAS_C, HAS_Z, HAS_BIAS)
-    y_at = y_ptr + rows[:, None].to(tl.int64) * stride_ym + columns[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if HAS_Z:
+        store_tile(z_ptr, N, z, rows, columns, M, N)
+    y = finish_tile(z, rest, c_ptr, bias_ptr, columns, N, HAS_SECOND, HAS_C, HAS_BIAS)
+    store_tile(y_ptr, stride_ym, y, rows, columns, M, N)
 
 
 class Tail(Protocol):

@@ -57,17 +57,16 @@ def _halves(tile):
 @triton.jit
 def _finish_pieces(
     y,
+    z,
     sums,
     q,
     right,
     m,
     n,
     c_ptr,
-    z_ptr,
     bias_ptr,
     seed_ptr,
     threshold,
-    M,
     N,
     DROPS_OUTPUT: tl.constexpr,
     HAS_C: tl.constexpr,
@@ -84,18 +83,19 @@ def _finish_pieces(
         if DROPS_OUTPUT:
             first, second = _halves(right)
         _finish_pieces(
-            *(y, left, q, first, m, n, c_ptr, z_ptr, bias_ptr, seed_ptr, threshold, M, N),
+            *(y, z, left, q, first, m, n, c_ptr, bias_ptr, seed_ptr, threshold, N),
             *(DROPS_OUTPUT, HAS_C, HAS_Z, HAS_BIAS, PIECES // 2),
         )
         _finish_pieces(
-            *(y, right_half, q, second, m, n + COLUMNS // 2, c_ptr, z_ptr, bias_ptr, seed_ptr, threshold, M, N),
+            *(y, z, right_half, q, second, m, n + COLUMNS // 2, c_ptr, bias_ptr, seed_ptr, threshold, N),
             *(DROPS_OUTPUT, HAS_C, HAS_Z, HAS_BIAS, PIECES // 2),
         )
     else:
-        rows, columns = m + tl.arange(0, ROWS), n + tl.arange(0, COLUMNS)
         if DROPS_OUTPUT:
             sums += tl.where(keep_tile(seed_ptr, threshold, m, n, ROWS, COLUMNS), tl.dot(q, right), 0.0)
-        out = finish_tile(sums, sums, c_ptr, z_ptr, bias_ptr, rows, columns, M, N, False, HAS_C, HAS_Z, HAS_BIAS)
+        if HAS_Z:
+            z.store([m, n], sums.to(z.dtype))
+        out = finish_tile(sums, sums, c_ptr, bias_ptr, n + tl.arange(0, COLUMNS), N, False, HAS_C, HAS_BIAS)
         y.store([m, n], out.to(y.dtype))
 
 
@@ -104,10 +104,10 @@ def _lora_linear_persistent_kernel(
     x,
     W,
     y,
+    z,
     q_ptr,
     right_ptr,
     c_ptr,
-    z_ptr,
     bias_ptr,
     seed_ptr,
     scale,
@@ -150,7 +150,7 @@ def _lora_linear_persistent_kernel(
         if not DROPS_OUTPUT:
             sums = tl.dot(q, right, sums)
         _finish_pieces(
-            *(y, sums, q, right, m, n, c_ptr, z_ptr, bias_ptr, seed_ptr, threshold, M, N),
+            *(y, z, sums, q, right, m, n, c_ptr, bias_ptr, seed_ptr, threshold, N),
             *(DROPS_OUTPUT, HAS_C, HAS_Z, HAS_BIAS, PIECES),
         )
 
@@ -166,18 +166,20 @@ def lora_linear_persistent(
 ) -> None:
     """As ``lora_linear`` without a masked input, in half precision, by ``programs`` at most.
 
-    ``x``, ``y`` and ``weight`` or its transpose are contiguous along their last dimension, their rows and addresses
-    multiples of 16 bytes; there are at most ``rank_block`` ranks.
+    ``x``, ``y``, DoRA's ``z``, and ``weight`` or its transpose are contiguous along their last dimension, their rows
+    and addresses multiples of 16 bytes; there are at most ``rank_block`` ranks.
     """
     (M, K), N = x.shape, weight.shape[0]
     transposed = weight.stride(1) != 1
     W_block = [config.BLOCK_K, config.BLOCK_N] if transposed else [config.BLOCK_N, config.BLOCK_K]
+    piece = [config.BLOCK_M, config.BLOCK_N // config.PIECES]
     programs = min(programs, triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N))
     _lora_linear_persistent_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K]),
         TensorDescriptor.from_tensor(weight.t() if transposed else weight, W_block),
-        TensorDescriptor.from_tensor(y, [config.BLOCK_M, config.BLOCK_N // config.PIECES]),
-        *(tail.q, tail.right, tail.c, tail.z, tail.bias, tail.seed, tail.scale, tail.threshold),
+        TensorDescriptor.from_tensor(y, piece),
+        None if tail.z is None else TensorDescriptor.from_tensor(tail.z, piece),
+        *(tail.q, tail.right, tail.c, tail.bias, tail.seed, tail.scale, tail.threshold),
         *(M, N, K, tail.q.shape[1], tail.q.stride(0), *tail.right.stride()),
         W_TRANSPOSED=transposed,
         DROPS_OUTPUT=tail.threshold > 0,

@@ -53,33 +53,29 @@ def finish_tile(
     z,
     rest,
     c_ptr,
-    z_ptr,
     bias_ptr,
-    rows,
     columns,
-    M,
     N,
     HAS_REST: tl.constexpr,
     HAS_C: tl.constexpr,
-    HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """``y = z + bias``; with DoRA's ``c``: ``y = c z + bias``, or, over dropped-out inputs, ``y = c z + rest + bias``.
-
-    Writes DoRA's ``z`` to ``z_ptr [M, N]``, contiguous.
-    """
+    """``y = z + bias``; with DoRA's ``c``: ``c z + bias``, or, over dropped-out inputs, ``c z + rest + bias``."""
     y = z
     if HAS_C:
-        if HAS_Z:
-            inside = (rows[:, None] < M) & (columns[None, :] < N)
-            z_at = z_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
-            tl.store(z_at, z.to(z_ptr.dtype.element_ty), mask=inside)
         y *= tl.load(c_ptr + columns, mask=columns < N, other=0.0)[None, :]
         if HAS_REST:
             y += rest
     if HAS_BIAS:
         y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0)[None, :].to(tl.float32)
     return y
+
+
+@triton.jit
+def store_tile(ptr, stride, tile, rows, columns, M, N):
+    """Writes a tile of a matrix ``[M, N]`` with contiguous rows, in its dtype."""
+    at = ptr + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
 
 
 @triton.jit
