@@ -8,12 +8,15 @@ import json
 import tarfile
 from pathlib import Path
 
+import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
+import fastpeft
 from fastpeft.experiments import data, models, training
 from fastpeft.experiments.demo import command, side_by_side
 from fastpeft.experiments.memory import held_bytes, kept_bytes, peak_bytes
@@ -206,6 +209,16 @@ def test_kept_bytes_of_a_known_graph() -> None:
     # Frozen: the weight gradient's input is not saved, and nothing is before the first trainable parameter.
     first.requires_grad_(False)
     assert kept_bytes(model, lambda: model(x)) == FLOAT * 5 * 16
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_kept_bytes_leave_out_what_describes_4_bit_weights(nested: bool) -> None:
+    linear = bnb.nn.Linear4bit(64, 48, bias=False, quant_type="nf4", compress_statistics=nested)
+    linear.to("cpu")  # packs the weight
+    model = peft.get_peft_model(nn.ModuleDict({"linear": linear}), peft.LoraConfig(r=4, target_modules=["linear"]))
+    fastpeft.patch(model)
+    x = torch.randn(5, 64)
+    assert kept_bytes(model, lambda: model.base_model.model["linear"](x)) == FLOAT * (5 * 64 + 5 * 4)
 
 
 def test_held_bytes_count_shared_memory_once() -> None:

@@ -7,7 +7,7 @@ on a GPU: every allocation of torch's allocator during one step, on top of what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 import torch
@@ -22,7 +22,8 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that ``forward()`` keeps for its backward pass, beyond the parameters and buffers of ``model``.
+    """Bytes that ``forward()`` keeps for its backward pass, beyond the parameters and buffers of ``model`` and the
+    statistics of its 4-bit weights.
 
     Whatever is saved counts with its whole memory (a saved view keeps all of it alive), once.
     """
@@ -34,8 +35,17 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
-    own = _storages([*model.parameters(), *model.buffers()])
+    own = _storages([*model.parameters(), *model.buffers(), *_statistics(model)])
     return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+
+
+def _statistics(model: nn.Module) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside its 4-bit weights, nested or not."""
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            yield from (value for value in vars(state).values() if isinstance(value, Tensor))
+            state = getattr(state, "state2", None)
 
 
 def peak_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> int:
