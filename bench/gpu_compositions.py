@@ -17,8 +17,8 @@ import torch
 from fastpeft import functional
 from fastpeft.backends import cuda
 
-from . import gpu_timing, rows
-from .measure import Run
+from . import gpu_timing
+from .measure import Run, record_kernels
 from .timing import interleave, summary
 
 RANK = 16
@@ -95,13 +95,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
 def command(rounds: int, out: Path) -> None:
     """Times both compositions of the CUDA backend."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("torch finds no NVIDIA GPU")
-    run = Run.begin("cuda")
-    found = list(measure(rounds, run))
-    table = markdown(found)
-    rows.write(out / f"{run.machine['name']}-compositions.jsonl", found, table)
-    click.echo(table)
+    record_kernels("compositions", lambda run: list(measure(rounds, run)), markdown, out, "cuda")
 
 
 if __name__ == "__main__":

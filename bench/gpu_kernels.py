@@ -16,8 +16,8 @@ import torch
 from fastpeft.backends import cuda, gpu, triton
 from fastpeft.nf4 import FourBit, quantize, weight_operands
 
-from . import gpu_timing, rows
-from .measure import Run
+from . import gpu_timing
+from .measure import Run, record_kernels
 
 RANK = 16
 K = N = 4096
@@ -204,13 +204,7 @@ def _bitsandbytes(x: torch.Tensor | None, device: str) -> Calls:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
 def command(rounds: int, out: Path) -> None:
     """Times every kernel of the GPU backends."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("torch finds no NVIDIA GPU")
-    run = Run.begin("cuda")
-    found = list(measure(rounds, run))
-    table = markdown(found)
-    rows.write(out / f"{run.machine['name']}-kernels.jsonl", found, table)
-    click.echo(table)
+    record_kernels("kernels", lambda run: list(measure(rounds, run)), markdown, out, "cuda")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import torch
 from fastpeft.backends import cuda, gpu, gpu_plans, triton
 from fastpeft.backends.gpu_plans import ENDINGS, Plan, Product
 
-from . import gpu_timing, rows
+from . import gpu_timing
 from .cases import DTYPES
-from .measure import Run
+from .measure import Run, record_kernels
 
 RANK = 16
 THRESHOLD = 3277  # p = 0.05
@@ -119,17 +119,11 @@ def recorded(found: Sequence[dict[str, Any]], table: list[dict[str, Any]]) -> li
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="A copy of gpu_plans.json to add to.")
 def command(dtype: str, rounds: int, out: Path, record: Path | None) -> None:
     """Times the plans of the GPU backends against the frozen base."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("torch finds no NVIDIA GPU")
-    run = Run.begin("cuda")
-    found = list(measure(dtype, rounds, run))
-    table = markdown(found)
-    rows.write(out / f"{run.machine['name']}-plans.jsonl", found, table)
+    found = record_kernels("plans", lambda run: list(measure(dtype, rounds, run)), markdown, out, "cuda")
     if record is not None:
         known = json.loads(record.read_text()) if record.exists() else []
         lines = ",\n".join(json.dumps(gpu) for gpu in recorded(found, known))
         record.write_text(f"[\n{lines}\n]\n")
-    click.echo(table)
 
 
 if __name__ == "__main__":

@@ -52,17 +52,24 @@ class Run:
 
 
 def record_kernels(
-    name: str, measure: Callable[[Run], list[dict[str, Any]]], markdown: Callable[..., str], out: Path
-) -> None:
-    """Measures the native kernels, adds the rows to ``out/<machine>-<name>.jsonl``, and shows the table beside them."""
-    reason = native.unavailable()
+    name: str,
+    measure: Callable[[Run], list[dict[str, Any]]],
+    markdown: Callable[..., str],
+    out: Path,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """Measures a device's kernels, adds the rows to ``out/<machine>-<name>.jsonl``, and shows the table beside them."""
+    reason = native.unavailable() if device == "cpu" else None
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = "torch finds no NVIDIA GPU"
     if reason is not None:
         raise click.ClickException(reason)
-    run = Run.begin()
+    run = Run.begin(device)
     found = measure(run)
     table = markdown(found)
     rows.write(out / f"{run.machine['name']}-{name}.jsonl", found, table)
     click.echo(table)
+    return found
 
 
 def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run) -> Iterator[Row]:

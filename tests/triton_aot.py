@@ -27,9 +27,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpeft import kernels
 from fastpeft.backends.gpu import Tail
+from fastpeft.backends.triton import COPY_TILES, FLATTENED
 
 ARCHITECTURES = (80, 90, 100)
-DESCRIPTORS = 90  # the architecture whose copy engine takes tiles
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
 M, K, N = 2048, 4096, 4096
 KINDS = (
@@ -66,7 +66,7 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
     linear, masked_input = kernels.lora_linear_config(*kind, False), kernels.lora_linear_config(*kind, True)
     dy, scaled_dy = (replace(kernels.lora_dy_config(*kind, scaled), TILES=8) for scaled in (False, True))
     by_x = replace(kernels.lora_dA_config(*kind), TILES=8)
-    persistent = rank, 132, kernels.lora_linear_persistent_config(rank, architecture)
+    persistent = rank, 132, kernels.lora_linear_persistent_config(rank, architecture in FLATTENED)
     norm, few = kernels.dora_norm_config(*kind), kernels.four_bit_linear_config(*kind)
     every = {
         "lora_down": lambda: kernels.lora_down(x, [A], [u_sums], [0], [None], None, *common, down),
@@ -99,7 +99,7 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
         "lora_linear_persistent, dx with dropout": (y, weight.t(), x, masked),
         "lora_linear_persistent, dora": (x, weight, y, dora),
     }
-    if architecture >= DESCRIPTORS and dtype != f32:
+    if architecture in COPY_TILES and dtype != f32:
         every |= {
             name: lambda o=operands: kernels.lora_linear_persistent(*o, *persistent)
             for name, operands in by_descriptor.items()

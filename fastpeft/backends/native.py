@@ -119,21 +119,10 @@ def _few_tokens(x: Tensor, weight: Tensor, quant: Sequence[Tensor], A: Sequence[
     return rows > 0 and fits and all(t.is_contiguous() for t in (weight, *A, *B))
 
 
-def _forward_plan(
-    x: Tensor,
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    *_: object,
-) -> object:
+def _forward_plan(*args: Any) -> object:
+    """How ``lora_linear`` with these arguments is computed."""
     assert _C is not None
+    x, weight, quant, _, _, A, B, c, _, _, seed, *_ = args
     if _few_tokens(x, weight, quant, A, B) and (not c or (len(c) == 1 and seed is None)):
         return _C.Plan.dots
     return _plan(x.dtype, weight, quant, A[0].shape[1], bool(c))

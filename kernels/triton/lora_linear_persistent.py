@@ -1,4 +1,4 @@
-"""The fused product as a persistent grid over tensor descriptors: for sm_90 and later, whose copy engine moves tiles.
+"""The fused product as a persistent grid over tensor descriptors: for GPUs whose copy engine moves tiles.
 
 Each program computes one tile of y after the other.
 """
@@ -14,8 +14,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .lora_linear import Tail
 from .tiles import finish_tile, group_tiles, keep_tile
-
-BLACKWELL = 100
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,8 @@ class LoraLinearPersistentConfig:
     enable_fp_fusion: bool = True
 
 
-def lora_linear_persistent_config(rank_block: int, architecture: int) -> LoraLinearPersistentConfig:
-    """What fits the registers and shared memory; ``architecture``: 90 and later.
-
-    All ranks are held at once, 16 to 64 of them. What Triton 3.9 makes for sm_100 of a flattened loop ends at once.
-    """
-    flatten = architecture < BLACKWELL
+def lora_linear_persistent_config(rank_block: int, flatten: bool) -> LoraLinearPersistentConfig:
+    """What fits the registers and shared memory. All ranks are held at once, 16 to 64 of them."""
     if rank_block > (32 if flatten else 16):
         return LoraLinearPersistentConfig(BLOCK_N=128, PIECES=2, FLATTEN=flatten, num_stages=3)
     return LoraLinearPersistentConfig(FLATTEN=flatten, num_stages=4 if rank_block == 16 else 3)
