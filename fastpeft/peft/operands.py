@@ -193,11 +193,11 @@ def _svd_adapter(layer: Any, name: str, matrix: Tensor | FourBit, dtype: torch.d
         return reason
     if A.shape[0] == 0:
         return "has rank 0"
-    A = A * E.to(torch.promote_types(E.dtype, torch.float32))
+    E = E.to(torch.promote_types(E.dtype, torch.float32))
     scale = scaling / (ranknum + _ADALORA_EPSILON)
     if scale.requires_grad:  # PEFT lets the number of ranks learn, too, where the base is in a low precision
-        return _Adapter(A * scale, B, 1.0, _dropout_p(dropout))
-    return _Adapter(A, B, scale.item() if is_readable(scale) else scale, _dropout_p(dropout))
+        return _Adapter(A * (E * scale), B, 1.0, _dropout_p(dropout))
+    return _Adapter(A * E, B, scale.item() if is_readable(scale) else scale, _dropout_p(dropout))
 
 
 def _dropout_reason(dropout: Any) -> str | None:
