@@ -185,7 +185,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> tuple[str | None, bool | None]:
     """fastpeft's git commit and whether tracked files differ from it; (None, None) where git does not track it."""
-    source = Path(fastpeft.__file__)
+    source = Path(fastpeft.__file__).resolve()  # an assembled package is made of links into the checkout
     if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
         return None, None
     status = _git(

@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpeft import kernels
 from fastpeft.backends.gpu import Tail
-from fastpeft.backends.triton import COPY_TILES, FLATTENED
+from fastpeft.backends.triton import COPY_TILES
 
 ARCHITECTURES = (80, 90, 100)
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
@@ -66,7 +66,7 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
     linear, masked_input = kernels.lora_linear_config(*kind, False), kernels.lora_linear_config(*kind, True)
     dy, scaled_dy = (replace(kernels.lora_dy_config(*kind, scaled), TILES=8) for scaled in (False, True))
     by_x = replace(kernels.lora_dA_config(*kind), TILES=8)
-    persistent = rank, 132, kernels.lora_linear_persistent_config(rank, architecture in FLATTENED)
+    persistent = rank, 132, kernels.lora_linear_persistent_config(rank)
     norm, few = kernels.dora_norm_config(*kind), kernels.four_bit_linear_config(*kind)
     every = {
         "lora_down": lambda: kernels.lora_down(x, [A], [u_sums], [0], [None], None, *common, down),

@@ -28,7 +28,6 @@ SHORTEST_SPLIT = 256  # inputs of a product that a program sums up, at least
 MOST_TILES = 16
 RANK_BLOCKS = (16, 32, 64)  # ranks that a program may hold; the matrix instructions want 16 at least
 COPY_TILES = range(90, 120)  # architectures whose copy engine moves tiles of a matrix, and that hold enough of them
-FLATTENED = range(90, 100)  # of them those for which Triton flattens a loop; its code for later ones ends at once
 ALIGNED = 16  # bytes of its rows and address
 
 
@@ -162,7 +161,7 @@ class TritonKernels:
     ) -> None:
         kind = _kind(x, tail.q.shape[1])
         if plan is Plan.persistent:
-            config = self._launch.lora_linear_persistent_config(kind.rank_block, _architecture(x.device) in FLATTENED)
+            config = self._launch.lora_linear_persistent_config(kind.rank_block)
             operands = x, weight, y, tail, kind.rank_block, multiprocessors(x.device)
             return self._launch.lora_linear_persistent(*operands, config)
         config = self._launch.lora_linear_config(*kind, masked_input=input_factor != 0 and tail.threshold > 0)

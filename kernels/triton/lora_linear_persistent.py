@@ -20,8 +20,7 @@ from .tiles import finish_tile, group_tiles, keep_tile
 class LoraLinearPersistentConfig:
     """Tile sizes and launch shape of :func:`_lora_linear_persistent_kernel`.
 
-    A tile is finished in ``PIECES``, one beside the other. ``FLATTEN``: the loops over tiles and over K are one, so
-    that the next tile's operands are loaded while one is finished.
+    A tile is finished in ``PIECES``, one beside the other.
     """
 
     BLOCK_M: int = 128
@@ -29,17 +28,18 @@ class LoraLinearPersistentConfig:
     BLOCK_K: int = 64
     GROUP: int = 8
     PIECES: int = 4
-    FLATTEN: bool = True
     num_warps: int = 8
     num_stages: int = 4
     enable_fp_fusion: bool = True
 
 
-def lora_linear_persistent_config(rank_block: int, flatten: bool) -> LoraLinearPersistentConfig:
+def lora_linear_persistent_config(rank_block: int) -> LoraLinearPersistentConfig:
     """What fits the registers and shared memory. All ranks are held at once, 16 to 64 of them."""
-    if rank_block > (32 if flatten else 16):
-        return LoraLinearPersistentConfig(BLOCK_N=128, PIECES=2, FLATTEN=flatten, num_stages=3)
-    return LoraLinearPersistentConfig(FLATTEN=flatten, num_stages=4 if rank_block == 16 else 3)
+    return (
+        LoraLinearPersistentConfig()
+        if rank_block == 16
+        else LoraLinearPersistentConfig(BLOCK_N=128, PIECES=2, num_stages=3)
+    )
 
 
 @triton.jit
@@ -124,11 +124,10 @@ def _lora_linear_persistent_kernel(
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
     PIECES: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     row_tiles, column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         row_tile, column_tile = group_tiles(tile, row_tiles, column_tiles, GROUP)
         m, n = row_tile * BLOCK_M, column_tile * BLOCK_N
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
