@@ -33,7 +33,7 @@ def kernel_sets() -> dict[str, gpu.Kernels]:
     """The kernels of every backend that runs here."""
     sets: dict[str, gpu.Kernels] = {}
     if cuda.unavailable() is None:
-        sets["cuda"] = cuda.CudaKernels(cuda.library(), None)
+        sets["cuda"] = cuda.CudaKernels(cuda.library())
     if triton.unavailable() is None:
         sets["triton"] = triton.kernels()
     return sets

@@ -1,4 +1,4 @@
-"""The plans of a product with W on this GPU, at many shapes: ``python -m fastpeft.bench.gpu_plans``.
+"""The plans of the Triton backend's product with W on this GPU, at many shapes: ``python -m fastpeft.bench.gpu_plans``.
 
 Rows are appended to ``bench/results/<gpu>-plans.jsonl`` with their table beside them; ``--record`` puts the fastest
 plan at each shape into ``fastpeft/backends/gpu_plans.json``, which fastpeft chooses by.
@@ -14,7 +14,7 @@ from typing import Any
 import click
 import torch
 
-from fastpeft.backends import cuda, gpu, gpu_plans, triton
+from fastpeft.backends import gpu, gpu_plans, triton
 from fastpeft.backends.gpu_plans import ENDINGS, Plan, Product
 
 from . import gpu_timing
@@ -25,11 +25,6 @@ RANK = 16
 THRESHOLD = 3277  # p = 0.05
 TOKENS = (1, 16, 128, 512, 2048, 4096, 8192)
 LAYERS = ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))  # inputs, outputs
-
-
-def kernels() -> gpu.Kernels:
-    """Those of the backend that is chosen first here."""
-    return cuda.kernels() if cuda.unavailable() is None else triton.kernels()
 
 
 def calls(of: gpu.Kernels, product: Product, device: str) -> dict[str, Callable[[], Any]]:
@@ -58,7 +53,7 @@ def calls(of: gpu.Kernels, product: Product, device: str) -> dict[str, Callable[
 
 def measure(dtype: str, rounds: int, run: Run) -> Iterator[dict[str, Any]]:
     """A row for every layer, number of tokens and ending."""
-    of, name = kernels(), gpu_plans.name_of(DTYPES[dtype])
+    of, name = triton.kernels(), gpu_plans.name_of(DTYPES[dtype])
     for K, N in LAYERS:
         for M in TOKENS:
             for ending in ENDINGS:
@@ -118,7 +113,7 @@ def recorded(found: Sequence[dict[str, Any]], table: list[dict[str, Any]]) -> li
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="A copy of gpu_plans.json to add to.")
 def command(dtype: str, rounds: int, out: Path, record: Path | None) -> None:
-    """Times the plans of the GPU backends against the frozen base."""
+    """Times the plans of the Triton backend against the frozen base."""
     found = record_kernels("plans", lambda run: list(measure(dtype, rounds, run)), markdown, out, "cuda")
     if record is not None:
         known = json.loads(record.read_text()) if record.exists() else []

@@ -14,7 +14,11 @@ using Tensors = std::vector<Tensor>;
 
 namespace {
 
-Tensor matrix_of(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+// x [..., K] as [M, K] with contiguous rows; a copy only where a view cannot be.
+Tensor rows_of(const Tensor& x) {
+    const Tensor rows = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)});
+    return rows.stride(1) == 1 && (rows.size(1) != 1 || rows.stride(0) == 1) ? rows : rows.contiguous();
+}
 
 Tensor with_leading_shape_of(const Tensor& like, const Tensor& y) {
     if (like.dim() == 2) return y;
@@ -35,8 +39,6 @@ Tensors parts_of(const Tensor& u, const Adapters& adapters) {
     return parts;
 }
 
-Tensor side_by_side(const Tensors& parts) { return parts.size() == 1 ? parts[0] : at::cat(parts, 1); }
-
 std::vector<Mask> masks_of(const Adapters& adapters) {
     std::vector<Mask> masks(adapters.A.size());
     for (size_t i = 0; i < masks.size(); ++i)
@@ -50,37 +52,30 @@ bool any_masked(const std::vector<Mask>& masks) {
     return std::any_of(masks.begin(), masks.end(), [](const Mask& mask) { return mask.threshold != 0; });
 }
 
-// A product of its own, times a factor; rows that another adapter serves are 0, whatever stood there.
-Tensor selected(const Tensor& product, double factor, const Tensor& index, size_t adapter) {
-    if (factor != 1.0) product.mul_(factor);
-    if (index.defined()) product.masked_fill_(index.ne(static_cast<int64_t>(adapter)).unsqueeze(1), 0);
-    return product;
+int64_t ranks_of(const Adapters& adapters) {
+    int64_t ranks = 0;
+    for (const Tensor& A : adapters.A) ranks += A.size(0);
+    return ranks;
 }
 
-Tensor index_of(const Adapters& adapters) { return adapters.index ? adapters.index->reshape({-1}) : Tensor(); }
-
-Tensor kept(const Kernels& kernels, const Tensor& x, const Mask& mask) {
-    return mask.threshold ? kernels.dropout(x, mask, 1.0) : x;
+Tensor index_of(const Adapters& adapters) {
+    return adapters.index ? adapters.index->reshape({-1}).to(at::kInt).contiguous() : Tensor();
 }
 
-// u [M, Σ r] = keep ∘ x Aᵀ of every adapter.
-Tensor lora_down(const Kernels& kernels, const Tensor& x, const Adapters& adapters, const std::vector<Mask>& masks) {
+Tensors columns_of(const Tensor& buffer, const Adapters& adapters) {
+    return buffer.defined() ? parts_of(buffer, adapters) : Tensors(adapters.A.size());
+}
+
+// u [M, Σ r] = keep ∘ x Aᵀ of every adapter; with `left` and `right` also the operands of the fused product.
+Tensor lora_down(const Kernels& kernels, const Tensor& x, const Adapters& adapters, const std::vector<Mask>& masks,
+                 const Tensor& left, const Tensor& right) {
+    const Tensor u = at::empty({x.size(0), ranks_of(adapters)}, x.options().dtype(at::kFloat));
     const Tensor index = index_of(adapters);
-    Tensors parts;
-    if (x.size(0) <= cuda::kDownTokens && !any_masked(masks)) {
-        int64_t ranks = 0;
-        for (const Tensor& A : adapters.A) ranks += A.size(0);
-        const Tensor u = at::empty({x.size(0), ranks}, x.options().dtype(at::kFloat));
-        const Tensor index32 = index.defined() ? index.to(at::kInt).contiguous() : index;
-        parts = parts_of(u, adapters);
-        for (size_t i = 0; i < parts.size(); ++i) kernels.few_tokens_down(x, adapters.A[i], parts[i], index32, i);
-        return u;
-    }
-    for (size_t i = 0; i < masks.size(); ++i) {
-        const Tensor A = adapters.A[i].to(x.scalar_type());
-        parts.push_back(selected(wide_product(kept(kernels, x, masks[i]), A.t()), 1.0, index, i));
-    }
-    return side_by_side(parts);
+    const Tensors parts = parts_of(u, adapters), q = columns_of(left, adapters), B = columns_of(right, adapters);
+    for (size_t i = 0; i < parts.size(); ++i)
+        kernels.down(x, adapters.A[i], {}, masks[i], index, i,
+                     {.u = parts[i], .q = q[i], .q_scale = adapters.scaling[i]}, {adapters.B[i], B[i]});
+    return u;
 }
 
 // All adapters' low-rank parts as one.
@@ -89,22 +84,6 @@ Tail lora_tail(const Tensor& u, const Adapters& adapters) {
     Tensors scaled;
     for (size_t i = 0; i < adapters.B.size(); ++i) scaled.push_back(adapters.B[i].to(at::kFloat) * adapters.scaling[i]);
     return {.q = u, .right = at::cat(scaled, 1)};
-}
-
-// dx = dy W + Σ keep ∘ (v A); each mask takes a sweep of its own over the result.
-Tensor input_gradient(const Kernels& kernels, const Tensor& dy, const Tensor& weight, const Adapters& adapters,
-                      const Tensors& v, const std::vector<Mask>& masks) {
-    const Tensor dx = at::mm(dy, weight);
-    if (!any_masked(masks)) {
-        Tensors A;
-        for (const Tensor& a : adapters.A) A.push_back(adapters.A.size() == 1 ? a : a.to(at::kFloat));
-        const Tensor rows = A.size() == 1 ? A[0] : at::cat(A);
-        kernels.finish_(dx, {}, {.q = side_by_side(v), .right = rows.t()});
-        return dx;
-    }
-    for (size_t i = 0; i < v.size(); ++i)
-        kernels.finish_(dx, {}, {.q = v[i], .right = adapters.A[i].t(), .mask = masks[i]});
-    return dx;
 }
 
 Tensors empty_gradients(const Tensor& dy, const Weight& weight, const Adapters& adapters,
@@ -125,7 +104,7 @@ Tensors empty_gradients(const Tensor& dy, const Weight& weight, const Adapters& 
 Forward lora_linear(const Gpu& gpu, const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias,
                     const Adapters& adapters, bool keep_z) {
     const Kernels kernels(gpu);
-    const Tensor x2 = matrix_of(x);
+    const Tensor x2 = rows_of(x);
     const int64_t M = x2.size(0);
     const std::vector<Mask> masks = masks_of(adapters);
     const size_t scales = adapters.c.size();
@@ -138,7 +117,14 @@ Forward lora_linear(const Gpu& gpu, const Tensor& x, const Weight& weight, const
         return {with_leading_shape_of(x, at::empty({0, weight.N}, x.options())),
                 at::empty({0, ranks}, x.options().dtype(at::kFloat)), z};
     }
-    const Tensor u = lora_down(kernels, x2, adapters, masks);
+    const bool one_tail = scales == 0 || (scales == 1 && !masks[0].threshold);
+    const bool in_loop = one_tail && Kernels::decodes_in_loop(M, weight);
+    const Tensor dense = in_loop ? Tensor() : weight.four_bit() ? kernels.decode(weight, x.scalar_type()) : weight.data;
+    const bool fused = one_tail && !in_loop && kernels.fuses(x2, dense, ranks_of(adapters), false);
+    const Tensor left = fused ? left_of(x2, ranks_of(adapters)) : Tensor();
+    const Tensor right = fused ? right_of(dense, ranks_of(adapters)) : Tensor();
+    const Tensor u = lora_down(kernels, x2, adapters, masks, left, right);
+
     std::vector<Tail> tails;
     if (scales == 0) tails.push_back(lora_tail(u, adapters));
     const Tensors parts = parts_of(u, adapters);
@@ -150,10 +136,12 @@ Forward lora_linear(const Gpu& gpu, const Tensor& x, const Weight& weight, const
                          .z = keep_z ? z[i] : Tensor()});
     if (bias) tails.back().bias = *bias;
 
-    const bool one_tail = tails.size() == 1 && (scales == 0 || !masks[0].threshold);
-    if (one_tail && Kernels::decodes_in_loop(M, weight))
-        return {with_leading_shape_of(x, kernels.few_tokens_four_bit(x2, weight, tails[0])), u, z};
-    const Tensor dense = weight.four_bit() ? kernels.decode(weight, x.scalar_type()) : weight.data;
+    if (in_loop) return {with_leading_shape_of(x, kernels.few_tokens_four_bit(x2, weight, tails[0])), u, z};
+    if (fused) {
+        tails[0].q = left;
+        tails[0].right = right;
+        return {with_leading_shape_of(x, kernels.fused(x2, dense, tails[0])), u, z};
+    }
     const Tensor y = at::mm(x2, dense.t());
     for (size_t i = 0; i < tails.size(); ++i) {  // DoRA's adapters one after the other
         Tensor second;
@@ -170,39 +158,59 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
     const Kernels kernels(gpu);
     const size_t count = adapters.A.size();
     const bool need_x = needs[0], need_weight = needs[1], scales = !adapters.c.empty();
-    const Tensor dy2 = matrix_of(dy);
+    const Tensor dy2 = rows_of(dy);
     if (dy2.size(0) == 0) return empty_gradients(dy, weight, adapters, needs);
     const at::ScalarType dtype = dy.scalar_type();
-    const Tensor x2 = x ? matrix_of(*x) : Tensor(), index = index_of(adapters);
+    const Tensor x2 = x ? rows_of(*x) : Tensor(), index = index_of(adapters);
     const Tensors u_parts = u ? parts_of(*u, adapters) : Tensors(count);
     const std::vector<Mask> masks = masks_of(adapters);
     const Tensor dense = !weight.four_bit()      ? weight.data
                          : need_x || need_weight ? kernels.decode(weight, dtype)
                                                  : Tensor();
+    // One sweep masks one adapter's part; DoRA's dropout takes a product of its own.
+    const bool masked = any_masked(masks), one_product = !masked || (count == 1 && !scales);
+    const bool fused = need_x && one_product && kernels.fuses(dy2, dense.t(), ranks_of(adapters), masked);
+    const bool need_q = fused || std::any_of(needs.begin() + 3, needs.begin() + 3 + count, [](bool need) { return need; });
+    const Tensor left = need_q ? left_of(dy2, ranks_of(adapters)) : Tensor();
+    const Tensor right = fused ? right_of(dense.t(), ranks_of(adapters)) : Tensor();
+    const Tensor v = need_x && !fused ? at::empty({dy2.size(0), ranks_of(adapters)}, dy.options().dtype(at::kFloat))
+                                      : Tensor();
+    const Tensors q = columns_of(left, adapters), v_parts = columns_of(v, adapters), A = columns_of(right, adapters);
 
-    Tensors v(count), dA(count), dB(count), dc(count);
+    Tensors dA(count), dB(count), dc(count);
     Tensor flowing = dy2;                           // into what is below the adapters that were passed
     std::vector<std::pair<Mask, Tensor>> branches;  // what flows into D(x) Wᵀ: DoRA with dropout
     for (size_t i = count; i-- > 0;) {
         const bool need_A = needs[3 + i], need_B = needs[3 + count + i], need_c = scales && needs[3 + 2 * count + i];
-        const bool need_v = need_x || need_A, hands_on = scales && (i > 0 || need_x || need_weight);
-        if (need_c) dc[i] = (flowing.to(at::kFloat) * z[i]).sum(0);
-        if (!need_v && !need_B && !hands_on) continue;
-        const double scale = adapters.scaling[i];
-        const Tensor dz = scales ? scaled_to(flowing, adapters.c[i], dtype) : flowing;
-        if (need_v) v[i] = selected(wide_product(dz, adapters.B[i].to(dtype)), scale, index, i);
-        if (need_B) dB[i] = wide_product(dz.t(), scaled_to(u_parts[i], scale, dtype)).to(adapters.B[i].scalar_type());
-        if (need_A)
-            dA[i] = wide_product(v[i].to(dtype).t(), kept(kernels, x2, masks[i])).to(adapters.A[i].scalar_type());
-        if (hands_on && masks[i].threshold)
-            branches.emplace_back(masks[i], dz - flowing);
-        else if (hands_on)
-            flowing = dz;
+        const bool hands_on = scales && (i > 0 || need_x || need_weight);
+        const Tensor c = scales ? adapters.c[i] : Tensor();
+        if (need_x || need_A)
+            kernels.down(flowing, adapters.B[i].t(), c, {}, index, i,
+                         {v_parts[i], q[i], adapters.scaling[i], adapters.scaling[i]}, {adapters.A[i].t(), A[i]});
+        if (need_B || need_c || hands_on) {
+            const DyGradients found =
+                kernels.output_sums(flowing, u_parts[i], adapters.scaling[i], c, need_c ? z[i] : Tensor(),
+                                    {need_B, need_c, hands_on}, adapters.B[i].scalar_type());
+            dB[i] = found.dB;
+            dc[i] = found.dc;
+            if (hands_on && masks[i].threshold)
+                branches.emplace_back(masks[i], found.dz - flowing);
+            else if (hands_on)
+                flowing = found.dz;
+        }
+        if (need_A) dA[i] = kernels.input_sums(x2, q[i], masks[i], adapters.A[i].scalar_type());
     }
 
     Tensors grads;
     if (need_x) {
-        Tensor dx = input_gradient(kernels, flowing, dense, adapters, v, masks);
+        Tensor dx;
+        if (fused) {
+            dx = kernels.fused(flowing, dense.t(), {.q = left, .right = right, .mask = masks[0]});
+        } else {
+            dx = at::mm(flowing, dense);
+            for (size_t i = 0; i < count; ++i)
+                kernels.finish_(dx, {}, {.q = v_parts[i], .right = adapters.A[i].t(), .mask = masks[i]});
+        }
         for (const auto& [mask, branch] : branches)
             dx = dx + kernels.dropout(at::mm(branch, dense), mask, dropout_scale(mask.threshold));
         grads.push_back(with_leading_shape_of(dy, dx));
@@ -218,6 +226,11 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
         for (const Tensor& grad : *some)
             if (grad.defined()) grads.push_back(grad);
     return grads;
+}
+
+Tensor dora_norm(const Gpu& gpu, const Weight& weight, const Tensor& A, const Tensor& B, double scaling,
+                 at::ScalarType dtype) {
+    return Kernels(gpu).dora_norm(weight, A, B, scaling, dtype);
 }
 
 }  // namespace fastpeft::gpu

@@ -19,4 +19,7 @@ std::vector<at::Tensor> lora_linear_backward(const Gpu& gpu, const at::Tensor& d
                                              const std::optional<at::Tensor>& u, const std::vector<at::Tensor>& z,
                                              const std::vector<bool>& needs);
 
+at::Tensor dora_norm(const Gpu& gpu, const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
+                     at::ScalarType dtype);
+
 }  // namespace fastpeft::gpu

@@ -29,7 +29,20 @@ cuda::Matrix matrix(const Tensor& t) {
     return {t.const_data_ptr(), dtype_of(t.scalar_type()), t.stride(0), t.stride(1)};
 }
 
-Tensor aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAligned ? t.clone() : t; }
+bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAligned == 0; }
+
+Tensor aligned(const Tensor& t) { return is_aligned(t) ? t : t.clone(); }
+
+// Whether the copy engine can move tiles of a matrix of two-byte elements.
+bool is_movable(const Tensor& t) {
+    return t.stride(1) == 1 && t.stride(0) >= t.size(1) && t.stride(0) * 2 % cuda::kRowBytes == 0 && is_aligned(t);
+}
+
+// Columns of a buffer of two-byte elements whose rows the copy engine can move.
+int64_t padded_row(int64_t columns) {
+    constexpr int64_t kStep = cuda::kRowBytes / 2;
+    return (columns + kStep - 1) / kStep * kStep;
+}
 
 cuda::FourBit four_bit(const Weight& weight) {
     const auto floats = [&](size_t i) { return weight.quant[i].const_data_ptr<float>(); };
@@ -40,9 +53,9 @@ cuda::FourBit four_bit(const Weight& weight) {
             floats(2), floats(3), floats(4), bits};
 }
 
-cuda::Tail pointers(const Tail& tail) {
+cuda::Tail pointers(const Tail& tail, const float* q) {
     const cuda::Matrix bias = tail.bias.defined() ? matrix(tail.bias.unsqueeze(0)) : cuda::Matrix{};
-    return {.q = tail.q.const_data_ptr<float>(),
+    return {.q = q,
             .q_stride = tail.q.stride(0),
             .rank = tail.q.size(1),
             .right = matrix(tail.right),
@@ -71,7 +84,7 @@ Tensor Kernels::dropout(const Tensor& x, const Mask& mask, double factor) const 
 void Kernels::finish_(const Tensor& product, const Tensor& second, const Tail& tail) const {
     void* y = product.mutable_data_ptr();
     check("lora_up", launchers_.lora_up(y, product.stride(0), second.defined() ? second.const_data_ptr() : nullptr, y,
-                                        product.stride(0), product.size(0), product.size(1), pointers(tail),
+                                        product.stride(0), product.size(0), product.size(1), pointers(tail, tail.q.const_data_ptr<float>()),
                                         dtype_of(product.scalar_type()), place_));
 }
 
@@ -93,34 +106,53 @@ Tensor Kernels::few_tokens_four_bit(const Tensor& x, const Weight& weight, const
     const Tensor y = at::empty({x.size(0), weight.N}, x.options());
     check("four_bit_linear",
           launchers_.four_bit_linear(tokens.const_data_ptr(), four_bit(whole), y.mutable_data_ptr(), x.size(0),
-                                     weight.N, weight.K, pointers(tail), dtype_of(x.scalar_type()), place_));
+                                     weight.N, weight.K, pointers(tail, tail.q.const_data_ptr<float>()), dtype_of(x.scalar_type()), place_));
     return y;
 }
 
-void Kernels::few_tokens_down(const Tensor& x, const Tensor& A, const Tensor& u, const Tensor& index,
-                              size_t adapter) const {
-    const Tensor rows = x.stride(1) == 1 ? x : x.contiguous();
-    check("lora_down", launchers_.lora_down(
-                           rows.const_data_ptr(), rows.stride(0), matrix(A), u.mutable_data_ptr<float>(), u.stride(0),
-                           index.defined() ? index.const_data_ptr<int32_t>() : nullptr, static_cast<int>(adapter),
-                           x.size(0), x.size(1), A.size(0), dtype_of(x.scalar_type()), place_));
+bool Kernels::fuses(const Tensor& x, const Tensor& weight, int64_t ranks, bool masked) const {
+    if (x.scalar_type() == at::kFloat || x.size(0) < cuda::kFewestTokens || weight.scalar_type() != x.scalar_type() ||
+        !launchers_.has_lora_linear(place_.device))
+        return false;
+    const int64_t N = weight.size(0);
+    const bool transposed = weight.stride(1) != 1;
+    return is_movable(x) && is_movable(transposed ? weight.t() : weight) && N % (cuda::kRowBytes / 2) == 0 &&
+           (!masked || ranks <= cuda::kMostRanksMasked);
 }
 
-Tensor wide_product(const Tensor& a, const Tensor& b) {
-    if (a.scalar_type() == at::kFloat) return at::mm(a, b);
-    if (a.is_cuda()) return at::mm(a, b, at::kFloat);
-    return at::mm(a.to(at::kFloat), b.to(at::kFloat));  // torch has the one above on GPUs alone
+Tensor Kernels::fused(const Tensor& x, const Tensor& weight, const Tail& tail) const {
+    const Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
+    cuda::Tail ending = pointers(tail, nullptr);
+    check("lora_linear",
+          launchers_.lora_linear({x.const_data_ptr(), x.stride(0), matrix(weight), tail.q.const_data_ptr(),
+                                  tail.q.stride(0), y.mutable_data_ptr(), y.stride(0), y.size(0), y.size(1), x.size(1)},
+                                 ending, dtype_of(x.scalar_type()), place_));
+    return y;
 }
 
-Tensor scaled_to(const Tensor& t, double factor, at::ScalarType dtype) {
-    if (factor == 1.0) return t.to(dtype);
-    Tensor out = at::empty_like(t, t.options().dtype(dtype), at::MemoryFormat::Contiguous);
-    return at::mul_out(out, t, at::scalar_tensor(factor, at::dtype(t.scalar_type())));
+Tensor Kernels::dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double scaling,
+                          at::ScalarType dtype) const {
+    constexpr int64_t kRun = 8;  // elements that a thread decodes: within one row, and within one block
+    const bool packed = weight.four_bit() && weight.K % kRun == 0 && is_aligned(weight.data);
+    const Tensor dense = packed ? Tensor() : weight.four_bit() ? decode(weight, dtype) : weight.data;
+    const Tensor norm = at::empty({weight.N}, A.options().dtype(at::kFloat));
+    const Tensor left = B.to(at::kFloat).contiguous();
+    const cuda::FourBit codes = packed ? four_bit(weight) : cuda::FourBit{};
+    check("dora_norm",
+          launchers_.dora_norm(packed ? cuda::Matrix{} : matrix(dense), packed ? &codes : nullptr, matrix(A),
+                               left.const_data_ptr<float>(), left.stride(0), static_cast<float>(scaling),
+                               norm.mutable_data_ptr<float>(), weight.N, weight.K, A.size(0), dtype_of(dtype), place_));
+    return norm;
 }
 
-Tensor scaled_to(const Tensor& t, const Tensor& factor, at::ScalarType dtype) {
-    Tensor out = at::empty_like(t, t.options().dtype(dtype), at::MemoryFormat::Contiguous);
-    return at::mul_out(out, t, factor);
+Tensor right_of(const Tensor& weight, int64_t ranks) {
+    const int64_t N = weight.size(0);
+    if (weight.stride(1) == 1) return at::empty({N, padded_row(ranks)}, weight.options()).narrow(1, 0, ranks);
+    return at::empty({ranks, N}, weight.options()).t();
+}
+
+Tensor left_of(const Tensor& x, int64_t ranks) {
+    return at::empty({x.size(0), padded_row(ranks)}, x.options()).narrow(1, 0, ranks);
 }
 
 }  // namespace fastpeft::gpu

@@ -1,5 +1,7 @@
 // The launchers of cuda/ on tensors, and torch's products as the GPU's op needs them.
 #pragma once
+#include <array>
+
 #include "gpu.h"
 
 namespace fastpeft::gpu {
@@ -19,6 +21,23 @@ struct Tail {
     at::Tensor c, z, bias;
 };
 
+// Where a skinny product's result goes: u [M, r] in float32, times u_scale; q [M, r] in the product's dtype, times
+// q_scale. Tensors that are not defined do nothing.
+struct DownResult {
+    at::Tensor u, q;
+    double u_scale = 1.0, q_scale = 1.0;
+};
+
+// to = from, rounded; both matrices, or undefined.
+struct Rounding {
+    at::Tensor from, to;
+};
+
+// What flows from dy [M, N] into one adapter; undefined where it is not asked for.
+struct DyGradients {
+    at::Tensor dB, dc, dz;
+};
+
 class Kernels {
   public:
     explicit Kernels(const Gpu& gpu) : launchers_(gpu.launchers), place_(gpu.place) {}
@@ -29,6 +48,12 @@ class Kernels {
     // `product` [M, N] with its tail, in place; `second`: D(x) Wᵀ, or undefined.
     void finish_(const at::Tensor& product, const at::Tensor& second, const Tail& tail) const;
 
+    // Whether `fused` takes x [M, K] Wᵀ with so many ranks.
+    bool fuses(const at::Tensor& x, const at::Tensor& weight, int64_t ranks, bool masked) const;
+
+    // x Wᵀ with its tail, whose q is scaled and in the dtype of x, and whose right is `right_of(weight, …)`.
+    at::Tensor fused(const at::Tensor& x, const at::Tensor& weight, const Tail& tail) const;
+
     // W, dense.
     at::Tensor decode(const Weight& weight, at::ScalarType dtype) const;
 
@@ -38,23 +63,37 @@ class Kernels {
     // x Wᵀ with its tail, which has no mask.
     at::Tensor few_tokens_four_bit(const at::Tensor& x, const Weight& weight, const Tail& tail) const;
 
-    // Writes x Aᵀ to u [M, r], M up to cuda::kDownTokens; 0 where index (int32, contiguous, or undefined) names another
-    // adapter.
-    void few_tokens_down(const at::Tensor& x, const at::Tensor& A, const at::Tensor& u, const at::Tensor& index,
-                         size_t adapter) const;
+    // keep ∘ x (c ∘ A)ᵀ [M, r] of x [M, K], A [r, K], c [K] or undefined; 0 where index [M] (int32, contiguous, or
+    // undefined) names another adapter. `rounding` is done beside it.
+    void down(const at::Tensor& x, const at::Tensor& A, const at::Tensor& c, const Mask& mask, const at::Tensor& index,
+              size_t adapter, const DownResult& result, const Rounding& rounding) const;
+
+    // dA [r, K] = vᵀ (keep ∘ x), in `dtype`.
+    at::Tensor input_sums(const at::Tensor& x, const at::Tensor& v, const Mask& mask, at::ScalarType dtype) const;
+
+    // dB [N, r] = (c ∘ dy)ᵀ scale u, in `dtype`, dc [N] = Σ dy ∘ z and dz = c ∘ dy, as `needs` says; c and z may be
+    // undefined.
+    DyGradients output_sums(const at::Tensor& dy, const at::Tensor& u, double scale, const at::Tensor& c,
+                            const at::Tensor& z, std::array<bool, 3> needs, at::ScalarType dtype) const;
+
+    // ‖W + scaling B A‖ of each row, see ops.py.
+    at::Tensor dora_norm(const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
+                         at::ScalarType dtype) const;
 
   private:
     void check(const char* kernel, cuda::Error error) const;
+    void exact_down(const at::Tensor& x, const at::Tensor& A, const at::Tensor& c, const Mask& mask,
+                    const at::Tensor& index, size_t adapter, const DownResult& result) const;
+    at::Tensor kept(const at::Tensor& x, const Mask& mask) const;
 
     const cuda::Launchers& launchers_;
     cuda::Place place_;
 };
 
-// a b with its sums left in float32.
-at::Tensor wide_product(const at::Tensor& a, const at::Tensor& b);
+// A buffer for the right operand [N, ranks] of a low-rank part, laid out as `fused` wants it beside W [N, K].
+at::Tensor right_of(const at::Tensor& weight, int64_t ranks);
 
-// t times a number (t in float32) or a tensor (in float32), rounded once to `dtype`.
-at::Tensor scaled_to(const at::Tensor& t, double factor, at::ScalarType dtype);
-at::Tensor scaled_to(const at::Tensor& t, const at::Tensor& factor, at::ScalarType dtype);
+// A buffer for the left operand [M, ranks].
+at::Tensor left_of(const at::Tensor& x, int64_t ranks);
 
 }  // namespace fastpeft::gpu

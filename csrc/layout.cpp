@@ -42,7 +42,7 @@ int64_t gradient_stride(int64_t columns) { return padded(columns) + kLanes; }
 
 Tensor flat_rows(const Tensor& t) {  // a copy only where a view cannot be
     const Tensor rows = t.dim() == 2 ? t : t.reshape({-1, t.size(-1)});
-    return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
+    return rows.stride(1) == 1 && (rows.size(1) != 1 || rows.stride(0) == 1) ? rows : rows.contiguous();
 }
 
 uint64_t seed_of(const Adapters& adapters, size_t i) {

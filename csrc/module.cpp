@@ -101,6 +101,12 @@ Tensor gpu_lora_linear_with_gradient(const GpuPlace& place, const Tensor& x, con
                                    {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z);
 }
 
+Tensor gpu_dora_norm(const GpuPlace& place, const Tensor& weight, const Tensors& quant, int64_t blocksize,
+                     const Tensor& A, const Tensor& B, double scaling, at::ScalarType dtype) {
+    const PlainDispatch plain;
+    return fastpeft::gpu::dora_norm(gpu_of(place), weight_of(weight, quant, blocksize, A, B), A, B, scaling, dtype);
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const char* const* name = fastpeft::cpu::available_kernels(); *name; ++name) names.emplace_back(*name);
@@ -129,6 +135,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("gpu_lora_linear", &gpu_lora_linear, release());
     m.def("gpu_lora_linear_backward", &gpu_lora_linear_backward, release());
     m.def("gpu_lora_linear_with_gradient", &gpu_lora_linear_with_gradient, release());
+    m.def("gpu_dora_norm", &gpu_dora_norm, release());
     m.def("fingerprint", &fastpeft::fingerprint, release(), pybind11::arg("tensor"), pybind11::arg("every"));
     m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),
           pybind11::arg("columns"), pybind11::arg("threshold"), "Boolean [rows, columns], true where kept.");

@@ -95,7 +95,9 @@ def build_cuda(csrc: Path, library: Path, objects: Path) -> None:
     architectures = [name for name in CUDA_ARCHITECTURES if f"sm_{name}" in known]
     if not architectures:
         raise BuildError(f"{nvcc} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: install a newer one")
-    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+    # Hopper's own instructions are those of sm_90a alone, which only Hopper has.
+    exact = [name + "a" * (name == "90") for name in architectures]
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in exact]
     targets.append("-gencode=arch=compute_{0},code=compute_{0}".format(architectures[-1]))
     compiler = [nvcc, "-ccbin", find_compiler()[0], *CUDA_FLAGS]
     binding = [*compiler, "-DFASTPEFT_CUDA_MODULE=_cuda", *pybind_flags()]

@@ -48,12 +48,12 @@ def library() -> ModuleType:
     return compiled(csrc, build.cuda_sources(csrc), "_cuda_emulated", ROOT / "build" / "cuda-emulation")
 
 
-def use(monkeypatch: pytest.MonkeyPatch, others: gpu.Kernels | None = None) -> cuda.CudaKernels:
-    """The CUDA backend takes calls on CPU tensors, in C++ all of them unless there are ``others``."""
-    kernels = cuda.CudaKernels(library(), others)
-    monkeypatch.setattr(cuda, "kernels", lambda: kernels)
+def use(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaKernels:
+    """The CUDA backend takes calls on CPU tensors; gives its kernels one by one."""
+    monkeypatch.setattr(cuda, "library", library)
+    monkeypatch.setattr(cuda, "launchers", library().launchers)
     monkeypatch.setattr(cuda, "refuses", lambda op, *operands: gpu.refusal(*operands))
-    return kernels
+    return cuda.CudaKernels(library())
 
 
 @contextlib.contextmanager

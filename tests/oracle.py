@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,24 @@ from fastpeft.nf4 import FourBit, weight_operands
 from fastpeft.reference import lora_linear_backward_reference, lora_linear_reference, wide_dtype
 
 Results = dict[str, Tensor]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where GPU backends are tested
 POOL = 32  # independent rounding errors that the comparison of two errors is based on
+
+
+def moved_to(device: str, value: Any) -> Any:
+    """A tensor, a list of them or a 4-bit weight on ``device``, strides kept; anything else as it is."""
+    if device == "cpu":
+        return value
+    if isinstance(value, torch.Tensor):
+        span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        if value.numel() == 0:
+            return value.to(device)
+        return value.as_strided((span,), (1,)).to(device).as_strided(value.shape, value.stride())
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved_to(device, each) for each in value)
+    if isinstance(value, FourBit):
+        return FourBit(**{name: moved_to(device, each) for name, each in vars(value).items()})
+    return value
 
 
 @dataclass(frozen=True)
@@ -49,13 +67,17 @@ class LoraInputs:
         """The same numbers without strides of their own."""
         return replace(self, x=self.x.contiguous(), weight=self.weight.contiguous(), dy=self.dy.contiguous())
 
+    def to(self, device: str) -> LoraInputs:
+        """The same numbers on a device, strides kept."""
+        return LoraInputs(**{name: moved_to(device, value) for name, value in vars(self).items()})
+
     def keep(self) -> list[Tensor | None]:
         """Each adapter's boolean dropout mask ``[M, K]``, None where nothing is dropped."""
         if self.seed is None:
             return [None] * len(self.A)
         rows, columns = self.dy.shape[:-1].numel(), self.weight.shape[1]
         return [
-            _keep(seed, rows, columns, p) if p else None
+            _keep(seed, rows, columns, p).to(self.dy.device) if p else None
             for seed, p in zip(self.seed.tolist(), self.dropout_p, strict=True)
         ]
 
@@ -243,7 +265,8 @@ class Expected:
     """Draws of the same kind of inputs, enough to judge by, with the oracle's and eager's results.
 
     Strides choose the vendor's algorithm, and with it the order of sums and the size of eager's error: eager runs on
-    the inputs as they are and on contiguous ones, and each element counts where it is worse.
+    the inputs as they are and on contiguous ones, where there is a GPU on it, too, and each element counts where it is
+    worse.
     """
 
     inputs: list[LoraInputs]
@@ -256,13 +279,7 @@ class Expected:
         inputs = [make()]
         inputs += [make() for _ in range(draws_needed(inputs[0]) - 1)]
         oracles = [oracle(i) for i in inputs]
-        eagers = [
-            {name: _worse(strided[name], contiguous[name], exact) for name, exact in truth.items()}
-            for truth, strided, contiguous in zip(
-                oracles, map(eager, inputs), (eager(i.contiguous()) for i in inputs), strict=True
-            )
-        ]
-        return cls(inputs, oracles, eagers)
+        return cls(inputs, oracles, [_worst(truth, _eagers(i)) for truth, i in zip(oracles, inputs, strict=True)])
 
     def assert_met_by(self, function: Callable[[LoraInputs], Results]) -> None:
         """Every entry of ``function(inputs)`` has eager's dtype and is as close to the oracle as eager's is."""
@@ -296,8 +313,20 @@ def _random(shape: Sequence[int]) -> Tensor:
     return (torch.rand(*shape) / 2 + 0.5) * torch.randint(2, tuple(shape)).mul(2).sub(1)
 
 
-def _worse(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
-    return a.where((a - exact).abs() >= (b - exact).abs(), b)
+def _eagers(inputs: LoraInputs) -> Iterator[Results]:
+    for made in (inputs, inputs.contiguous()):
+        yield eager(made)
+        if DEVICE != "cpu":
+            yield {name: result.cpu() for name, result in eager(made.to(DEVICE)).items()}
+
+
+def _worst(truth: Results, eagers: Iterable[Results]) -> Results:
+    worst = dict[str, Tensor]()
+    for found in eagers:
+        for name, exact in truth.items():
+            a, b = worst.get(name, found[name]), found[name]
+            worst[name] = a.where((a - exact).abs() >= (b - exact).abs(), b)
+    return worst
 
 
 def _max_norm(error: Tensor) -> float:

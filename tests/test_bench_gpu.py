@@ -13,11 +13,11 @@ import pytest
 import torch
 import triton_interpreter
 from click.testing import CliRunner
-from fastpeft.bench import gpu_compositions, gpu_kernels, gpu_plans, gpu_timing, timing
+from fastpeft.bench import gpu_kernels, gpu_plans, gpu_timing, timing
 from fastpeft.bench.measure import Run
 
 from fastpeft.backends import cuda, gpu, triton
-from fastpeft.backends.gpu_plans import Plan, plans_for
+from fastpeft.backends.gpu_plans import FUSED, Plan, plans_for
 
 MACHINE = {"name": "some-gpu", "gpu": "Some GPU", "capability": [9, 0], "multiprocessors": 132}
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
@@ -88,12 +88,11 @@ def test_the_sets_are_those_of_the_backends_that_run_here(monkeypatch: pytest.Mo
 
 
 def test_plans_are_measured_shown_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    kernels = by_emulation(monkeypatch)
-    monkeypatch.setattr(gpu_plans, "kernels", lambda: kernels)
+    by_interpreter(monkeypatch)
     found = list(gpu_plans.measure("bf16", 2, run()))
     assert len(found) == 2 * 4
     for row in found:
-        possible = plans_for(row["product"]["ending"], ())
+        possible = plans_for(row["product"]["ending"], FUSED if row["product"]["M"] > 16 else (Plan.fused,))
         assert row["seconds"].keys() == {plan.value for plan in possible}
         assert {plan: seconds for plan, seconds in row["seconds"].items() if not isinstance(seconds, dict)} == {}
         row["base_seconds"] = {"median": 1e-6}
@@ -112,32 +111,8 @@ def test_plans_are_measured_shown_and_recorded(monkeypatch: pytest.MonkeyPatch, 
     json.dumps(mine)
 
 
-def test_both_compositions_are_measured_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_interpreter.use(monkeypatch)
-    kernels = cuda_emulation.use(monkeypatch, triton.kernels())
-    monkeypatch.setattr(triton, "multiprocessors", lambda device: 1)
-    composed = list[object]()
-    monkeypatch.setattr(cuda, "HOST_BOUND", 7)
-    where = cuda._where
-    monkeypatch.setattr(cuda, "_where", lambda x: composed.append(x) or where(x))
-    for name, value in (("WIDTHS", (64,)), ("TOKENS", (2, 5)), ("RANK", 4)):
-        monkeypatch.setattr(gpu_compositions, name, value)
-    steps = gpu_compositions.steps(2, 64, 0.0, "cpu")
-    steps["Python"]()
-    assert composed == [] and kernels.others is not None
-    steps["C++"]()
-    assert len(composed) == 1
-    cuda.HOST_BOUND = 7
-    found = list(gpu_compositions.measure(2, run()))
-    assert cuda.HOST_BOUND == 7
-    assert [(row["tokens"], row["dropout"]) for row in found] == [(2, 0.0), (2, 0.05), (5, 0.0), (5, 0.05)]
-    for row in found:
-        row["seconds"] = {name: {"median": s} for name, s in (("base", 1e-6), ("C++", 2e-6), ("Python", 3e-6))}
-    assert "| 5 x 64² | 0.05 | 0 | 1.0 | **2.00** | 3.00 |" in gpu_compositions.markdown(found)
-
-
 def test_without_a_gpu_the_commands_say_so() -> None:
-    for command in (gpu_kernels.command, gpu_plans.command, gpu_compositions.command):
+    for command in (gpu_kernels.command, gpu_plans.command):
         result = CliRunner().invoke(command, [])
         assert result.exit_code == 1 and "torch finds no NVIDIA GPU" in result.output
 

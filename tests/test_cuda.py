@@ -10,7 +10,6 @@ from typing import Any
 import cuda_emulation
 import pytest
 import torch
-import triton_interpreter
 from cases import Case, expected, in_layout
 from devices import DEVICE, DTYPES, moved_to, run
 from gpu_suite import GpuSuite, over_4_bits
@@ -21,14 +20,13 @@ import fastpeft
 from fastpeft import nf4, ops
 from fastpeft.backends import cuda as backend
 from fastpeft.backends import gpu
-from fastpeft.backends import triton as triton_backend
 from fastpeft.dropout import dropout_threshold
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> backend.CudaKernels:
     """Without a GPU the backend takes calls on CPU tensors."""
-    return cuda_emulation.use(monkeypatch) if DEVICE == "cpu" else backend.kernels()
+    return cuda_emulation.use(monkeypatch) if DEVICE == "cpu" else backend.CudaKernels(backend.library())
 
 
 without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="about the emulation")
@@ -75,11 +73,13 @@ def calls(dtype: torch.dtype, device: str = DEVICE) -> dict[str, tuple[str, list
     def drawn(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.rand(shape, generator=draw).to(device, of)
 
-    f32 = torch.float32
+    f32, half = torch.float32, torch.float16 if dtype == torch.float16 else torch.bfloat16
     packed = nf4.quantize(torch.randn(66, 192, generator=draw), "nf4", 64, True)
     four_bit = [packed.packed.to(device), *(t.to(device) for t in packed.quant)]
     return {
         "lora_down": ("lora_down", [drawn(11, 190), drawn(5, 190, of=f32), drawn(11, 5, of=f32)]),
+        "lora_down_many": ("lora_down_many", [drawn(70, 190, of=half), drawn(5, 190, of=f32), drawn(70, 5, of=f32)]),
+        "lora_gradient": ("lora_gradient", [drawn(70, 90, of=half), drawn(70, 6, of=half), drawn(6, 90, of=f32)]),
         "lora_up": ("lora_up", [drawn(70, 90), drawn(70, 6, of=f32), drawn(90, 6), drawn(90, of=f32), drawn(90)]),
         "dropout": ("dropout", [drawn(70, 90), torch.tensor(7, device=device)]),
         "dora_norm": ("dora_norm", [drawn(66, 192), drawn(6, 192), drawn(66, 6, of=f32)]),
@@ -99,6 +99,11 @@ def launched(
             A, u = rest
             kernels.lora_down(first, [A], u.fill_(torch.nan), [gpu.Mask(0, 1.0, None)], None)
             return u
+        case "lora_down_many" | "lora_gradient":
+            other, result = rest
+            mask = gpu.Mask(dropout_threshold(0.3), 1.0, torch.tensor(7, device=first.device))
+            getattr(kernels, method)(first, other, result.fill_(torch.nan), mask)
+            return result
         case "lora_up":
             q, right, c, bias = rest
             y, z = (first.new_empty(first.shape).fill_(torch.nan) for _ in range(2))
@@ -156,33 +161,8 @@ def test_nothing_beyond_a_tensor_is_touched(
 
         monkeypatch.setattr(torch.Tensor, "new_empty", fenced_empty)
         result = launched(kernels, method, [fenced(t) for t in tensors], dtype)
-        assert made or method == "lora_down"  # which writes to an argument
+        assert made or method.startswith(("lora_down", "lora_gradient"))  # which write to an argument
         assert torch.equal(result, outside)
-
-
-@pytest.fixture
-def beside_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend of large calls, composed in Python: Triton is there, if only by its interpreter."""
-    if DEVICE == "cpu":
-        triton_interpreter.use(monkeypatch)
-        cuda_emulation.use(monkeypatch, triton_backend.kernels())
-    monkeypatch.setattr(backend, "HOST_BOUND", 0)
-
-
-@pytest.mark.parametrize("case", [Case(dropout_p=0.5), Case(ranks=(8, 3), mixed=True), Case(dora=True)], ids=str)
-def test_beside_triton_it_computes_what_it_has(case: Case, beside_triton: None) -> None:
-    """Skinny products of many tokens and the fused product are Triton's."""
-    expected(case).assert_met_by(by_cuda)
-
-
-@pytest.mark.parametrize("M", [8, 9, 16, 17])
-def test_beside_triton_few_tokens_decode_in_the_loop(M: int, beside_triton: None) -> None:
-    """Up to eight by CUDA, up to sixteen by Triton; more multiply a decoded weight."""
-
-    def make() -> LoraInputs:
-        return over_4_bits(M, 128, ("nf4", 64, True), torch.float32)
-
-    Expected.of(make).assert_met_by(by_cuda)
 
 
 def test_a_launch_that_fails_raises_and_leaves_no_error_pending(kernels: backend.CudaKernels) -> None:
@@ -211,25 +191,11 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.unavailable() == f"{reason} where nvcc is found"
 
 
-@pytest.mark.parametrize(("case", "composed"), [(Case(M=2), True), (Case(M=3), False)], ids=["small", "large"])
-def test_small_calls_are_composed_in_cpp_and_large_ones_in_python(
-    case: Case, composed: bool, beside_triton: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton_backend, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(backend, "HOST_BOUND", 2 * case.K * case.N)
-    made = []
-    for name in ("lora_linear", "lora_linear_backward"):
-        python = getattr(gpu, name)
-        monkeypatch.setattr(gpu, name, lambda *args, run=python: made.append(run) or run(*args))
-    expected(case).assert_met_by(by_cuda)
-    assert bool(made) is not composed
-
-
 def test_a_table_of_launchers_from_other_sources_is_refused(
     kernels: backend.CudaKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = (ctypes.c_int64 * 8)(0)
-    monkeypatch.setattr(kernels, "launchers", ctypes.addressof(other))
+    monkeypatch.setattr(backend, "launchers", lambda: ctypes.addressof(other))
     x, weight, A, B = (torch.ones(shape, device=DEVICE) for shape in ((3, 8), (4, 8), (2, 8), (4, 2)))
     with pytest.raises(RuntimeError, match="were built from different sources: run `python -m fastpeft build`"):
         fastpeft.functional.lora_linear(x, weight, None, A, B, 1.0, backend="cuda")

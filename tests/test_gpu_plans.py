@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import cuda_emulation
 import pytest
 import torch
+import triton_interpreter
 from torch import nn
 
 import fastpeft
-from fastpeft.backends import cuda, gpu_plans, native, triton
+from fastpeft.backends import gpu_plans
 from fastpeft.backends.gpu_plans import ENDINGS, FUSED, MeasuredGpu, Plan, Product
 
 HERE = torch.device("cuda", 0)
@@ -100,19 +100,13 @@ def test_the_shipped_table_can_be_read() -> None:
 
 
 def test_explain_names_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = fastpeft.nn.LoRALinear.from_linear(nn.Linear(64, 48), r=8, alpha=16, backend="cuda")
-    cuda_emulation.use(monkeypatch)
-    assert str(fastpeft.explain(layer)).startswith("1 × cuda: asked for by name; composed in C++ (epilogue)\n")
-    cuda_emulation.use(monkeypatch, triton.kernels())
-    monkeypatch.setattr(cuda, "HOST_BOUND", 64 * 48 * 5)
+    layer = fastpeft.nn.LoRALinear.from_linear(nn.Linear(64, 48), r=8, alpha=16, backend="triton")
+    triton_interpreter.use(monkeypatch)
     assert str(fastpeft.explain(layer)).startswith(
-        "1 × cuda: asked for by name; up to 5 tokens composed in C++ (epilogue); "
-        "above, plans by the equations, no GPU was measured: "
+        "1 × triton: asked for by name; plans by the equations, no GPU was measured: "
         "1 token: epilogue (plain), epilogue (masked), epilogue (scaled), epilogue (scaled, masked); "
         "512 tokens: accumulate (plain), epilogue (masked)"
     )
-    monkeypatch.setattr(native, "_C", None)
-    assert str(fastpeft.explain(layer)).startswith("1 × cuda: asked for by name; plans by the equations")
     monkeypatch.undo()
     layer.backend = None
     assert "plans" not in str(fastpeft.explain(layer))  # the native backend takes it

@@ -41,10 +41,45 @@ __device__ __forceinline__ uint32_t pair(float low, float high) {
     return both.word;
 }
 
+template <typename T>
+__device__ __forceinline__ float half_of_pair(uint32_t word, int i) {
+    const union {
+        uint32_t word;
+        T halves[2];
+    } both = {word};
+    return to_float(both.halves[i]);
+}
+
+// The halves number `i` of two pairs.
+__device__ __forceinline__ uint32_t same_halves(uint32_t low, uint32_t high, int i) {
+    return i ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
+}
+
 __device__ __forceinline__ float element(const void* data, DType dtype, int64_t at) {
     if (dtype == DType::f32) return static_cast<const float*>(data)[at];
     if (dtype == DType::bf16) return to_float(static_cast<const __nv_bfloat16*>(data)[at]);
     return to_float(static_cast<const __half*>(data)[at]);
+}
+
+// Eight elements of two bytes that follow each other, as pairs; those from `count` on are 0. `vector`: 16 bytes at a time.
+template <typename T>
+__device__ __forceinline__ void load_pairs(const T* at, int count, bool vector, uint32_t (&pairs)[4]) {
+    static_assert(sizeof(T) == 2);
+    uint4 word = {0, 0, 0, 0};
+    if (vector && count == 8) word = *reinterpret_cast<const uint4*>(at);
+    pairs[0] = word.x, pairs[1] = word.y, pairs[2] = word.z, pairs[3] = word.w;
+    if (vector && (count == 8 || count == 0)) return;
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(at);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        if (i < count) pairs[i / 2] |= static_cast<uint32_t>(halves[i]) << (16 * (i % 2));
+}
+
+// Clears those of eight elements that have no keep bit.
+__device__ __forceinline__ void drop_pairs(uint32_t bits, uint32_t (&pairs)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        pairs[i] &= (bits >> (2 * i) & 1 ? 0xffffu : 0) | (bits >> (2 * i + 1) & 1 ? 0xffff0000u : 0);
 }
 
 // Eight elements that follow each other; those from `count` on are 0. `vector`: 16 bytes at a time, data aligned so.
@@ -68,13 +103,24 @@ __device__ __forceinline__ void load8(const T* at, int count, bool vector, float
     }
 }
 
+// Eight elements that are `stride` apart.
+template <typename T>
+__device__ __forceinline__ void load8_apart(const T* at, int64_t stride, int count, float (&out)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = i < count ? to_float(at[i * stride]) : 0.0f;
+}
+
 // The same of row `row` of a matrix from `column` on.
 __device__ __forceinline__ void load8(const Matrix& m, int64_t row, int64_t column, int count, bool vector,
                                       float (&out)[8]) {
     const int64_t at = row * m.row_stride + column * m.column_stride;
     if (m.column_stride != 1) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) out[i] = i < count ? element(m.data, m.dtype, at + i * m.column_stride) : 0.0f;
+        if (m.dtype == DType::f32)
+            load8_apart(static_cast<const float*>(m.data) + at, m.column_stride, count, out);
+        else if (m.dtype == DType::bf16)
+            load8_apart(static_cast<const __nv_bfloat16*>(m.data) + at, m.column_stride, count, out);
+        else
+            load8_apart(static_cast<const __half*>(m.data) + at, m.column_stride, count, out);
     } else if (m.dtype == DType::f32) {
         load8(static_cast<const float*>(m.data) + at, count, vector, out);
     } else if (m.dtype == DType::bf16) {
@@ -105,8 +151,8 @@ __device__ __forceinline__ void store8(T* at, int count, bool vector, const floa
     }
 }
 
-// Keep bits of the eight columns 8 * group … of a row, the first in the lowest bit: Philox-4x32-10, see dropout.py.
-__device__ __forceinline__ uint32_t keep8(uint64_t seed, uint32_t threshold, uint32_t row, uint32_t group) {
+// Four random words, Philox-4x32-10 with the counter (group, row, 0, 0), see dropout.py.
+__device__ __forceinline__ void philox(uint64_t seed, uint32_t row, uint32_t group, uint32_t (&words)[4]) {
     uint32_t c0 = group, c1 = row, c2 = 0, c3 = 0;
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
@@ -120,7 +166,13 @@ __device__ __forceinline__ uint32_t keep8(uint64_t seed, uint32_t threshold, uin
         key0 += 0x9E3779B9u;
         key1 += 0xBB67AE85u;
     }
-    const uint32_t words[4] = {c0, c1, c2, c3};
+    words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+// Keep bits of the eight columns 8 * group … of a row, the first in the lowest bit.
+__device__ __forceinline__ uint32_t keep8(uint64_t seed, uint32_t threshold, uint32_t row, uint32_t group) {
+    uint32_t words[4];
+    philox(seed, row, group, words);
     uint32_t bits = 0;
 #pragma unroll
     for (int word = 0; word < 4; ++word) {

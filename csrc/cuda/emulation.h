@@ -22,6 +22,9 @@
 #define FASTPEFT_LAUNCH(kernel, grid, threads, place, ...) \
     launched(place, [&] { return emulation::launch(grid, threads, [&] { kernel(__VA_ARGS__); }); })
 
+#define FASTPEFT_LAUNCH_CLUSTERS(kernel, grid, threads, blocks, place, ...) \
+    FASTPEFT_LAUNCH(kernel, grid, threads, place, __VA_ARGS__)
+
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
     dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}

@@ -16,7 +16,26 @@
         return cudaGetLastError();                                                            \
     })
 
+// The same with clusters of `blocks` blocks.
+#define FASTPEFT_LAUNCH_CLUSTERS(kernel, grid, threads, blocks, place, ...) \
+    launched(place, [&] { return launch_clusters(kernel, grid, threads, blocks, (place).stream, __VA_ARGS__); })
+
 namespace fastpeft::cuda {
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, unsigned threads, unsigned blocks, void* stream,
+                            const Arguments&... arguments) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {blocks, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = blocks > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
 
 // D += A B of one warp on its matrix units, float32 sums; fragments as PTX lays out mma.m16n8k16.
 template <typename T>
@@ -39,6 +58,13 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 #endif
 
 namespace fastpeft::cuda {
+
+// What a launch depends on; asked of the driver once a GPU.
+struct Device {
+    int processors = 1, capability = 0;  // 90 for 9.0
+    bool has_clusters() const { return capability >= 90; }
+};
+Device device_of(int device);
 
 // Launches on the GPU of `place`, and leaves the current one as it was.
 template <typename Launch>

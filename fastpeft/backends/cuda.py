@@ -1,9 +1,5 @@
-"""The CUDA backend: NVIDIA GPUs, with the kernels of csrc/cuda.
-
-Calls that take the GPU no longer than Python takes to put them together are put together in C++ (csrc/gpu.cpp), with
-torch's skinny products. In larger ones Triton's kernels do what this backend has none for: skinny products of many
-tokens, the fused products with W. Where there is no Triton, all is C++, and without the C++ extension all is Python.
-"""
+"""The CUDA backend: NVIDIA GPUs, with the kernels of csrc/cuda and the vendor's products, put together in C++
+(csrc/gpu.cpp): Python would take longer with its launches than the GPU does with most layers."""
 
 from __future__ import annotations
 
@@ -16,18 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu, gpu_plans, native, triton
-from .gpu import DyGradients, Kernels, Mask, Tail, parts_of
-from .gpu_plans import Plan
+from . import gpu, native
+from .gpu import Mask, Tail, parts_of
 from .operands import backward_in_cpp, forward_in_cpp
 
 NAME = "cuda"
 DEVICE = "cuda"  # where the self-check runs it
 RUN = 8  # elements that a thread decodes: within one row, and within one block
 ALIGNED = 16  # bytes
-# Multiply-adds of the product with W, for each multiprocessor, that take no longer than Python and the launches of
-# Triton do. Reckoned, not measured: python -m fastpeft.bench.gpu_compositions measures it.
-HOST_BOUND = 300_000_000
+HOPPER = (9, 0)
 
 
 def unavailable() -> str | None:
@@ -37,11 +30,7 @@ def unavailable() -> str | None:
 
 def detail() -> str:
     """What ``fastpeft info`` says of it where it is available."""
-    if not triton.is_installed():
-        return "composed in C++, Triton is not installed"
-    if native._C is None:
-        return "composed in Python, the C++ extension is not built; skinny products by Triton"
-    return "small calls composed in C++; skinny products of large ones by Triton"
+    return ", ".join(_products(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count()))
 
 
 def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:
@@ -58,90 +47,78 @@ def worth_a_warning(x: Tensor) -> bool:
 
 def describe(K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
     """How a layer ``[N, K]`` would be computed, for ``explain``."""
-    if kernels().others is None:
-        return "composed in C++ (epilogue)"
-    plans = gpu_plans.describe(K, N, dtype, device, triton.fused_plans(device, dtype))
-    if native._C is None:
-        return plans
-    tokens = HOST_BOUND * triton.multiprocessors(device) // (K * N)
-    return f"up to {tokens} tokens composed in C++ (epilogue); above, {plans}"
+    hopper = dtype != torch.float32 and device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
+    return _products(HOPPER if hopper else (0, 0))
+
+
+def _products(capability: tuple[int, int]) -> str:
+    if capability == HOPPER:
+        return "x Wᵀ with the low-rank part in the same sums, from 129 tokens on"
+    return "the vendor's x Wᵀ, the low-rank part added in one pass"
 
 
 def lora_linear(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ops.py."""
-    x, _, _, _, _, A, B, *_ = args
-    if not _is_composed(x, A, B):
-        return gpu.lora_linear(kernels(), *args)
-    return _cpp().gpu_lora_linear(_where(x), *forward_in_cpp(*args))
+    return _cpp().gpu_lora_linear(_where(args[0]), *forward_in_cpp(*args))
 
 
-def with_gradient(*args: Any) -> Tensor | None:
-    """``y`` of :func:`lora_linear` with an autograd node in C++; None where the call is not put together there."""
-    x, _, _, _, _, A, B, *_ = args
-    if not _is_composed(x, A, B):
-        return None
-    return _cpp().gpu_lora_linear_with_gradient(_where(x), *forward_in_cpp(*args))
+def with_gradient(*args: Any) -> Tensor:
+    """``y`` of :func:`lora_linear` with an autograd node in C++."""
+    return _cpp().gpu_lora_linear_with_gradient(_where(args[0]), *forward_in_cpp(*args))
 
 
 def lora_linear_backward(*args: Any) -> list[Tensor]:
     """See ops.py."""
-    dy, _, _, _, _, A, B, *_ = args
-    if not _is_composed(dy, A, B):
-        return gpu.lora_linear_backward(kernels(), *args)
-    return _cpp().gpu_lora_linear_backward(_where(dy), *backward_in_cpp(*args))
+    return _cpp().gpu_lora_linear_backward(_where(args[0]), *backward_in_cpp(*args))
 
 
 def dora_norm(*args: Any) -> Tensor:
     """See ops.py."""
-    return gpu.dora_norm(kernels(), *args)
+    return _cpp().gpu_dora_norm(_where(args[0]), *args)
 
 
 class CudaKernels:
-    """A :class:`fastpeft.backends.gpu.Kernels`.
+    """The kernels one by one, as methods of :class:`fastpeft.backends.gpu.Kernels`: what tests and benches call.
 
     Args:
         library: ``fastpeft._cuda``, or its emulation.
-        others: Triton's kernels, for what the library has none for; None: it is not asked for that.
     """
 
-    def __init__(self, library: ModuleType, others: Kernels | None) -> None:
-        self.library, self.others = library, others
-        self.launchers: int = library.launchers()
+    def __init__(self, library: ModuleType) -> None:
+        self.library = library
         types = library.DType
         self._dtypes = {torch.float32: types.f32, torch.bfloat16: types.bf16, torch.float16: types.f16}
         self._no_matrix = library.Matrix(0, types.f32, 0, 0)
 
     def lora_down(self, x: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask], index: Tensor | None) -> None:
+        """A few tokens without a mask, see csrc/cuda/launchers.h; of many, :meth:`lora_down_many`."""
         M, K = x.shape
-        if M > self.library.DOWN_TOKENS or any(mask.threshold for mask in masks):
-            assert self.others is not None
-            return self.others.lora_down(x, A, u, masks, index)
         x, chosen = _with_rows(x), None if index is None else index.to(torch.int32).contiguous()
         for i, (a, out) in enumerate(zip(A, parts_of(u, A), strict=True)):
             operands = x.data_ptr(), x.stride(0), self._matrix(a), out.data_ptr(), out.stride(0), _address(chosen), i
             self.library.lora_down(*operands, M, K, a.shape[0], self._dtypes[x.dtype], *_place(x))
-        return None
 
-    def lora_dy(self, *args: Any) -> DyGradients:
-        assert self.others is not None
-        return self.others.lora_dy(*args)
+    def lora_down_many(self, x: Tensor, A: Tensor, u: Tensor, mask: Mask) -> None:
+        """``u [M, r] = keep ∘ x Aᵀ`` of one adapter, in a low precision."""
+        operands = x.data_ptr(), x.stride(0), self._matrix(A), mask.threshold, _address(mask.seed)
+        sizes = *x.shape, A.shape[0]
+        self.library.lora_down_many(*operands, u.data_ptr(), u.stride(0), *sizes, self._dtypes[x.dtype], *_place(x))
 
-    def lora_dA(self, x: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        assert self.others is not None
-        return self.others.lora_dA(x, v, mask)
+    def lora_gradient(self, x: Tensor, q: Tensor, sums: Tensor, mask: Mask) -> None:
+        """``sums [r, C] = qᵀ (keep ∘ x)`` of ``x [M, C]`` in a low precision."""
+        operands = x.data_ptr(), x.stride(0), self._matrix(q), mask.threshold, _address(mask.seed)
+        sizes = *x.shape, q.shape[1]
+        self.library.lora_gradient(*operands, self._matrix(sums), *sizes, self._dtypes[x.dtype], *_place(x))
+
+    def lora_linear(self, x: Tensor, weight: Tensor, y: Tensor, tail: Tail) -> None:
+        """``x Wᵀ`` with its tail, for sm_90a; ``tail.q`` and ``right`` in the dtype of ``x``, the scale 1."""
+        operands = x.data_ptr(), x.stride(0), self._matrix(weight), tail.q.data_ptr(), tail.q.stride(0)
+        sizes = y.data_ptr(), y.stride(0), *y.shape, x.shape[1]
+        self.library.lora_linear(*operands, *sizes, self._tail(tail), self._dtypes[x.dtype], *_place(x))
 
     def lora_up(self, base: Tensor, second: Tensor | None, y: Tensor, tail: Tail) -> None:
         operands = base.data_ptr(), base.stride(0), _address(second), y.data_ptr(), y.stride(0), *base.shape
         self.library.lora_up(*operands, self._tail(tail), self._dtypes[base.dtype], *_place(base))
-
-    def fused_plans(self, x: Tensor, weight: Tensor, rank: int) -> tuple[Plan, ...]:
-        return () if self.others is None else self.others.fused_plans(x, weight, rank)
-
-    def lora_linear(
-        self, plan: Plan, x: Tensor, weight: Tensor, y: Tensor, tail: Tail, input_factor: float = 0.0
-    ) -> None:
-        assert self.others is not None
-        self.others.lora_linear(plan, x, weight, y, tail, input_factor)
 
     def dropout(self, x: Tensor, mask: Mask) -> Tensor:
         assert mask.seed is not None
@@ -181,26 +158,13 @@ class CudaKernels:
         self.library.four_bit_decode(weight, N * K, out.data_ptr(), self._dtypes[dtype], *_place(packed))
         return out
 
-    def decodes_in_loop(self, M: int, K: int, blocksize: int) -> bool:
-        if self._few_tokens(M, K, blocksize):
-            return True
-        return self.others is not None and self.others.decodes_in_loop(M, K, blocksize)
-
     def four_bit_linear(
         self, x: Tensor, packed: Tensor, quant: Sequence[Tensor], blocksize: int, y: Tensor, tail: Tail
     ) -> None:
-        shape = x.shape[0], y.shape[1], x.shape[1]
-        if not self._few_tokens(shape[0], shape[2], blocksize):
-            assert self.others is not None
-            return self.others.four_bit_linear(x, packed, quant, blocksize, y, tail)
         x, packed = _aligned(x.contiguous()), _aligned(packed)
-        weight = self._four_bit(packed, quant, blocksize)
-        operands = x.data_ptr(), weight, y.data_ptr(), *shape, self._tail(tail), self._dtypes[x.dtype]
-        return self.library.four_bit_linear(*operands, *_place(x))
-
-    def _few_tokens(self, M: int, K: int, blocksize: int) -> bool:
-        library = self.library
-        return M <= library.FEW_TOKENS and K % library.GROUP == 0 and blocksize >= library.GROUP
+        operands = x.data_ptr(), self._four_bit(packed, quant, blocksize), y.data_ptr()
+        sizes = x.shape[0], y.shape[1], x.shape[1]
+        self.library.four_bit_linear(*operands, *sizes, self._tail(tail), self._dtypes[x.dtype], *_place(x))
 
     def _matrix(self, t: Tensor) -> Any:
         return self.library.Matrix(t.data_ptr(), self._dtypes[t.dtype], *t.stride())
@@ -235,22 +199,15 @@ def _not_built() -> str | None:
 
 
 def _missing() -> str | None:
-    if not triton.is_installed() and native._C is None:
-        return "neither Triton is installed nor the C++ extension built, `python -m fastpeft build` builds it"
+    if native._C is None:
+        return "the C++ extension is not built, `python -m fastpeft build` builds it"
     return _not_built()
 
 
 @lru_cache
-def kernels() -> CudaKernels:
-    return CudaKernels(library(), triton.kernels() if triton.is_installed() else None)
-
-
-def _is_composed(x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
-    """Whether a call is put together in C++; ``x`` stands for ``dy`` in a backward op."""
-    if kernels().others is None:
-        return True
-    multiply_adds = x.shape[:-1].numel() * A[0].shape[1] * B[0].shape[0]
-    return native._C is not None and multiply_adds <= HOST_BOUND * triton.multiprocessors(x.device)
+def launchers() -> int:
+    """The address of their table, for C++."""
+    return library().launchers()
 
 
 def _cpp() -> ModuleType:
@@ -260,7 +217,7 @@ def _cpp() -> ModuleType:
 
 def _where(x: Tensor) -> tuple[int, int, int]:
     """What C++ launches by: the table of launchers, the GPU, its current stream."""
-    return kernels().launchers, *_place(x)
+    return launchers(), *_place(x)
 
 
 def _address(tensor: Tensor | None) -> int:
