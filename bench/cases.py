@@ -98,16 +98,16 @@ class LayerCase:
 
     def base(self) -> nn.Module:
         torch.manual_seed(SEED)
-        linear = nn.Linear(self.K, self.N, bias=False, dtype=DTYPES[self.dtype])
-        return nn.ModuleDict({"linear": linear}).requires_grad_(False).to(self.device)
+        linear = nn.Linear(self.K, self.N, bias=False, dtype=DTYPES[self.dtype], device=self.device)
+        return nn.ModuleDict({"linear": linear}).requires_grad_(False)
 
     def entry(self, model: nn.Module) -> nn.Module:
         return next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "linear")
 
     def inputs(self) -> tuple[Tensor, Tensor | None]:
-        generator = torch.Generator().manual_seed(SEED)
-        x = torch.randn(self.M, self.K, generator=generator).to(self.device, DTYPES[self.dtype])
-        dy = torch.randn(self.M, self.N, generator=generator).to(self.device, DTYPES[self.dtype])
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        x, dy = (torch.randn(self.M, n, generator=generator, device=self.device) for n in (self.K, self.N))
+        x, dy = x.to(DTYPES[self.dtype]), dy.to(DTYPES[self.dtype])
         return x.requires_grad_(), dy
 
     def train(self, entry: nn.Module, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .measure import Run, record_kernels
 RANK = 16
 K = N = 4096
 FEW = (1, 4, 8)
-MANY = (512, 2048, 8192)
+MANY = (512, 2048, 4096, 8192)
 MASK = 3277, 1.05  # threshold and factor of p = 0.05
 Calls = dict[str, Callable[[], Any]]
 SHARES = {"four_bit_decode": 0.9, "four_bit_linear 1": 0.8}
@@ -91,16 +91,48 @@ def skinny(sets: dict[str, gpu.Kernels], device: str, M: int, name: str, masked:
         "lora_dy": lambda: (_wide(dy, half_B), _wide(dy.t(), half_u)),
         "lora_dA": lambda: _wide(half_u.t(), x),
     }
+    dA = torch.empty_like(A)
+
+    def by_cuda(k: cuda.CudaKernels) -> Any:
+        if name == "lora_dy":
+            return k.lora_down_many(dy, B.t(), u, mask), k.lora_gradient(dy, u, dA, mask)
+        if name == "lora_dA":
+            return k.lora_gradient(x, half_u, dA, mask)
+        return k.lora_down(x, [A], u, [mask], None) if M == 1 else k.lora_down_many(x, A, u, mask)
+
     launches: dict[str, Callable[[gpu.Kernels], Any]] = {
         "lora_down": lambda k: k.lora_down(x, [A], u, [mask], None),
         "lora_dy": lambda k: k.lora_dy(dy, B, u, 2.0, None, 0, None, None, u, (True, False, False)),
         "lora_dA": lambda k: k.lora_dA(x, u, mask),
     }
     moved = dy.nbytes if name == "lora_dy" else x.nbytes + (A.nbytes if name == "lora_down" else 0)
-    one_token = name == "lora_down" and M == 1  # of these sizes all that CUDA has a kernel for
-    able = {of: kernels for of, kernels in sets.items() if one_token or not isinstance(kernels, cuda.CudaKernels)}
-    calls: Calls = {of: lambda k=kernels: launches[name](k) for of, kernels in able.items()}
+    calls: Calls = {
+        of: (lambda k=kernels: by_cuda(k))
+        if isinstance(kernels, cuda.CudaKernels)
+        else lambda k=kernels: launches[name](k)
+        for of, kernels in sets.items()
+    }
     return moved, calls if masked else calls | {"torch": by_torch[name]}
+
+
+def lora_linear(sets: dict[str, gpu.Kernels], device: str, M: int, ending: str) -> tuple[int, Calls]:
+    """The product with W and its low-rank part by one kernel, beside the vendor's product alone."""
+    x, weight = torch.randn(M, K, device=device).bfloat16(), torch.randn(N, K, device=device).bfloat16()
+    if ending != "plain":
+        weight = weight.t().contiguous().t()  # as in the gradient of x
+    q, right = torch.randn(M, RANK, device=device).bfloat16(), torch.randn(RANK, N, device=device).bfloat16()
+    right = right.t().contiguous() if ending == "plain" else right.t()
+    y, seed = x.new_empty(M, N), torch.tensor(7, device=device)
+    tail = gpu.Tail(q, right, 1.0, MASK[0] if ending == "masked" else 0, seed)
+    wide = tail._replace(q=q.float())
+    calls: Calls = {"torch": lambda: torch.mm(x, weight.t())}
+    for name, kernels in sets.items():
+        if isinstance(kernels, cuda.CudaKernels) and kernels.library.has_lora_linear(y.get_device()):
+            calls[name] = lambda k=kernels: k.lora_linear(x, weight, y, tail)
+        elif isinstance(kernels, triton.TritonKernels):
+            plan = kernels.fused_plans(x, weight, RANK)[-1]
+            calls[name] = lambda k=kernels, plan=plan: k.lora_linear(plan, x, weight, y, wide)
+    return x.nbytes + weight.nbytes + y.nbytes, calls
 
 
 def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -131,6 +163,8 @@ def makers(sets: dict[str, gpu.Kernels], device: str) -> dict[str, Callable[[], 
         found[f"lora_dA {M}"] = lambda M=M: skinny(sets, device, M, "lora_dA", False)
         found[f"lora_dA {M}, masked"] = lambda M=M: skinny(sets, device, M, "lora_dA", True)
         found[f"dropout {M}"] = lambda M=M: dropout(sets, device, M)
+        for ending in ("plain", "transposed", "masked"):
+            found[f"lora_linear {M}, {ending}"] = lambda M=M, e=ending: lora_linear(sets, device, M, e)
         for ending in ("plain", "masked", "scaled"):
             found[f"lora_up {M}, {ending}"] = lambda M=M, e=ending: lora_up(sets, device, M, e)
     return found

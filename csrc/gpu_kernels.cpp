@@ -132,16 +132,12 @@ Tensor Kernels::fused(const Tensor& x, const Tensor& weight, const Tail& tail) c
 
 Tensor Kernels::dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double scaling,
                           at::ScalarType dtype) const {
-    constexpr int64_t kRun = 8;  // elements that a thread decodes: within one row, and within one block
-    const bool packed = weight.four_bit() && weight.K % kRun == 0 && is_aligned(weight.data);
-    const Tensor dense = packed ? Tensor() : weight.four_bit() ? decode(weight, dtype) : weight.data;
-    const Tensor norm = at::empty({weight.N}, A.options().dtype(at::kFloat));
-    const Tensor left = B.to(at::kFloat).contiguous();
-    const cuda::FourBit codes = packed ? four_bit(weight) : cuda::FourBit{};
+    const Tensor dense = weight.four_bit() ? decode(weight, dtype) : weight.data;
+    const Tensor norm = at::empty({weight.N}, A.options().dtype(at::kFloat)), left = B.to(at::kFloat).contiguous();
     check("dora_norm",
-          launchers_.dora_norm(packed ? cuda::Matrix{} : matrix(dense), packed ? &codes : nullptr, matrix(A),
-                               left.const_data_ptr<float>(), left.stride(0), static_cast<float>(scaling),
-                               norm.mutable_data_ptr<float>(), weight.N, weight.K, A.size(0), dtype_of(dtype), place_));
+          launchers_.dora_norm(matrix(dense), matrix(A), left.const_data_ptr<float>(), left.stride(0),
+                               static_cast<float>(scaling), norm.mutable_data_ptr<float>(), weight.N, weight.K,
+                               A.size(0), dtype_of(dtype), place_));
     return norm;
 }
 

@@ -67,7 +67,7 @@ def test_every_kernel_has_a_row(
     kernels = of(monkeypatch)
     monkeypatch.setattr(gpu_kernels, "kernel_sets", lambda: {"ours": kernels})
     found = list(gpu_kernels.measure(2, run()))
-    assert len({row["kernel"] for row in found}) == len(found) == 16
+    assert len({row["kernel"] for row in found}) == len(found) == 19
     assert {r["kernel"]: r["seconds"] for r in found if not isinstance(r["seconds"].get("ours", {}), dict)} == {}
     copied = 2 * 2 * 128 * 64
     assert found[0]["kernel"] == "copy" and found[0]["bytes"] == copied
@@ -99,7 +99,7 @@ def test_plans_are_measured_shown_and_recorded(monkeypatch: pytest.MonkeyPatch, 
         row["seconds"] = {plan.value: {"median": (1 + i) * 1e-6} for i, plan in enumerate(possible)}
     found[0]["seconds"]["accumulate"]["median"] = 0.5e-6
     assert gpu_plans.fastest(found[0]) == "accumulate"
-    assert "| 1 x 64 x 48 | bfloat16 | plain | 1.0 |  |  | 1.00 | **0.50** |" in gpu_plans.markdown(found)
+    assert "| 1 x 64 x 48 | bfloat16 | plain | 1.0 | 3.00 |  | 1.00 | **0.50** |" in gpu_plans.markdown(found)
     older = [{"name": "Some GPU", "plans": []}, {"name": "Another", "plans": []}]
     other, mine = gpu_plans.recorded(found, older)
     assert other["name"] == "Another"

@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -65,6 +64,7 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
     m.attr("FEW_TOKENS") = kFewTokens;
     m.attr("DOWN_TOKENS") = kDownTokens;
     m.attr("GROUP") = kGroup;
+    m.def("has_lora_linear", &has_lora_linear, "Whether lora_linear has kernels for a GPU.");
     m.def("launchers", [] { return reinterpret_cast<Address>(&launchers); }, "Their table, for fastpeft._C.");
     m.def(
         "four_bit_decode",
@@ -140,11 +140,11 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
         release());
     m.def(
         "dora_norm",
-        [](const Matrix& weight, const std::optional<FourBit>& four_bit, const Matrix& A, Address B, int64_t B_stride,
-           float scale, Address norm, int64_t N, int64_t K, int64_t rank, DType dtype, int device, Address stream) {
+        [](const Matrix& weight, const Matrix& A, Address B, int64_t B_stride, float scale, Address norm, int64_t N,
+           int64_t K, int64_t rank, DType dtype, int device, Address stream) {
             check("dora_norm", device,
-                  dora_norm(weight, four_bit ? &*four_bit : nullptr, A, at<float>(B), B_stride, scale, at<float>(norm),
-                            N, K, rank, dtype, place(device, stream)));
+                  dora_norm(weight, A, at<float>(B), B_stride, scale, at<float>(norm), N, K, rank, dtype,
+                            place(device, stream)));
         },
         release());
 #ifdef FASTPEFT_EMULATE

@@ -36,37 +36,44 @@ __device__ __forceinline__ void synchronize_blocks() { __syncthreads(); }
 __device__ __forceinline__ float shared_of(const float* at, unsigned) { return *at; }
 #endif
 
-// The sums of all warps and all blocks of a cluster of `Size` numbers, of which lane l of each warp holds `values[i]` for
-// element at(i); `finish(element, sum)` is called once for each, by some thread of some block. `slots` is shared memory
-// for half the warps. Order: warps in halves, then blocks by rank.
-template <int Warps, int Size, int Count, typename At, typename Finish>
-__device__ __forceinline__ void sum_up(float (&values)[Count], float* slots, At at, Finish finish) {
-    const int warp = threadIdx.x / kWarp;
+// Adds up, over the blocks of a cluster in the order of their ranks, what each of them has in `slots`; `finish(element,
+// sum)` is called once for each of `size` elements, by some thread of some block.
+template <typename Finish>
+__device__ __forceinline__ void sum_blocks(const float* slots, int size, Finish finish) {
+    synchronize_blocks();
+    const unsigned blocks = cluster_blocks();
+    for (int element = cluster_rank() * blockDim.x + threadIdx.x; element < size; element += blocks * blockDim.x) {
+        float sum = 0;
+        for (unsigned block = 0; block < blocks; ++block) sum += shared_of(slots + element, block);
+        finish(element, sum);
+    }
+    synchronize_blocks();  // the others may still read this block's sums
+}
+
+// The sums over all warps and all blocks of a cluster of what each lane has in `values`: `finish(i, lane, sum)` is called
+// once for each. `slots` is shared memory for half the warps. Order: warps in halves, then blocks.
+template <int Warps, int Count, typename Finish>
+__device__ __forceinline__ void sum_up(float (&values)[Count], float* slots, Finish finish) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int half = Warps / 2; half > 0; half /= 2) {
         if (warp >= half && warp < 2 * half) {
 #pragma unroll
-            for (int i = 0; i < Count; ++i) slots[(warp - half) * Size + at(i)] = values[i];
+            for (int i = 0; i < Count; ++i) slots[((warp - half) * Count + i) * kWarp + lane] = values[i];
         }
         __syncthreads();
         if (warp < half) {
 #pragma unroll
-            for (int i = 0; i < Count; ++i) values[i] += slots[warp * Size + at(i)];
+            for (int i = 0; i < Count; ++i) values[i] += slots[(warp * Count + i) * kWarp + lane];
         }
         __syncthreads();
     }
     if (warp == 0) {
 #pragma unroll
-        for (int i = 0; i < Count; ++i) slots[at(i)] = values[i];
+        for (int i = 0; i < Count; ++i) slots[i * kWarp + lane] = values[i];
     }
-    synchronize_blocks();
-    const unsigned blocks = cluster_blocks(), rank = cluster_rank();
-    for (unsigned element = rank * Warps * kWarp + threadIdx.x; element < Size; element += blocks * Warps * kWarp) {
-        float sum = 0;
-        for (unsigned block = 0; block < blocks; ++block) sum += shared_of(slots + element, block);
-        finish(static_cast<int>(element), sum);
-    }
-    synchronize_blocks();  // the others may still read this block's sums
+    sum_blocks(slots, Count * kWarp,
+               [&](int element, float sum) { finish(element / kWarp, element % kWarp, sum); });
 }
 
 // How many blocks share the work of one: a power of two, until two blocks a multiprocessor are busy, each with one of

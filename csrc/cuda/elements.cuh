@@ -27,6 +27,11 @@ struct Convert<__half> {
 };
 
 template <typename T>
+__device__ constexpr DType dtype_of() {
+    return std::is_same_v<T, float> ? DType::f32 : std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
+}
+
+template <typename T>
 __device__ __forceinline__ float rounded(float value) {
     return to_float(Convert<T>::from(value));
 }
@@ -61,18 +66,22 @@ __device__ __forceinline__ float element(const void* data, DType dtype, int64_t 
     return to_float(static_cast<const __half*>(data)[at]);
 }
 
-// Eight elements of two bytes that follow each other, as pairs; those from `count` on are 0. `vector`: 16 bytes at a time.
-template <typename T>
-__device__ __forceinline__ void load_pairs(const T* at, int count, bool vector, uint32_t (&pairs)[4]) {
+// Eight elements of two bytes that follow each other, as pairs; those from `count` on are 0. `Vector`: 16 bytes at once,
+// all of them or none, which lets many loads be on their way.
+template <bool Vector, typename T>
+__device__ __forceinline__ void load_pairs(const T* at, int count, uint32_t (&pairs)[4]) {
     static_assert(sizeof(T) == 2);
-    uint4 word = {0, 0, 0, 0};
-    if (vector && count == 8) word = *reinterpret_cast<const uint4*>(at);
-    pairs[0] = word.x, pairs[1] = word.y, pairs[2] = word.z, pairs[3] = word.w;
-    if (vector && (count == 8 || count == 0)) return;
-    const uint16_t* halves = reinterpret_cast<const uint16_t*>(at);
+    if constexpr (Vector) {
+        uint4 word = {0, 0, 0, 0};
+        if (count > 0) word = *reinterpret_cast<const uint4*>(at);
+        pairs[0] = word.x, pairs[1] = word.y, pairs[2] = word.z, pairs[3] = word.w;
+    } else {
+        const uint16_t* halves = reinterpret_cast<const uint16_t*>(at);
+        pairs[0] = pairs[1] = pairs[2] = pairs[3] = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-        if (i < count) pairs[i / 2] |= static_cast<uint32_t>(halves[i]) << (16 * (i % 2));
+        for (int i = 0; i < 8; ++i)
+            if (i < count) pairs[i / 2] |= static_cast<uint32_t>(halves[i]) << (16 * (i % 2));
+    }
 }
 
 // Clears those of eight elements that have no keep bit.

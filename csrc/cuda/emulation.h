@@ -144,11 +144,12 @@ struct ThreadIndex {  // blocks are one-dimensional
         operator unsigned() const { return current; }
     } x;
 };
-inline Index block_index;
+inline Index block_index, block_dimension;
 
 template <typename Kernel>
 cudaError_t launch(dim3 grid, unsigned threads, Kernel kernel) {
     body = kernel;
+    block_dimension = {threads, 1, 1};
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
@@ -174,6 +175,7 @@ inline auto exchange(const Slot& mine) {
 
 inline emulation::ThreadIndex threadIdx;
 #define blockIdx emulation::block_index
+#define blockDim emulation::block_dimension
 
 inline void __syncthreads() { emulation::give_way(emulation::Waits::block); }
 

@@ -146,9 +146,9 @@ Error lora_linear(const LinearOperands& operands, const Tail& tail, DType dtype,
 Error dropout(const Matrix& x, void* out, int64_t M, int64_t K, uint32_t threshold, float factor, const int64_t* seed,
               const Place& place);
 
-// norm [N] = ‖W + scale B A‖ of each row; B A is computed in `dtype`, and 4-bit weights are rounded to it.
-Error dora_norm(const Matrix& weight, const FourBit* four_bit, const Matrix& A, const float* B, int64_t B_stride,
-                float scale, float* norm, int64_t N, int64_t K, int64_t rank, DType dtype, const Place& place);
+// norm [N] = ‖W + scale B A‖ of each row; B A is computed in `dtype`.
+Error dora_norm(const Matrix& weight, const Matrix& A, const float* B, int64_t B_stride, float scale, float* norm,
+                int64_t N, int64_t K, int64_t rank, DType dtype, const Place& place);
 
 // All of them, for another library to call.
 struct Launchers {

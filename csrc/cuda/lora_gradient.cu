@@ -7,19 +7,29 @@ namespace fastpeft::cuda {
 
 namespace {
 
-constexpr int kColumns = 64, kTokens = 16;
+constexpr int kColumns = 64, kTokens = 16, kAhead = 2;  // steps in the registers, of which one is computed
+constexpr int kMostRanks = 32, kMostRanksScaled = 16;  // of a block: more do not fit the registers
 
-template <int Ranks>
+template <int Ranks, bool Scaled>
 struct Tile {
-    static constexpr int kWarps = Ranks == 64 ? 4 : 8, kThreads = kWarps * kWarp, kSize = Ranks * kColumns;
+    static constexpr int kWarps = 8, kThreads = kWarps * kWarp;
     static constexpr int kRankTiles = Ranks / 16, kSums = kRankTiles * 8 * 4;
 };
 
-template <typename T, typename Q, int Ranks, bool Scaled>
-__global__ __launch_bounds__(Tile<Ranks>::kThreads) void lora_gradient_kernel(const T* x, GradientOperands o,
-                                                                              GradientOutputs out, bool vector) {
-    using Sums = Tile<Ranks>;
-    __shared__ float slots[Sums::kWarps / 2 * Sums::kSize];
+// Of the tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of a step: eight neighbours as pairs, z beside them, and q, not yet
+// converted, of the ranks g and g + 8 of each tile of 16.
+template <typename Q, int RankTiles, bool Scaled>
+struct Loaded {
+    uint32_t token[4][4], z[Scaled ? 4 : 1][4];
+    Q q[RankTiles][4][2];
+};
+
+template <typename T, typename Q, int Ranks, bool Scaled, bool Vector>
+__global__ __launch_bounds__(Tile<Ranks, Scaled>::kThreads, Ranks == 16 && Vector && !Scaled ? 2 : 1) void lora_gradient_kernel(const T* x, GradientOperands o,
+                                                                              GradientOutputs out) {
+    using Sums = Tile<Ranks, Scaled>;
+    using Step = Loaded<Q, Sums::kRankTiles, Scaled>;
+    __shared__ float slots[Sums::kWarps / 2 * Sums::kSums * kWarp];
     const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
     const unsigned blocks = cluster_blocks();
     const int64_t column = static_cast<int64_t>(blockIdx.x / blocks) * kColumns, at = column + 8 * g;
@@ -27,82 +37,101 @@ __global__ __launch_bounds__(Tile<Ranks>::kThreads) void lora_gradient_kernel(co
     const int count = static_cast<int>(o.columns - at < 8 ? (o.columns > at ? o.columns - at : 0) : 8);
     const uint64_t seed = o.threshold ? static_cast<uint64_t>(*o.seed) : 0;
     const bool first = blockIdx.y == 0;  // of the blocks that read these columns
+    const bool sums_c = Scaled && first && out.dc != nullptr, makes_dz = Scaled && first && out.dz != nullptr;
     float sums[Sums::kSums] = {}, dc[8] = {}, c[8] = {};
     if constexpr (Scaled) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) c[j] = j < count ? o.c[at + j] : 0.0f;
     }
-    const auto q_at = [&](int64_t m, int64_t r) {
-        if (m >= o.M || r >= o.rank) return 0.0f;
-        return to_float(static_cast<const Q*>(o.q.data)[m * o.q.row_stride + r * o.q.column_stride]) * o.scale;
+    const auto token_of = [&](int64_t m, int i) { return m + 2 * t + i % 2 + i / 2 * 8; };
+    const auto q_at = [&](int64_t token, int64_t r) {
+        Q value = Convert<Q>::from(0.0f);
+        if (token < o.M && r < o.rank)
+            value = static_cast<const Q*>(o.q.data)[token * o.q.row_stride + r * o.q.column_stride];
+        return value;
+    };
+    const auto load = [&](int64_t m) {
+        Step step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int64_t token = token_of(m, i);
+            const int here = token < o.M ? count : 0;
+            load_pairs<Vector>(x + token * o.x_stride + at, here, step.token[i]);
+            if constexpr (Scaled)
+                if (sums_c) load_pairs<Vector>(static_cast<const T*>(o.z) + token * o.columns + at, here, step.z[i]);
+        }
+        if (out.sums != nullptr) {
+#pragma unroll
+            for (int i = 0; i < Sums::kRankTiles; ++i)
+#pragma unroll
+                for (int part = 0; part < 4; ++part)
+#pragma unroll
+                    for (int next = 0; next < 2; ++next)
+                        step.q[i][part][next] =
+                            q_at(token_of(m, part / 2 * 2 + next), first_rank + 16 * i + part % 2 * 8 + g);
+        }
+        return step;
     };
     const int64_t stride = static_cast<int64_t>(blocks) * Sums::kWarps * kTokens;
-    for (int64_t m = (static_cast<int64_t>(cluster_rank()) * Sums::kWarps + warp) * kTokens; m < o.M; m += stride) {
-        uint32_t token[4][4];  // tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9: pairs of neighbours
-        const int64_t at_token[4] = {m + 2 * t, m + 2 * t + 1, m + 2 * t + 8, m + 2 * t + 9};
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            load_pairs(x + at_token[i] * o.x_stride + at, at_token[i] < o.M ? count : 0, vector, token[i]);
+    // Tokens beyond the last one are 0.
+    const auto add = [&](Step& now, int64_t m) {
         if (o.threshold) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                drop_pairs(keep8(seed, o.threshold, static_cast<uint32_t>(at_token[i]), static_cast<uint32_t>(at / 8)),
-                           token[i]);
+                drop_pairs(keep8(seed, o.threshold, static_cast<uint32_t>(token_of(m, i)),
+                                 static_cast<uint32_t>(at / 8)),
+                           now.token[i]);
         }
         if constexpr (Scaled) {
-            if (first && (out.dc != nullptr || out.dz != nullptr)) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int here = at_token[i] < o.M ? count : 0;
-                    float values[8], z[8];
+            for (int i = 0; i < 4; ++i) {
+                float scaled[8];
 #pragma unroll
-                    for (int j = 0; j < 8; ++j) values[j] = half_of_pair<T>(token[i][j / 2], j % 2);
-                    if (out.dc != nullptr) {
-                        load8(static_cast<const T*>(o.z) + at_token[i] * o.columns + at, here, vector, z);
-#pragma unroll
-                        for (int j = 0; j < 8; ++j) dc[j] += values[j] * z[j];
-                    }
-                    if (out.dz != nullptr) {
-#pragma unroll
-                        for (int j = 0; j < 8; ++j) values[j] *= c[j];
-                        store8(static_cast<T*>(out.dz) + at_token[i] * o.columns + at, here, vector, values);
-                    }
+                for (int j = 0; j < 8; ++j) {
+                    const float value = half_of_pair<T>(now.token[i][j / 2], j % 2);
+                    if (sums_c) dc[j] += value * half_of_pair<T>(now.z[i][j / 2], j % 2);
+                    scaled[j] = value * c[j];
                 }
+                if (makes_dz)
+                    store8(static_cast<T*>(out.dz) + token_of(m, i) * o.columns + at, token_of(m, i) < o.M ? count : 0,
+                           Vector, scaled);
             }
         }
-        if (out.sums == nullptr) continue;
+        if (out.sums == nullptr) return;
         uint32_t right[8][2];
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                right[j][half] =
-                    same_halves(token[2 * half][j / 2], token[2 * half + 1][j / 2], j % 2);
+                right[j][half] = same_halves(now.token[2 * half][j / 2], now.token[2 * half + 1][j / 2], j % 2);
 #pragma unroll
         for (int i = 0; i < Sums::kRankTiles; ++i) {
-            float q[4][2];
-#pragma unroll
-            for (int part = 0; part < 4; ++part)
-#pragma unroll
-                for (int next = 0; next < 2; ++next)
-                    q[part][next] = q_at(at_token[part / 2 * 2 + next], first_rank + 16 * i + 8 * (part % 2) + g);
             uint32_t a[4];
 #pragma unroll
-            for (int part = 0; part < 4; ++part) a[part] = pair<T>(q[part][0], q[part][1]);
+            for (int part = 0; part < 4; ++part)
+                a[part] = pair<T>(to_float(now.q[i][part][0]) * o.scale, to_float(now.q[i][part][1]) * o.scale);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 float(&d)[4] = *reinterpret_cast<float(*)[4]>(&sums[(i * 8 + j) * 4]);
                 mma_16x8x16<T>(d, a, right[j]);
             }
         }
-    }
+    };
+    Step ahead[kAhead];
+    const int64_t begin = (static_cast<int64_t>(cluster_rank()) * Sums::kWarps + warp) * kTokens;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i] = load(begin + i * stride);
+    for (int64_t m = begin; m < o.M; m += kAhead * stride)
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {  // each step in registers of its own
+            add(ahead[i], m + i * stride);
+            ahead[i] = load(m + (i + kAhead) * stride);
+        }
     if (out.sums != nullptr) {
-        const auto place = [&](int i) {  // of sums[i] in the tile [ranks, columns]: column n of product j is 8 n + j
-            const int tile = i / 4, r = tile / 8 * 16 + i % 4 / 2 * 8 + g;
-            return r * kColumns + 8 * (2 * t + i % 2) + tile % 8;
-        };
-        sum_up<Sums::kWarps, Sums::kSize>(sums, slots, place, [&](int element, float sum) {
-            const int64_t r = first_rank + element / kColumns, n = column + element % kColumns;
+        // sums[i] of lane 4 g + t: rank g (+ 8) of a tile, of product j the columns 8 n + j, n = 2 t and the next.
+        sum_up<Sums::kWarps>(sums, slots, [&](int i, int lane, float sum) {
+            const int64_t r = first_rank + i / 32 * 16 + i % 4 / 2 * 8 + lane / 4;
+            const int64_t n = column + 8 * (lane % 4 * 2 + i % 2) + i / 4 % 8;
             if (r >= o.rank || n >= o.columns) return;
             if (Scaled) sum *= o.c[n];
             const int64_t to = r * out.sums_rank_stride + n * out.sums_column_stride;
@@ -119,36 +148,39 @@ __global__ __launch_bounds__(Tile<Ranks>::kThreads) void lora_gradient_kernel(co
         });
     }
     if constexpr (Scaled) {
-        if (out.dc == nullptr || !first) return;  // the whole cluster
+        if (!sums_c) return;  // the whole cluster
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             dc[j] += __shfl_xor_sync(kAllLanes, dc[j], 1);
             dc[j] += __shfl_xor_sync(kAllLanes, dc[j], 2);
         }
-        const auto place = [&](int j) { return 8 * g + j; };  // the same numbers in four lanes
-        sum_up<Sums::kWarps, kColumns>(dc, slots, place, [&](int element, float sum) {
-            if (column + element < o.columns) out.dc[column + element] = sum;
+        sum_up<Sums::kWarps>(dc, slots, [&](int j, int lane, float sum) {  // the same sum in four lanes
+            const int64_t n = column + lane / 4 * 8 + j;
+            if (lane % 4 == 0 && n < o.columns) out.dc[n] = sum;
         });
     }
 }
 
 template <typename T, typename Q, int Ranks, bool Scaled>
 Error launch(const GradientOperands& o, const GradientOutputs& out, const Place& place) {
-    using Sums = Tile<Ranks>;
+    using Sums = Tile<Ranks, Scaled>;
     const Device device = device_of(place.device);
     const unsigned columns = blocks_of(o.columns, kColumns), ranks = blocks_of(o.rank, Ranks);
     const unsigned blocks = blocks_of_cluster(device, columns * ranks, o.M / (Sums::kWarps * kTokens));
-    const bool vector = o.x_stride % 8 == 0 && is_aligned(o.x) &&
-                        (!Scaled || (o.columns % 8 == 0 && is_aligned(o.z) && is_aligned(out.dz)));
-    return FASTPEFT_LAUNCH_CLUSTERS((lora_gradient_kernel<T, Q, Ranks, Scaled>), dim3(columns * blocks, ranks),
-                                    Sums::kThreads, blocks, place, static_cast<const T*>(o.x), o, out, vector);
+    const bool vector = o.columns % 8 == 0 && o.x_stride % 8 == 0 && is_aligned(o.x) && is_aligned(o.z) &&
+                        is_aligned(out.dz);
+    const auto kernel = vector ? &lora_gradient_kernel<T, Q, Ranks, Scaled, true>
+                               : &lora_gradient_kernel<T, Q, Ranks, Scaled, false>;
+    return FASTPEFT_LAUNCH_CLUSTERS(kernel, dim3(columns * blocks, ranks), Sums::kThreads, blocks, place,
+                                    static_cast<const T*>(o.x), o, out);
 }
 
 template <typename T, int Ranks>
 Error launch(const GradientOperands& o, const GradientOutputs& out, const Place& place) {
+    if constexpr (Ranks <= kMostRanksScaled)
+        if (o.c != nullptr) return launch<T, float, Ranks, true>(o, out, place);
     if (o.q.dtype != DType::f32) return launch<T, T, Ranks, false>(o, out, place);
-    return o.c == nullptr ? launch<T, float, Ranks, false>(o, out, place)
-                          : launch<T, float, Ranks, true>(o, out, place);
+    return launch<T, float, Ranks, false>(o, out, place);
 }
 
 }  // namespace
@@ -156,9 +188,8 @@ Error launch(const GradientOperands& o, const GradientOutputs& out, const Place&
 Error lora_gradient(const GradientOperands& o, const GradientOutputs& out, DType dtype, const Place& place) {
     const auto run = [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        if (o.rank <= 16) return launch<T, 16>(o, out, place);
-        if (o.rank <= 32) return launch<T, 32>(o, out, place);
-        return launch<T, 64>(o, out, place);
+        return o.rank <= 16 || o.c != nullptr ? launch<T, kMostRanksScaled>(o, out, place)
+                                              : launch<T, kMostRanks>(o, out, place);
     };
     return dtype == DType::bf16 ? run(static_cast<__nv_bfloat16*>(nullptr)) : run(static_cast<__half*>(nullptr));
 }

@@ -31,7 +31,7 @@ struct Ending {
     const int64_t* seed;
     const float* c;
     bool has_z;
-    Matrix bias;
+    Matrix bias;  // one row, in float32 or as y
 };
 
 template <int Columns>
@@ -219,6 +219,19 @@ struct Kernel {
         products_wait<0>();
     }
 
+    // Elements `first` + 8 j and the next of a vector; of none, or beyond its end, `other`.
+    template <typename E>
+    __device__ void load_columns(const E* vector, int64_t stride, int first, float other,
+                                 float (&out)[kPiece / 8][2]) const {
+#pragma unroll
+        for (int j = 0; j < kPiece / 8; ++j)
+#pragma unroll
+            for (int next = 0; next < 2; ++next) {
+                const int at = first + 8 * j + next;
+                out[j][next] = vector != nullptr && at < N ? to_float(vector[at * stride]) : other;
+            }
+    }
+
     __device__ void finish(float (&sums)[Columns / 2], int m, int n, const Ring& at, const CUtensorMap& y,
                            const CUtensorMap& z, const Ending& ending, int& staged) const {
         const int warp = threadIdx.x % kWarpgroup / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
@@ -226,7 +239,21 @@ struct Kernel {
         for (int piece = 0; piece < Columns / kPiece; ++piece) {
             const int first = n + piece * kPiece;
             float(&part)[kPiece / 2] = *reinterpret_cast<float(*)[kPiece / 2]>(&sums[piece * kPiece / 2]);
-            if constexpr (Masked) {
+            float factor[kPiece / 8][2], bias[kPiece / 8][2];
+            if constexpr (!Masked) {
+                load_columns(ending.c, 1, first + 2 * t, 1.0f, factor);
+                if (ending.bias.dtype == DType::f32)
+                    load_columns(static_cast<const float*>(ending.bias.data), ending.bias.column_stride, first + 2 * t,
+                                 0.0f, bias);
+                else
+                    load_columns(static_cast<const T*>(ending.bias.data), ending.bias.column_stride, first + 2 * t,
+                                 0.0f, bias);
+                if (ending.has_z) store(part, z, m, first, staged);
+#pragma unroll
+                for (int j = 0; j < kPiece / 8; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) part[4 * j + i] = part[4 * j + i] * factor[j][i % 2] + bias[j][i % 2];
+            } else {
                 float delta[kPiece / 2];
                 low_rank(delta, piece, at);
                 const uint64_t seed = static_cast<uint64_t>(*ending.seed);
@@ -241,23 +268,6 @@ struct Kernel {
                             const int of = 4 * (4 * four + j / 2) + 2 * i + j % 2;
                             part[of] += bits >> j & 1 ? delta[of] : 0.0f;
                         }
-                    }
-            }
-            if (ending.has_z) store(part, z, m, first, staged);
-            if (ending.c != nullptr || ending.bias.data != nullptr) {
-#pragma unroll
-                for (int j = 0; j < kPiece / 8; ++j)
-#pragma unroll
-                    for (int next = 0; next < 2; ++next) {
-                        const int at_column = first + 8 * j + 2 * t + next;
-                        if (at_column >= N) continue;
-                        const float factor = ending.c == nullptr ? 1.0f : ending.c[at_column];
-                        const float bias =
-                            ending.bias.data == nullptr
-                                ? 0.0f
-                                : element(ending.bias.data, ending.bias.dtype, at_column * ending.bias.column_stride);
-                        part[4 * j + next] = part[4 * j + next] * factor + bias;
-                        part[4 * j + 2 + next] = part[4 * j + 2 + next] * factor + bias;
                     }
             }
             store(part, y, m, first, staged);

@@ -18,7 +18,6 @@ from .operands import backward_in_cpp, forward_in_cpp
 
 NAME = "cuda"
 DEVICE = "cuda"  # where the self-check runs it
-RUN = 8  # elements that a thread decodes: within one row, and within one block
 ALIGNED = 16  # bytes
 HOPPER = (9, 0)
 
@@ -138,15 +137,10 @@ class CudaKernels:
         dtype: torch.dtype,
     ) -> Tensor:
         N, K = B.shape[0], A.shape[1]
-        packed = None
-        if quant and K % RUN == 0 and weight.data_ptr() % ALIGNED == 0:
-            packed = self._four_bit(weight, quant, blocksize)
-        elif quant:
+        if quant:
             weight = self.four_bit_decode(weight, quant, blocksize, N, K, dtype)
-        norm = A.new_empty(N, dtype=torch.float32)
-        left = B.float().contiguous()
-        dense = self._no_matrix if packed is not None else self._matrix(weight)
-        operands = dense, packed, self._matrix(A), left.data_ptr(), left.stride(0), scaling, norm.data_ptr()
+        norm, left = A.new_empty(N, dtype=torch.float32), B.float().contiguous()
+        operands = self._matrix(weight), self._matrix(A), left.data_ptr(), left.stride(0), scaling, norm.data_ptr()
         self.library.dora_norm(*operands, N, K, A.shape[0], self._dtypes[dtype], *_place(weight))
         return norm
 
