@@ -10,10 +10,10 @@ from typing import Any
 import cuda_emulation
 import pytest
 import torch
-from cases import Case, expected, in_layout
+from cases import in_layout
 from devices import DEVICE, DTYPES, moved_to, run
-from gpu_suite import GpuSuite, over_4_bits
-from oracle import Expected, LoraInputs, assert_close_as_eager, make_inputs
+from gpu_suite import GpuSuite
+from oracle import LoraInputs, assert_close_as_eager, make_inputs
 from test_dora_norm import eager as eager_norm
 
 import fastpeft
