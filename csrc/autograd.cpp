@@ -81,9 +81,10 @@ Tensors backward_of(const Call& call, const Tensor& dy, const std::optional<Tens
 
 std::optional<Tensor> maybe(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
 
-// Gradients that raise when they are differentiated, as torch.autograd.function.once_differentiable makes them.
+// Gradients that raise when they are differentiated by anything that they depend on: torch's once_differentiable ties
+// them to nothing, and who asks for a second derivative without minding unused inputs would be given zeros.
 struct Once : Function<Once> {
-    static Tensors forward(AutogradContext*, const Tensor& /*requires a gradient*/, TensorList grads) {
+    static Tensors forward(AutogradContext*, TensorList /*what they depend on*/, TensorList grads) {
         Tensors aliases;
         for (const Tensor& grad : grads) aliases.push_back(grad.detach());
         return aliases;
@@ -130,7 +131,12 @@ struct LoraLinear : Function<LoraLinear> {
         const Adapters adapters{A, B, c, call.scaling, call.thresholds, maybe(kept[3]), maybe(kept[4])};
         Tensors grads =
             backward_of(call, dy[0], maybe(kept[0]), call.weight(kept[1], quant), adapters, maybe(kept[2]), z);
-        if (at::GradMode::is_enabled()) grads = Once::apply(at::empty({0}).requires_grad_(), TensorList(grads));
+        if (at::GradMode::is_enabled()) {
+            Tensors origins{dy[0]};
+            for (const Tensor& t : kept)
+                if (t.defined() && t.requires_grad()) origins.push_back(t);
+            grads = Once::apply(TensorList(origins), TensorList(grads));
+        }
         auto grad = grads.begin();
         for (size_t i = 0; i < call.needs.size(); ++i)
             if (call.needs[i]) all[1 + i + (i < 2 ? 0 : call.quants)] = *grad++;

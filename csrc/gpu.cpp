@@ -6,6 +6,7 @@
 
 #include "gpu_kernels.h"
 #include "layout.h"
+#include "operands.h"
 
 namespace fastpeft::gpu {
 
@@ -103,6 +104,9 @@ Tensors empty_gradients(const Tensor& dy, const Weight& weight, const Adapters& 
 
 Forward lora_linear(const Gpu& gpu, const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias,
                     const Adapters& adapters, bool keep_z) {
+    check_operands(x, weight, bias, adapters, x.size(-1) ? x.numel() / x.size(-1) : 0);
+    if (is_lazy(x) || is_lazy(weight) || is_lazy(bias) || is_lazy(adapters))
+        return lora_linear(gpu, in_memory(x), in_memory(weight), in_memory(bias), in_memory(adapters), keep_z);
     const Kernels kernels(gpu);
     const Tensor x2 = rows_of(x);
     const int64_t M = x2.size(0);
@@ -155,6 +159,12 @@ Forward lora_linear(const Gpu& gpu, const Tensor& x, const Weight& weight, const
 Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::optional<Tensor>& x, const Weight& weight,
                              const Adapters& adapters, const std::optional<Tensor>& u, const Tensors& z,
                              const std::vector<bool>& needs) {
+    const int64_t tokens = dy.size(-1) ? dy.numel() / dy.size(-1) : 0;
+    check_operands(x, weight, {}, adapters, tokens);
+    check_kept(dy, weight, adapters, u, z, tokens);
+    if (is_lazy(dy) || is_lazy(x) || is_lazy(weight) || is_lazy(adapters))
+        return lora_linear_backward(gpu, in_memory(dy), in_memory(x), in_memory(weight), in_memory(adapters), u, z,
+                                    needs);
     const Kernels kernels(gpu);
     const size_t count = adapters.A.size();
     const bool need_x = needs[0], need_weight = needs[1], scales = !adapters.c.empty();

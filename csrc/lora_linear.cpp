@@ -8,6 +8,7 @@
 #include "cpu/base_product.h"
 #include "cpu/kernels.h"
 #include "layout.h"
+#include "operands.h"
 
 namespace fastpeft {
 namespace {
@@ -150,6 +151,9 @@ struct Chain {
 
 Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias, const Adapters& adapters,
                     bool keep_z, Plan plan) {
+    check_operands(x, weight, bias, adapters, x.size(-1) ? x.numel() / x.size(-1) : 0);
+    if (is_lazy(x) || is_lazy(weight) || is_lazy(bias) || is_lazy(adapters))
+        return lora_linear(in_memory(x), in_memory(weight), in_memory(bias), in_memory(adapters), keep_z, plan);
     const Tensor x2 = flat_rows(x);
     const int64_t N = weight.N;
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -222,6 +226,12 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
 std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const Weight& weight,
                                          const Adapters& adapters, const std::optional<Tensor>& u,
                                          const std::vector<Tensor>& z, const std::vector<bool>& needs, Plan plan) {
+    const int64_t tokens = dy.size(-1) ? dy.numel() / dy.size(-1) : 0;
+    check_operands(x, weight, {}, adapters, tokens);
+    check_kept(dy, weight, adapters, u, z, tokens);
+    if (is_lazy(dy) || is_lazy(x) || is_lazy(weight) || is_lazy(adapters))
+        return lora_linear_backward(in_memory(dy), in_memory(x), in_memory(weight), in_memory(adapters), u, z, needs,
+                                    plan);
     const size_t count = adapters.A.size();
     const auto any = [&](size_t begin, size_t end) {
         return std::any_of(needs.begin() + begin, needs.begin() + end, [](bool need) { return need; });

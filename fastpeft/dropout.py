@@ -20,8 +20,9 @@ _LANE_VALUES = 1 << 16
 
 
 def dropout_threshold(p: float) -> int:
-    """Lanes below this number are dropped: ``p`` in steps of 2**-16, at most 65535 so that something survives."""
-    return min(round(p * _LANE_VALUES), _LANE_VALUES - 1)
+    """Lanes below this number are dropped: ``p`` in steps of 2**-16, at most 65535 so that something survives, and one
+    at least where ``p`` is not 0: DoRA's formula is another one as soon as there is dropout."""
+    return min(max(round(p * _LANE_VALUES), p > 0), _LANE_VALUES - 1)
 
 
 def dropout_scale(p: float) -> float:

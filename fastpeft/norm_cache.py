@@ -25,8 +25,7 @@ class NormCache:
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._norm: Tensor | None = None
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None  # key and norm as one: threads may share a layer
 
     def get(
         self, weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
@@ -38,11 +37,11 @@ class NormCache:
         key = None if torch.compiler.is_compiling() else _key(*tensors, quant, settings)
         if key is None:
             return ops.call_dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
-        if key != self._key or self._norm is None:
-            self._key = None  # an error leaves nothing behind
-            self._norm = ops.call_dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
-            self._key = key
-        return self._norm
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            kept = key, ops.call_dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
+            self._kept = kept
+        return kept[1]
 
     def __deepcopy__(self, memo: object) -> NormCache:
         return NormCache()

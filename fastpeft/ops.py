@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .reference import wide_dtype
@@ -229,7 +228,8 @@ class _LoraLinearNode(torch.autograd.Function):
         _, _, _, need_x, need_weight, need_bias, *need_ABc = ctx.needs_input_grad
         keep_x = need_weight or any(need_ABc[:count])
         keep_u = any(need_ABc[count : 2 * count])
-        ctx.save_for_backward(x if keep_x else None, weight, u if keep_u else None, seed, adapter_index, *ABc, *z)
+        kept = x if keep_x else None, weight, u if keep_u else None, seed, adapter_index
+        ctx.save_for_backward(*kept, *quant, *ABc, *z)
         ctx.call = settings, [need_x, need_weight, need_bias and bias is not None, *need_ABc]
         ctx.mark_non_differentiable(u, *z)
         ctx.set_materialize_grads(False)
@@ -237,7 +237,13 @@ class _LoraLinearNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return _twice_raises(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy)
+        if dy is None or not torch.is_grad_enabled():
+            return _gradients(ctx, dy)
+        with torch.no_grad():
+            grads = _gradients(ctx, dy)
+        origins = [t for t in (dy, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        tied = iter(_Once.apply(len(origins), *origins, *(g for g in grads if g is not None)))
+        return tuple(None if g is None else next(tied) for g in grads)
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -245,6 +251,7 @@ def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * (3 + len(needs))
     x, weight, u, seed, adapter_index, *kept = ctx.saved_tensors
+    quant, kept = kept[: len(quant)], kept[len(quant) :]
     count, parameters = len(scaling), len(needs) - 3
     A, B, c, z = kept[:count], kept[count : 2 * count], kept[2 * count : parameters], kept[parameters:]
     run = lora_linear_backward if _is_watched(dy) else _lora_linear_backward_dispatch
@@ -253,7 +260,17 @@ def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     return None, None, None, *(next(grads) if need else None for need in needs)
 
 
-_twice_raises = once_differentiable(_gradients)  # a wrapper that takes longer than all the rest of this node
+class _Once(torch.autograd.Function):
+    """Gradients that raise when they are differentiated by anything that they depend on: torch's once_differentiable
+    ties them to nothing, and who asks for a second derivative without minding unused inputs would be given zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *origins_and_grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.detach() for grad in origins_and_grads[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 
 def _below_autograd(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Forward:

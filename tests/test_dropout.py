@@ -49,7 +49,7 @@ def test_mask_lanes_are_the_words_of_the_counter_low_half_first() -> None:
     ("p", "threshold"),
     [
         (0.0, 0),
-        (1e-9, 0),
+        (1e-9, 1),
         (1 / LANES, 1),
         (0.1, 6554),
         (0.5, 32768),

@@ -136,13 +136,25 @@ def refusal(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor])
     return operand_refusal(x, weight, A, B)
 
 
+def _in_memory(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return (
+        torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        if value._is_zerotensor()
+        else value.resolve_neg()
+    )
+
+
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Kernels are launched on torch's current device, which need not be the first tensor's."""
+    """Kernels are launched on torch's current device, which need not be the first tensor's, and read memory: tensors
+    that are lazily negated, or zeros without memory, are put there."""
 
     @wraps(op)
-    def run(kernels: Kernels, first: Tensor, *args: Any) -> Any:
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            return op(kernels, first, *args)
+    def run(kernels: Kernels, *args: Any) -> Any:
+        args = tuple([_in_memory(t) for t in a] if isinstance(a, (list, tuple)) else _in_memory(a) for a in args)
+        with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+            return op(kernels, *args)
 
     return run
 
