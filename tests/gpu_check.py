@@ -78,7 +78,7 @@ def steps_of(python: str, out: Path, methods: Sequence[str]) -> list[Step]:
         Step("kernels", [*module, "fastpeft.bench.gpu_kernels", *to_out], 0.25),
         Step("plans", [*module, "fastpeft.bench.gpu_plans", *to_out, "--record", str(PLANS)], 0.4),
         *(
-            Step(f"bench-{method}", [*bench, "--method", method], 0.9 / (len(methods) - position))
+            Step(f"bench-{method}", [*bench, "--method", method], 0.8 / (len(methods) - position))
             for position, method in enumerate(methods)
         ),
         Step("bounds", [*bench, "--plot-only", "--check"], 1.0),
