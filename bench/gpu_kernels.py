@@ -238,7 +238,7 @@ def _bitsandbytes(x: torch.Tensor | None, device: str) -> Calls:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
 def command(rounds: int, out: Path) -> None:
     """Times every kernel of the GPU backends."""
-    record_kernels("kernels", lambda run: list(measure(rounds, run)), markdown, out, "cuda")
+    record_kernels("kernels", lambda run: measure(rounds, run), markdown, out, "cuda")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ plan at each shape into ``fastpeft/backends/gpu_plans.json``, which fastpeft cho
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from .measure import Run, record_kernels
 
 RANK = 16
 THRESHOLD = 3277  # p = 0.05
-TOKENS = (1, 16, 128, 512, 2048, 4096, 8192)
-LAYERS = ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))  # inputs, outputs
+# What matters most comes first, should the time run out.
+TOKENS = (4096, 2048, 512, 8192, 128, 16, 1)
+LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 2048))  # inputs, outputs
 
 
 def calls(of: gpu.Kernels, product: Product, device: str) -> dict[str, Callable[[], Any]]:
@@ -107,6 +108,20 @@ def recorded(found: Sequence[dict[str, Any]], table: list[dict[str, Any]]) -> li
     return [*(gpu for gpu in table if gpu["name"] != machine["gpu"]), facts | {"plans": plans}]
 
 
+def recording(found: Iterable[dict[str, Any]], table: Path | None) -> Iterator[dict[str, Any]]:
+    """``found``, each row put into ``table``, a copy of gpu_plans.json, when it comes."""
+    known = json.loads(table.read_text()) if table is not None and table.exists() else []
+    so_far = []
+    for row in found:
+        so_far.append(row)
+        if table is not None:
+            lines = ",\n".join(json.dumps(gpu) for gpu in recorded(so_far, known))
+            new = table.with_suffix(".new")  # whoever is ended while it writes leaves the older table
+            new.write_text(f"[\n{lines}\n]\n")
+            new.replace(table)
+        yield row
+
+
 @click.command()
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @click.option("--rounds", type=click.IntRange(min=2), default=7, show_default=True)
@@ -114,11 +129,7 @@ def recorded(found: Sequence[dict[str, Any]], table: list[dict[str, Any]]) -> li
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="A copy of gpu_plans.json to add to.")
 def command(dtype: str, rounds: int, out: Path, record: Path | None) -> None:
     """Times the plans of the Triton backend against the frozen base."""
-    found = record_kernels("plans", lambda run: list(measure(dtype, rounds, run)), markdown, out, "cuda")
-    if record is not None:
-        known = json.loads(record.read_text()) if record.exists() else []
-        lines = ",\n".join(json.dumps(gpu) for gpu in recorded(found, known))
-        record.write_text(f"[\n{lines}\n]\n")
+    record_kernels("plans", lambda run: recording(measure(dtype, rounds, run), record), markdown, out, "cuda")
 
 
 if __name__ == "__main__":

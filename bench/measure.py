@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,22 +53,24 @@ class Run:
 
 def record_kernels(
     name: str,
-    measure: Callable[[Run], list[dict[str, Any]]],
+    measure: Callable[[Run], Iterable[dict[str, Any]]],
     markdown: Callable[..., str],
     out: Path,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Measures a device's kernels, adds the rows to ``out/<machine>-<name>.jsonl``, and shows the table beside them."""
+    """Measures a device's kernels and shows their table. Each row is added to ``out/<machine>-<name>.jsonl`` as soon as
+    it is measured, and the table beside it drawn anew: what is ended early leaves behind what it found."""
     reason = native.unavailable() if device == "cpu" else None
     if device == "cuda" and not torch.cuda.is_available():
         reason = "torch finds no NVIDIA GPU"
     if reason is not None:
         raise click.ClickException(reason)
     run = Run.begin(device)
-    found = measure(run)
-    table = markdown(found)
-    rows.write(out / f"{run.machine['name']}-{name}.jsonl", found, table)
-    click.echo(table)
+    found: list[dict[str, Any]] = []
+    for row in measure(run):
+        found.append(row)
+        rows.write(out / f"{run.machine['name']}-{name}.jsonl", row, markdown(found))
+    click.echo(markdown(found))
     return found
 
 

@@ -115,7 +115,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
 def command(rounds: int, out: Path) -> None:
     """Times the plans of the native backend against the frozen base."""
-    record_kernels("plans", lambda run: [row for dtype in DTYPES for row in measure(dtype, rounds, run)], markdown, out)
+    record_kernels("plans", lambda run: (row for dtype in DTYPES for row in measure(dtype, rounds, run)), markdown, out)
 
 
 if __name__ == "__main__":

@@ -104,11 +104,11 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         file.writelines(row.to_json() + "\n" for row in rows)
 
 
-def write(path: Path, found: Iterable[dict[str, Any]], table: str) -> None:
-    """Adds rows of the native kernels to the JSON lines in ``path`` and puts their table beside it."""
+def write(path: Path, row: dict[str, Any], table: str) -> None:
+    """Adds a row of a device's kernels to the JSON lines in ``path`` and puts the table of its run beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in found)
+        file.write(json.dumps(row) + "\n")
     path.with_suffix(".md").write_text(table, encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ What a table says of rows is right; no speed is asserted."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import triton_interpreter
 from click.testing import CliRunner
 from fastpeft.bench import gpu_kernels, gpu_plans, gpu_timing, timing
-from fastpeft.bench.measure import Run
+from fastpeft.bench.measure import Run, record_kernels
 
 from fastpeft.backends import cuda, gpu, triton
 from fastpeft.backends.gpu_plans import FUSED, Plan, plans_for
@@ -108,7 +108,26 @@ def test_plans_are_measured_shown_and_recorded(monkeypatch: pytest.MonkeyPatch, 
         [1, 64, 48, "bfloat16", "plain", Plan.accumulate.value],
         [1, 64, 48, "bfloat16", "masked", Plan.epilogue.value],
     ]
-    json.dumps(mine)
+    table = tmp_path / "gpu_plans.json"
+    table.write_text(json.dumps(older))
+    recorded = gpu_plans.recording(found, table)
+    for count in (1, 2):
+        assert next(recorded) is found[count - 1]
+        other, mine = json.loads(table.read_text())
+        assert (other["name"], mine["name"], len(mine["plans"])) == ("Another", "Some GPU", count)
+
+
+def test_what_is_ended_early_leaves_its_rows_and_their_table(tmp_path: Path) -> None:
+    def measure(run: Run) -> Iterator[dict[str, Any]]:
+        yield {"row": 1}
+        yield {"row": 2}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record_kernels("some", measure, lambda found: f"{len(found)} rows", tmp_path)
+    (rows,) = tmp_path.glob("*-some.jsonl")
+    assert [json.loads(line) for line in rows.read_text().splitlines()] == [{"row": 1}, {"row": 2}]
+    assert rows.with_suffix(".md").read_text() == "2 rows"
 
 
 def test_without_a_gpu_the_commands_say_so() -> None:

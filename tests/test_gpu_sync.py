@@ -143,6 +143,7 @@ def test_a_training_step_is_captured(kind: str, backend: str) -> None:
             return [y, *torch.autograd.grad(y.float().square().sum(), learned)]
 
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # which fills the operands
         with torch.cuda.stream(stream):
             for _ in range(3):
                 torch.cuda.set_sync_debug_mode("error")

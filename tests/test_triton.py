@@ -17,7 +17,8 @@ from oracle import Expected, LoraInputs, Results, assert_close_as_eager
 from triton.runtime.interpreter import InterpretedFunction
 
 import fastpeft
-from fastpeft import kernels, ops
+from fastpeft import kernels as launchers
+from fastpeft import ops
 from fastpeft.backends import gpu_plans
 from fastpeft.backends import triton as backend
 from fastpeft.backends.gpu import Tail
@@ -116,7 +117,7 @@ def test_where_the_copy_engine_can_move_the_tiles(
     assert not persistent(x[:1].expand(17, 32))  # rows that overlap
     assert not persistent(x[:, :1], weight[:, :1])
     assert not persistent(x[:16])  # few tokens: z may be float32, and one tile leaves the GPU idle
-    for architecture, moves_tiles in ((89, False), (100, True), (120, False)):
+    for architecture, moves_tiles in ((89, False), (100, True), (103, False), (120, False)):
         monkeypatch.setattr(backend, "_architecture", lambda device, name=architecture: name)
         assert persistent() is moves_tiles
 
@@ -150,8 +151,8 @@ def test_a_product_that_drops_its_input_reads_w_once() -> None:
         y, z = torch.empty(70, 90), torch.empty(70, 90)
     keep, factor = dropout_keep(seed, 70, 130, 0.25), 4 / 3
     tail = Tail(u, B, 1.5, dropout_threshold(0.25), seed, c, z)
-    config = kernels.lora_linear_config(16, True, masked_input=True)
-    kernels.lora_linear(x, weight, y, tail, factor, 16, "ieee", config)
+    config = launchers.lora_linear_config(16, True, masked_input=True)
+    launchers.lora_linear(x, weight, y, tail, factor, 16, "ieee", config)
 
     def formula(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         dropped = factor * (x * keep).to(dtype) @ weight.to(dtype).t()
@@ -160,6 +161,34 @@ def test_a_product_that_drops_its_input_reads_w_once() -> None:
 
     for actual, exact, eager in zip((y, z), formula(torch.float64), formula(torch.float32), strict=True):
         assert_close_as_eager(actual, exact, eager)
+
+
+@pytest.mark.parametrize("most_bytes", [1, 5_000])
+@pytest.mark.parametrize(
+    "case", [Case(M=130, N=600, ranks=(8, 70, 3), mixed=True), Case(M=70, N=300, dora=True, dropout_p=0.3)], ids=str
+)
+def test_slabs_of_columns_summed_up_by_one_program(
+    case: Case, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "MOST_BYTES_OF_V", most_bytes)
+    Expected.of(case.inputs).assert_met_by(by_triton)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", [(16384, 14336, 256), (65536, 4096, 512), (4096, 4096, 16), (16384, 14336, 16)])
+def test_partial_sums_of_v_are_bounded(
+    kernels: backend.TritonKernels, shape: tuple[int, int, int], scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a number of bytes, or by v itself where that takes more; all columns are summed up."""
+    (M, N, r), taken = shape, []
+    monkeypatch.setattr(launchers, "lora_dy", lambda *operands: taken.append(operands))
+    with torch.device("meta"):
+        dy, B, u, v = torch.empty(M, N, dtype=torch.bfloat16), torch.empty(N, r), torch.empty(M, r), torch.empty(M, r)
+        c, z = (torch.empty(N), torch.empty_like(dy)) if scaled else (None, None)
+    kernels.lora_dy(dy, B, u, 1.0, None, 0, c, z, v, (True, scaled, scaled))
+    ((*_, out, _, _, config),) = taken
+    assert out.v.nbytes <= max(backend.MOST_BYTES_OF_V, v.nbytes)
+    assert out.v.shape[0] * config.SLABS * config.BLOCK_N >= N
 
 
 @pytest.mark.parametrize("case", [Case(), Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(dora=True)], ids=str)

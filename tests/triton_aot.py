@@ -1,26 +1,27 @@
 """Compiles every Triton kernel ahead of time, with no GPU, and prints what became of it as JSON.
 
-``python tests/triton_aot.py [architecture ...]``. A call of each launcher on tensors of a usual size is recorded, and
-what it would launch is compiled: the same types, constants and divisibilities as at run time. The result maps
-``kernel, variant, bf16, rank 16, sm_90`` to registers, bytes spilled, bytes of shared memory, the matrix instruction.
+``python tests/triton_aot.py [architecture ...]``, with the Triton that is imported first. A call of each launcher on
+tensors of a usual size is recorded, and what it would launch is compiled: the same types, constants and divisibilities
+as at run time. The result maps ``kernel, variant, bf16, rank 16, sm_90`` to registers, bytes spilled, bytes of shared
+memory, blocks that a multiprocessor holds, the matrix instruction; and to what ptxas warns of, if it does.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from occupancy import WARP, blocks_a_multiprocessor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -30,6 +31,7 @@ from fastpeft.backends.gpu import Tail
 from fastpeft.backends.triton import COPY_TILES
 
 ARCHITECTURES = (80, 90, 100)
+PERFORMANCE_WARNING = r"\(C75\d\d\).*"  # of ptxas, such as that wgmma instructions wait for one another
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
 M, K, N = 2048, 4096, 4096
 KINDS = (
@@ -64,7 +66,11 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
     down = replace(kernels.lora_down_config(*kind), SPLIT_K=1024)
     up = kernels.lora_up_config(*kind)
     linear, masked_input = kernels.lora_linear_config(*kind, False), kernels.lora_linear_config(*kind, True)
-    dy, scaled_dy = (replace(kernels.lora_dy_config(*kind, scaled), TILES=8) for scaled in (False, True))
+    dy, scaled_dy, wide_dy, wide_scaled_dy = (
+        replace(kernels.lora_dy_config(*kind, scaled, SLABS > 1), TILES=8, SLABS=SLABS)
+        for SLABS in (1, 4)
+        for scaled in (False, True)
+    )
     by_x = replace(kernels.lora_dA_config(*kind), TILES=8)
     persistent = rank, 132, kernels.lora_linear_persistent_config(rank)
     norm, few = kernels.dora_norm_config(*kind), kernels.four_bit_linear_config(*kind)
@@ -85,6 +91,10 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
         "lora_up, dora with dropout": lambda: kernels.lora_up(y, z, y, dora, *common, up),
         "lora_dy": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, None, None, gradients, *common, dy),
         "lora_dy, dora": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, c, z, all_gradients, *common, scaled_dy),
+        "lora_dy, four slabs": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, None, None, gradients, *common, wide_dy),
+        "lora_dy, dora, four slabs": lambda: kernels.lora_dy(
+            y, B, u, 2.0, None, 0, c, z, all_gradients, *common, wide_scaled_dy
+        ),
         "lora_dA": lambda: kernels.lora_dA(x, u, dA, 0, None, *common, by_x),
         "lora_dA, dropout": lambda: kernels.lora_dA(x, u, dA, 3277, seed, *common, by_x),
         "dropout": lambda: kernels.dropout(x, x, 3277, 1.05, seed, kernels.DropoutConfig()),
@@ -172,16 +182,12 @@ def source(
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes), options
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of stack: what was spilled."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", dump.stdout)
-    assert found is not None, dump.stdout
-    return {"registers": int(found[1]), "spilled": int(found[2])}
+def resources(log: str) -> dict[str, Any]:
+    """What ptxas reports: registers a thread, bytes of stack (what was spilled), and its warnings, if any."""
+    (registers,) = re.findall(r"Used (\d+) registers", log)
+    (spilled,) = re.findall(r"(\d+) bytes stack frame", log)
+    warnings = re.findall(PERFORMANCE_WARNING, log)
+    return {"registers": int(registers), "spilled": int(spilled)} | ({"warnings": warnings} if warnings else {})
 
 
 def compiled(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Any]:
@@ -189,15 +195,21 @@ def compiled(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Any]
     every = {}
     for name, launch in launches(dtype, rank, architecture).items():
         made, options = source(*recorded(launch))
-        binary = triton.compile(made, target=GPUTarget("cuda", architecture, 32), options=options)
-        found: dict[str, Any] = resources(binary.asm["cubin"])
-        found["shared"] = binary.metadata.shared
+        with redirect_stdout(io.StringIO()) as log:
+            binary = triton.compile(made, target=GPUTarget("cuda", architecture, 32), options=options)
+        found, taken = resources(log.getvalue()), binary.metadata
+        found["shared"] = taken.shared
+        found["blocks"] = blocks_a_multiprocessor(
+            architecture, found["registers"], taken.num_warps * WARP, taken.shared, taken.tmem_size
+        )
         found["matrix"] = next((i for i in MATRIX_INSTRUCTIONS if i in binary.asm["ptx"]), None)
         every[f"{name}, {TYPES[dtype]}, rank {rank}, sm_{architecture}"] = found
     return every
 
 
 if __name__ == "__main__":
+    triton.knobs.compilation.always_compile = True  # a kernel out of the cache has no log
+    triton.knobs.nvidia.dump_ptxas_log = True
     chosen = tuple(map(int, sys.argv[1:])) or ARCHITECTURES
     combinations = [(*kind, architecture) for kind in KINDS for architecture in chosen]
     with ProcessPoolExecutor() as pool:

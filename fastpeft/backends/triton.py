@@ -25,9 +25,12 @@ INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter comp
 FEW_TOKENS = 16  # a tile's rows: more of them cost nothing, and two tiles would decode W twice
 PROGRAMS = 2  # of a skinny product for each multiprocessor, at least
 SHORTEST_SPLIT = 256  # inputs of a product that a program sums up, at least
-MOST_TILES = 16
+MOST_TOKENS = 1024  # that a program of a gradient takes
+MOST_BYTES_OF_V = 1 << 26  # of partial sums of v, unless v itself takes more
 RANK_BLOCKS = (16, 32, 64)  # ranks that a program may hold; the matrix instructions want 16 at least
-COPY_TILES = range(90, 120)  # architectures whose copy engine moves tiles of a matrix, and that hold enough of them
+# Architectures whose copy engine moves tiles of a matrix, and that hold enough of them. Not 103: Triton 3.6 to 3.8 is
+# reported to miscompile two products into one sum there.
+COPY_TILES = (90, 100, 101, 110)
 ALIGNED = 16  # bytes of its rows and address
 
 
@@ -117,11 +120,9 @@ class TritonKernels:
     ) -> DyGradients:
         (M, N), rank = dy.shape, B.shape[1]
         kind = _kind(dy, rank)
-        config = self._launch.lora_dy_config(*kind, scaled=c is not None)
-        slabs = _ceil(N, config.BLOCK_N)
-        config = replace(config, TILES=_tiles(dy, config.BLOCK_M, slabs * _ceil(rank, kind.rank_block)))
-        parts = _ceil(M, config.BLOCK_M * config.TILES)
-        shapes = (slabs, M, rank), (parts, N, rank), (parts, N)
+        config = self._dy_config(dy, rank, c is not None)
+        groups, parts = _ceil(N, config.BLOCK_N * config.SLABS), _ceil(M, config.BLOCK_M * config.TILES)
+        shapes = (groups, M, rank), (parts, N, rank), (parts, N)
         v_sums, dB, dc = (
             dy.new_empty(shape, dtype=torch.float32) if need else None
             for shape, need in zip(shapes, (v is not None, *needs[:2]), strict=True)
@@ -133,6 +134,17 @@ class TritonKernels:
         if v is not None and v_sums is not None:
             torch.sum(v_sums, 0, out=v)
         return DyGradients(None if dB is None else dB.sum(0), None if dc is None else dc.sum(0), dz)
+
+    def _dy_config(self, dy: Tensor, rank: int, scaled: bool) -> Any:
+        """A program sums up as many slabs of columns as it takes to keep the partial sums of v within their bound."""
+        (M, N), kind = dy.shape, _kind(dy, rank)
+        most_groups = max(1, MOST_BYTES_OF_V // (M * rank * torch.float32.itemsize))
+        config = self._launch.lora_dy_config(*kind, scaled, many_slabs=False)
+        if _ceil(N, config.BLOCK_N) > most_groups:
+            config = self._launch.lora_dy_config(*kind, scaled, many_slabs=True)
+        slabs = _power_of_two(_ceil(_ceil(N, config.BLOCK_N), most_groups))
+        programs = _ceil(N, config.BLOCK_N * slabs) * _ceil(rank, kind.rank_block)
+        return replace(config, SLABS=slabs, TILES=_tiles(dy, config.BLOCK_M, programs))
 
     def lora_dA(self, x: Tensor, v: Tensor, mask: Mask) -> Tensor:
         rank = v.shape[1]
@@ -260,7 +272,12 @@ def _tiles(x: Tensor, block: int, programs: int) -> int:
     fill the GPU. There are ``programs`` programs for each part of the tokens."""
     tiles = _ceil(x.shape[0], block)
     parts = min(tiles, _ceil(_programs_wanted(x), programs))
-    return min(MOST_TILES, 1 << (tiles // parts).bit_length() - 1)
+    return min(MOST_TOKENS // block, 1 << (tiles // parts).bit_length() - 1)
+
+
+def _power_of_two(size: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << (size - 1).bit_length()
 
 
 def _ceil(size: int, block: int) -> int:

@@ -32,12 +32,13 @@ class FourBitLinearConfig:
     BLOCK_N: int = 32
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = 128  # left alone or held to fewer, ptxas spills for some ranks
     enable_fp_fusion: bool = False
 
 
 def four_bit_linear_config(rank_block: int, float32: bool) -> FourBitLinearConfig:
     """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands."""
-    return FourBitLinearConfig(BLOCK_N=16) if float32 else FourBitLinearConfig()
+    return FourBitLinearConfig(BLOCK_N=16, maxnreg=None) if float32 else FourBitLinearConfig()
 
 
 @triton.jit

@@ -16,11 +16,13 @@ from .tiles import keep_tile
 
 @dataclass(frozen=True)
 class LoraDyConfig:
-    """Tile sizes and launch shape of :func:`_lora_dy_kernel`; a program takes ``TILES`` tiles of tokens."""
+    """Tile sizes and launch shape of :func:`_lora_dy_kernel`; a program takes ``TILES`` tiles of tokens of ``SLABS``
+    slabs of columns."""
 
     BLOCK_M: int = 64
     BLOCK_N: int = 128
     TILES: int = 1
+    SLABS: int = 1
     num_warps: int = 8
     num_stages: int = 2
     enable_fp_fusion: bool = True
@@ -38,12 +40,15 @@ class LoraDaConfig:
     enable_fp_fusion: bool = True
 
 
-def lora_dy_config(rank_block: int, float32: bool, scaled: bool) -> LoraDyConfig:
+def lora_dy_config(rank_block: int, float32: bool, scaled: bool, many_slabs: bool) -> LoraDyConfig:
     """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands. DoRA's
-    ``z`` and ``dz`` (``scaled``) take as many as ``dy``."""
+    ``z`` and ``dz`` (``scaled``) take as many as ``dy``; sums over several slabs need some, too."""
     if float32:
         return LoraDyConfig(BLOCK_M=32, BLOCK_N=32, num_warps=4)
-    return LoraDyConfig(BLOCK_N=64) if scaled else LoraDyConfig()
+    if not (scaled or many_slabs):
+        return LoraDyConfig()
+    rows = 16 if scaled and many_slabs and rank_block == 64 else 32
+    return LoraDyConfig(BLOCK_M=rows, BLOCK_N=64, num_warps=4)
 
 
 def lora_dA_config(rank_block: int, float32: bool) -> LoraDaConfig:
@@ -83,50 +88,58 @@ def _lora_dy_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TILES: tl.constexpr,
+    SLABS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    slab, part, first_rank = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_R
-    columns, r = slab * BLOCK_N + tl.arange(0, BLOCK_N), first_rank + tl.arange(0, BLOCK_R)
+    group, part, first_rank = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_R
+    r = first_rank + tl.arange(0, BLOCK_R)
     dtype = dy_ptr.dtype.element_ty
-    if NEEDS_V:
-        B_at = B_ptr + columns[:, None].to(tl.int64) * stride_bn + r[None, :].to(tl.int64) * stride_br
-        B = tl.load(B_at, mask=(columns[:, None] < N) & (r[None, :] < RANK), other=0.0).to(dtype)
-    if HAS_C:
-        c = tl.load(c_ptr + columns, mask=columns < N, other=0.0)
-    dB = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    dc = tl.zeros((BLOCK_N,), tl.float32)
-    for tile in range(TILES):
-        rows = (part * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = (rows[:, None] < M) & (columns[None, :] < N)
-        ranks_inside = (rows[:, None] < M) & (r[None, :] < RANK)
-        dy_at = dy_ptr + rows[:, None].to(tl.int64) * stride_dm + columns[None, :].to(tl.int64) * stride_dn
-        dy = tl.load(dy_at, mask=inside, other=0.0)
-        flat = rows[:, None].to(tl.int64) * N + columns[None, :]
-        if NEEDS_DC:
-            z = tl.load(z_ptr + flat, mask=inside, other=0.0)
-            dc += tl.sum(dy.to(tl.float32) * z.to(tl.float32), axis=0)
-        if HAS_C:
-            dy = (dy.to(tl.float32) * c[None, :]).to(dtype)
-            if NEEDS_DZ:
-                if first_rank == 0:
-                    tl.store(dz_ptr + flat, dy, mask=inside)
+    for slab in range(SLABS):
+        columns = (group * SLABS + slab) * BLOCK_N + tl.arange(0, BLOCK_N)
         if NEEDS_V:
-            v = tl.dot(dy, B, input_precision=PRECISION) * scale
-            if HAS_INDEX:
-                index = tl.load(index_ptr + rows, mask=rows < M, other=-1)
-                v = tl.where(index[:, None] == adapter, v, 0.0)
-            v_at = v_ptr + (slab.to(tl.int64) * M + rows[:, None]) * RANK + r[None, :]
-            tl.store(v_at, v, mask=ranks_inside)
+            B_at = B_ptr + columns[:, None].to(tl.int64) * stride_bn + r[None, :].to(tl.int64) * stride_br
+            B = tl.load(B_at, mask=(columns[:, None] < N) & (r[None, :] < RANK), other=0.0).to(dtype)
+            if SLABS > 1:
+                tl.debug_barrier()  # what the last slab's threads wrote to v is read by others
+        if HAS_C:
+            c = tl.load(c_ptr + columns, mask=columns < N, other=0.0)
+        dB = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        dc = tl.zeros((BLOCK_N,), tl.float32)
+        for tile in range(TILES):
+            rows = (part * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+            inside = (rows[:, None] < M) & (columns[None, :] < N)
+            ranks_inside = (rows[:, None] < M) & (r[None, :] < RANK)
+            dy_at = dy_ptr + rows[:, None].to(tl.int64) * stride_dm + columns[None, :].to(tl.int64) * stride_dn
+            dy = tl.load(dy_at, mask=inside, other=0.0)
+            flat = rows[:, None].to(tl.int64) * N + columns[None, :]
+            if NEEDS_DC:
+                z = tl.load(z_ptr + flat, mask=inside, other=0.0)
+                dc += tl.sum(dy.to(tl.float32) * z.to(tl.float32), axis=0)
+            if HAS_C:
+                dy = (dy.to(tl.float32) * c[None, :]).to(dtype)
+                if NEEDS_DZ:
+                    if first_rank == 0:
+                        tl.store(dz_ptr + flat, dy, mask=inside)
+            if NEEDS_V:
+                v = tl.dot(dy, B, input_precision=PRECISION) * scale
+                if HAS_INDEX:
+                    index = tl.load(index_ptr + rows, mask=rows < M, other=-1)
+                    v = tl.where(index[:, None] == adapter, v, 0.0)
+                v_at = v_ptr + (group.to(tl.int64) * M + rows[:, None]) * RANK + r[None, :]
+                if SLABS > 1:
+                    if slab > 0:
+                        v += tl.load(v_at, mask=ranks_inside, other=0.0)
+                tl.store(v_at, v, mask=ranks_inside)
+            if NEEDS_DB:
+                u_at = u_ptr + rows[:, None].to(tl.int64) * stride_um + r[None, :]
+                u = (tl.load(u_at, mask=ranks_inside, other=0.0) * scale).to(dtype)
+                dB = tl.dot(tl.trans(dy), u, dB, input_precision=PRECISION)
         if NEEDS_DB:
-            u_at = u_ptr + rows[:, None].to(tl.int64) * stride_um + r[None, :]
-            u = (tl.load(u_at, mask=ranks_inside, other=0.0) * scale).to(dtype)
-            dB = tl.dot(tl.trans(dy), u, dB, input_precision=PRECISION)
-    if NEEDS_DB:
-        dB_at = dB_ptr + (part.to(tl.int64) * N + columns[:, None]) * RANK + r[None, :]
-        tl.store(dB_at, dB, mask=(columns[:, None] < N) & (r[None, :] < RANK))
-    if NEEDS_DC:
-        if first_rank == 0:
-            tl.store(dc_ptr + part.to(tl.int64) * N + columns, dc, mask=columns < N)
+            dB_at = dB_ptr + (part.to(tl.int64) * N + columns[:, None]) * RANK + r[None, :]
+            tl.store(dB_at, dB, mask=(columns[:, None] < N) & (r[None, :] < RANK))
+        if NEEDS_DC:
+            if first_rank == 0:
+                tl.store(dc_ptr + part.to(tl.int64) * N + columns, dc, mask=columns < N)
 
 
 @triton.jit
@@ -170,8 +183,8 @@ def _lora_dA_kernel(
 class DyOutputs:
     """What :func:`lora_dy` writes, each None where nobody wants it: partial sums, contiguous, in float32.
 
-    ``v [slabs, M, r]`` of each slab of ``BLOCK_N`` columns; ``dB [parts, N, r]`` and ``dc [parts, N]`` of each part of
-    ``TILES · BLOCK_M`` tokens; and ``dz = c dy [M, N]`` in the dtype of ``dy``.
+    ``v [groups, M, r]`` of each group of ``SLABS · BLOCK_N`` columns; ``dB [parts, N, r]`` and ``dc [parts, N]`` of
+    each part of ``TILES · BLOCK_M`` tokens; and ``dz = c dy [M, N]`` in the dtype of ``dy``.
     """
 
     v: Tensor | None
@@ -197,7 +210,7 @@ def lora_dy(
     """One read of ``dy [M, N]``: ``v = scale c∘dy B``, ``dB = scale (c∘dy)ᵀ u``, ``dc = Σ dy∘z`` and ``dz = c∘dy``."""
     (M, N), rank = dy.shape, B.shape[1]
     parts = triton.cdiv(M, config.BLOCK_M * config.TILES)
-    grid = triton.cdiv(N, config.BLOCK_N), parts, triton.cdiv(rank, rank_block)
+    grid = triton.cdiv(N, config.BLOCK_N * config.SLABS), parts, triton.cdiv(rank, rank_block)
     _lora_dy_kernel[grid](
         *(dy, B, u, index, adapter, c, z, out.v, out.dB, out.dc, out.dz, scale, M, N, rank),
         *(*dy.stride(), *B.stride(), 0 if u is None else u.stride(0)),
