@@ -57,7 +57,8 @@ def four_bit_linear(sets: dict[str, gpu.Kernels], device: str, M: int) -> tuple[
     x, y = torch.randn(M, K, device=device).bfloat16(), torch.empty(M, N, device=device, dtype=torch.bfloat16)
     tail = gpu.Tail(torch.randn(M, RANK, device=device), torch.randn(N, RANK, device=device), 2.0)
     operands = x, *weight_operands(packed), y, tail
-    calls: Calls = {name: lambda k=kernels: k.four_bit_linear(*operands) for name, kernels in sets.items()}
+    able = {name: kernels for name, kernels in sets.items() if isinstance(kernels, cuda.CudaKernels)}
+    calls: Calls = {name: lambda k=kernels: k.four_bit_linear(*operands) for name, kernels in able.items()}
     return _packed_bytes(packed) + x.nbytes + y.nbytes, calls | _bitsandbytes(x, device)
 
 

@@ -19,7 +19,6 @@ FLOORS = {
     "lora_dA": 2,
     "dora_norm": 2,
     "lora_up": 3,
-    "four_bit_linear": 2,
     "four_bit_decode": 5,
     "dropout": 6,
 }

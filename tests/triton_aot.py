@@ -73,7 +73,7 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
     )
     by_x = replace(kernels.lora_dA_config(*kind), TILES=8)
     persistent = rank, 132, kernels.lora_linear_persistent_config(rank)
-    norm, few = kernels.dora_norm_config(*kind), kernels.four_bit_linear_config(*kind)
+    norm = kernels.dora_norm_config(*kind)
     every = {
         "lora_down": lambda: kernels.lora_down(x, [A], [u_sums], [0], [None], None, *common, down),
         "lora_down, dropout": lambda: kernels.lora_down(x, [A], [u_sums], [3277], [seed], None, *common, down),
@@ -99,7 +99,6 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
         "lora_dA, dropout": lambda: kernels.lora_dA(x, u, dA, 3277, seed, *common, by_x),
         "dropout": lambda: kernels.dropout(x, x, 3277, 1.05, seed, kernels.DropoutConfig()),
         "dora_norm": lambda: kernels.dora_norm(weight, A.to(dtype), B, c, 2.0, *common, norm),
-        "four_bit_linear": lambda: kernels.four_bit_linear(x[:1], packed, nested, 6, 256, y[:1], plain, *common, few),
         "four_bit_decode": lambda: kernels.four_bit_decode(
             packed, nested, 6, 256, weight, kernels.FourBitDecodeConfig()
         ),

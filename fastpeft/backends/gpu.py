@@ -120,14 +120,6 @@ class Kernels(Protocol):
     ) -> Tensor:
         """W, dense."""
 
-    def decodes_in_loop(self, M: int, K: int, blocksize: int) -> bool:
-        """Whether :meth:`four_bit_linear` takes this call."""
-
-    def four_bit_linear(
-        self, x: Tensor, packed: Tensor, quant: Sequence[Tensor], blocksize: int, y: Tensor, tail: Tail
-    ) -> None:
-        """Writes ``x Wᵀ`` with its ``tail`` (no mask) to ``y [M, N]``."""
-
 
 def refusal(x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:
     """Why these ops cannot take a call, whatever the kernels; None when they can."""
@@ -181,21 +173,15 @@ def lora_linear(
     M, K = x2.shape
     bias = None if bias is None else bias.contiguous()
     masks = [Mask.of(p, seed, i) for i, p in enumerate(dropout_p)]
-    one_tail = not c or (len(c) == 1 and not masks[0].threshold)
-    in_loop = bool(quant) and one_tail and kernels.decodes_in_loop(M, K, blocksize)
     index = None if adapter_index is None else adapter_index.reshape(-1)
     u = x.new_empty((M, sum(a.shape[0] for a in A)), dtype=torch.float32)
     z = [x.new_empty((M, N), dtype=torch.float32 if M == 1 else x.dtype) for _ in c] if keep_z else []
     if M == 0:
         return x.new_empty((*x.shape[:-1], N)), u, z
-    dense = weight if in_loop else _dense(kernels, weight, quant, blocksize, N, K, x.dtype)
+    dense = _dense(kernels, weight, quant, blocksize, N, K, x.dtype)
     scales = [s * mask.factor for s, mask in zip(scaling, masks, strict=True)]
     kernels.lora_down(x2, A, u, masks, index)
-    if in_loop:
-        y = x.new_empty((M, N))
-        tail = Tail(u, *_side_by_side(B, scales), c=c[0] if c else None, z=z[0] if z else None, bias=bias)
-        kernels.four_bit_linear(x2, weight, quant, blocksize, y, tail)
-    elif not c:
+    if not c:
         y = product(kernels, x2, dense, Tail(u, *_side_by_side(B, scales), bias=bias))
     else:
         tails = [

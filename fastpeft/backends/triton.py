@@ -22,7 +22,9 @@ from .operands import DTYPES
 NAME = "triton"
 DEVICE = "cuda"  # where the self-check runs it
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter computes nonsense in bfloat16
-FEW_TOKENS = 16  # a tile's rows: more of them cost nothing, and two tiles would decode W twice
+FEW_TOKENS = (
+    16  # of a product by descriptors, more of them: z of one token may be float32, one tile leaves the GPU idle
+)
 PROGRAMS = 2  # of a skinny product for each multiprocessor, at least
 SHORTEST_SPLIT = 256  # inputs of a product that a program sums up, at least
 MOST_TOKENS = 1024  # that a program of a gradient takes
@@ -209,18 +211,6 @@ class TritonKernels:
         out, config = packed.new_empty((N, K), dtype=dtype), self._launch.FourBitDecodeConfig()
         self._launch.four_bit_decode(packed, quant, _block_bits(blocksize), NESTED_BLOCKSIZE, out, config)
         return out
-
-    def decodes_in_loop(self, M: int, K: int, blocksize: int) -> bool:
-        """A few tokens, each read of W once, in whole groups."""
-        return M <= FEW_TOKENS and K % self._launch.GROUP == 0 and blocksize >= self._launch.GROUP
-
-    def four_bit_linear(
-        self, x: Tensor, packed: Tensor, quant: Sequence[Tensor], blocksize: int, y: Tensor, tail: Tail
-    ) -> None:
-        kind = _kind(x, tail.q.shape[1])
-        config = self._launch.four_bit_linear_config(*kind)
-        weight = packed, quant, _block_bits(blocksize), NESTED_BLOCKSIZE
-        self._launch.four_bit_linear(x, *weight, y, tail, kind.rank_block, _precision(x), config)
 
 
 @lru_cache

@@ -6,11 +6,8 @@ Tensors in, tensors out, no autograd and no choices: fastpeft/backends/triton.py
 from .dora_norm import dora_norm, dora_norm_config
 from .dropout import DropoutConfig, dropout
 from .four_bit import (
-    GROUP,
     FourBitDecodeConfig,
     four_bit_decode,
-    four_bit_linear,
-    four_bit_linear_config,
 )
 from .lora_down import lora_down, lora_down_config
 from .lora_gradients import DyOutputs, lora_dA, lora_dA_config, lora_dy, lora_dy_config
@@ -23,7 +20,6 @@ from .lora_linear import (
 from .lora_linear_persistent import lora_linear_persistent, lora_linear_persistent_config
 
 __all__ = [
-    "GROUP",
     "DropoutConfig",
     "DyOutputs",
     "FourBitDecodeConfig",
@@ -31,8 +27,6 @@ __all__ = [
     "dora_norm_config",
     "dropout",
     "four_bit_decode",
-    "four_bit_linear",
-    "four_bit_linear_config",
     "lora_dA",
     "lora_dA_config",
     "lora_down",
