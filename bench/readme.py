@@ -20,7 +20,7 @@ KERNELS = ("*-kernels.jsonl", "*-plans.jsonl")  # rows of roofline.py and plans.
 NO_ROWS = "No rows recorded yet: `make bench` records them."
 _PHASES = {"step": "training step", "generate": "one token"}
 _DTYPE = "bf16"
-_EXCERPT = ("1×4096×4096", "512×2048×2048")  # the layers that methods besides LoRA are shown at
+_EXCERPT = ("1×4096×4096", "512×2048×2048", "4096×4096×4096")  # the layers that methods besides LoRA are shown at
 
 
 @click.command()

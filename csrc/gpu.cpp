@@ -180,11 +180,12 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
     // One sweep masks one adapter's part; DoRA's dropout takes a product of its own.
     const bool masked = any_masked(masks), one_product = !masked || (count == 1 && !scales);
     const bool fused = need_x && one_product && kernels.fuses(dy2, dense.t(), ranks_of(adapters), masked);
-    const bool need_q = fused || std::any_of(needs.begin() + 3, needs.begin() + 3 + count, [](bool need) { return need; });
+    const bool need_q =
+        fused || std::any_of(needs.begin() + 3, needs.begin() + 3 + count, [](bool need) { return need; });
     const Tensor left = need_q ? left_of(dy2, ranks_of(adapters)) : Tensor();
     const Tensor right = fused ? right_of(dense.t(), ranks_of(adapters)) : Tensor();
-    const Tensor v = need_x && !fused ? at::empty({dy2.size(0), ranks_of(adapters)}, dy.options().dtype(at::kFloat))
-                                      : Tensor();
+    const Tensor v =
+        need_x && !fused ? at::empty({dy2.size(0), ranks_of(adapters)}, dy.options().dtype(at::kFloat)) : Tensor();
     const Tensors q = columns_of(left, adapters), v_parts = columns_of(v, adapters), A = columns_of(right, adapters);
 
     Tensors dA(count), dB(count), dc(count);

@@ -1,4 +1,4 @@
-// The LoRA op on a GPU, put together out of torch's products and the launchers of cuda/: what backends/cuda.py calls
+// The LoRA op on a GPU, put together out of torch's products and the launchers of cuda/: what backends/cuda.py calls.
 // where the host's time counts. Notation and arguments as in lora_linear.h; the seed stays on the GPU.
 #pragma once
 #include "cuda/launchers.h"

@@ -83,9 +83,10 @@ Tensor Kernels::dropout(const Tensor& x, const Mask& mask, double factor) const 
 
 void Kernels::finish_(const Tensor& product, const Tensor& second, const Tail& tail) const {
     void* y = product.mutable_data_ptr();
-    check("lora_up", launchers_.lora_up(y, product.stride(0), second.defined() ? second.const_data_ptr() : nullptr, y,
-                                        product.stride(0), product.size(0), product.size(1), pointers(tail, tail.q.const_data_ptr<float>()),
-                                        dtype_of(product.scalar_type()), place_));
+    check("lora_up",
+          launchers_.lora_up(y, product.stride(0), second.defined() ? second.const_data_ptr() : nullptr, y,
+                             product.stride(0), product.size(0), product.size(1),
+                             pointers(tail, tail.q.const_data_ptr<float>()), dtype_of(product.scalar_type()), place_));
 }
 
 Tensor Kernels::decode(const Weight& weight, at::ScalarType dtype) const {
@@ -106,7 +107,8 @@ Tensor Kernels::few_tokens_four_bit(const Tensor& x, const Weight& weight, const
     const Tensor y = at::empty({x.size(0), weight.N}, x.options());
     check("four_bit_linear",
           launchers_.four_bit_linear(tokens.const_data_ptr(), four_bit(whole), y.mutable_data_ptr(), x.size(0),
-                                     weight.N, weight.K, pointers(tail, tail.q.const_data_ptr<float>()), dtype_of(x.scalar_type()), place_));
+                                     weight.N, weight.K, pointers(tail, tail.q.const_data_ptr<float>()),
+                                     dtype_of(x.scalar_type()), place_));
     return y;
 }
 
@@ -134,10 +136,9 @@ Tensor Kernels::dora_norm(const Weight& weight, const Tensor& A, const Tensor& B
                           at::ScalarType dtype) const {
     const Tensor dense = weight.four_bit() ? decode(weight, dtype) : weight.data;
     const Tensor norm = at::empty({weight.N}, A.options().dtype(at::kFloat)), left = B.to(at::kFloat).contiguous();
-    check("dora_norm",
-          launchers_.dora_norm(matrix(dense), matrix(A), left.const_data_ptr<float>(), left.stride(0),
-                               static_cast<float>(scaling), norm.mutable_data_ptr<float>(), weight.N, weight.K,
-                               A.size(0), dtype_of(dtype), place_));
+    check("dora_norm", launchers_.dora_norm(matrix(dense), matrix(A), left.const_data_ptr<float>(), left.stride(0),
+                                            static_cast<float>(scaling), norm.mutable_data_ptr<float>(), weight.N,
+                                            weight.K, A.size(0), dtype_of(dtype), place_));
     return norm;
 }
 

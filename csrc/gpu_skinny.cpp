@@ -10,7 +10,7 @@ using at::Tensor;
 namespace {
 
 cuda::DType dtype_of(const Tensor& t) {
-    return t.scalar_type() == at::kFloat ? cuda::DType::f32
+    return t.scalar_type() == at::kFloat  ? cuda::DType::f32
            : t.scalar_type() == at::kHalf ? cuda::DType::f16
                                           : cuda::DType::bf16;
 }
@@ -72,7 +72,8 @@ void Kernels::down(const Tensor& x, const Tensor& A, const Tensor& c, const Mask
     cuda::Cast cast{};
     if (rounding.to.defined()) {
         const bool transposed = rounding.to.stride(1) != 1;
-        const Tensor to = transposed ? rounding.to.t() : rounding.to, from = transposed ? rounding.from.t() : rounding.from;
+        const Tensor to = transposed ? rounding.to.t() : rounding.to,
+                     from = transposed ? rounding.from.t() : rounding.from;
         cast = {.from = matrix(from),
                 .to = to.mutable_data_ptr(),
                 .to_stride = to.stride(0),

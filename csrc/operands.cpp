@@ -74,13 +74,9 @@ bool is_lazy(const Tensors& some) {
     return std::any_of(some.begin(), some.end(), [](const Tensor& t) { return is_lazy(t); });
 }
 bool is_lazy(const Weight& weight) { return is_lazy(weight.data) || is_lazy(weight.quant); }
-bool is_lazy(const Adapters& adapters) {
-    return is_lazy(adapters.A) || is_lazy(adapters.B) || is_lazy(adapters.c);
-}
+bool is_lazy(const Adapters& adapters) { return is_lazy(adapters.A) || is_lazy(adapters.B) || is_lazy(adapters.c); }
 
-Tensor in_memory(const Tensor& t) {
-    return t._is_zerotensor() ? at::zeros(t.sizes(), t.options()) : t.resolve_neg();
-}
+Tensor in_memory(const Tensor& t) { return t._is_zerotensor() ? at::zeros(t.sizes(), t.options()) : t.resolve_neg(); }
 std::optional<Tensor> in_memory(const std::optional<Tensor>& t) {
     return t ? std::optional<Tensor>(in_memory(*t)) : std::nullopt;
 }
@@ -93,8 +89,8 @@ Weight in_memory(const Weight& weight) {
     return {in_memory(weight.data), in_memory(weight.quant), weight.blocksize, weight.N, weight.K};
 }
 Adapters in_memory(const Adapters& adapters) {
-    return {in_memory(adapters.A), in_memory(adapters.B), in_memory(adapters.c), adapters.scaling, adapters.thresholds,
-            adapters.seed,         adapters.index};
+    return {in_memory(adapters.A), in_memory(adapters.B), in_memory(adapters.c), adapters.scaling,
+            adapters.thresholds,   adapters.seed,         adapters.index};
 }
 
 }  // namespace fastpeft

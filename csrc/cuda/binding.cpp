@@ -33,8 +33,8 @@ void check(const char* kernel, int device, Error error) {
                                  error_string(error));
 }
 
-const Launchers launchers{kLayout,  &error_string, &four_bit_decode, &four_bit_linear, &lora_down,   &lora_up,
-                          &dropout, &lora_down_many, &lora_gradient, &has_lora_linear, &lora_linear, &dora_norm};
+const Launchers launchers{kLayout,  &error_string,   &four_bit_decode, &four_bit_linear, &lora_down,   &lora_up,
+                          &dropout, &lora_down_many, &lora_gradient,   &has_lora_linear, &lora_linear, &dora_norm};
 
 Matrix matrix(Address data, DType dtype, int64_t row_stride, int64_t column_stride) {
     return {at<void>(data), dtype, row_stride, column_stride};
@@ -94,8 +94,8 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
         "lora_down_many",
         [](Address x, int64_t x_stride, const Matrix& A, uint32_t threshold, Address seed, Address u, int64_t u_stride,
            int64_t M, int64_t K, int64_t rank, DType dtype, int device, Address stream) {
-            const DownOperands operands{at<void>(x), x_stride, A, nullptr, threshold, at<int64_t>(seed), nullptr, 0, M,
-                                        K,           rank};
+            const DownOperands operands{at<void>(x), x_stride, A, nullptr, threshold, at<int64_t>(seed),
+                                        nullptr,     0,        M, K,       rank};
             check("lora_down", device,
                   lora_down_many(operands, {at<float>(u), u_stride, nullptr, 0, 1.0f, 1.0f}, {}, dtype,
                                  place(device, stream)));
@@ -103,12 +103,12 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
         release());
     m.def(
         "lora_gradient",
-        [](Address x, int64_t x_stride, const Matrix& q, uint32_t threshold, Address seed, const Matrix& sums, int64_t M,
-           int64_t columns, int64_t rank, DType dtype, int device, Address stream) {
-            const GradientOperands operands{at<void>(x), x_stride, q, 1.0f, threshold, at<int64_t>(seed), nullptr,
-                                            nullptr,     M,        columns, rank};
-            const GradientOutputs outputs{const_cast<void*>(sums.data), sums.dtype, sums.row_stride, sums.column_stride,
-                                          nullptr, nullptr};
+        [](Address x, int64_t x_stride, const Matrix& q, uint32_t threshold, Address seed, const Matrix& sums,
+           int64_t M, int64_t columns, int64_t rank, DType dtype, int device, Address stream) {
+            const GradientOperands operands{at<void>(x), x_stride, q, 1.0f,    threshold, at<int64_t>(seed),
+                                            nullptr,     nullptr,  M, columns, rank};
+            const GradientOutputs outputs{const_cast<void*>(sums.data), sums.dtype, sums.row_stride,
+                                          sums.column_stride,           nullptr,    nullptr};
             check("lora_gradient", device, lora_gradient(operands, outputs, dtype, place(device, stream)));
         },
         release());
@@ -116,8 +116,8 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
         "lora_linear",
         [](Address x, int64_t x_stride, const Matrix& weight, Address q, int64_t q_stride, Address y, int64_t y_stride,
            int64_t M, int64_t N, int64_t K, const Tail& tail, DType dtype, int device, Address stream) {
-            const LinearOperands operands{at<void>(x), x_stride, weight, at<void>(q), q_stride, at<void>(y), y_stride, M,
-                                          N,           K};
+            const LinearOperands operands{at<void>(x), x_stride, weight, at<void>(q), q_stride,
+                                          at<void>(y), y_stride, M,      N,           K};
             check("lora_linear", device, lora_linear(operands, tail, dtype, place(device, stream)));
         },
         release());

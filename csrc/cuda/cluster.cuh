@@ -50,8 +50,8 @@ __device__ __forceinline__ void sum_blocks(const float* slots, int size, Finish 
     synchronize_blocks();  // the others may still read this block's sums
 }
 
-// The sums over all warps and all blocks of a cluster of what each lane has in `values`: `finish(i, lane, sum)` is called
-// once for each. `slots` is shared memory for half the warps. Order: warps in halves, then blocks.
+// The sums over all warps and all blocks of a cluster of what each lane has in `values`: `finish(i, lane, sum)` is
+// called once for each. `slots` is shared memory for half the warps. Order: warps in halves, then blocks.
 template <int Warps, int Count, typename Finish>
 __device__ __forceinline__ void sum_up(float (&values)[Count], float* slots, Finish finish) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -72,8 +72,7 @@ __device__ __forceinline__ void sum_up(float (&values)[Count], float* slots, Fin
 #pragma unroll
         for (int i = 0; i < Count; ++i) slots[i * kWarp + lane] = values[i];
     }
-    sum_blocks(slots, Count * kWarp,
-               [&](int element, float sum) { finish(element / kWarp, element % kWarp, sum); });
+    sum_blocks(slots, Count * kWarp, [&](int element, float sum) { finish(element / kWarp, element % kWarp, sum); });
 }
 
 // How many blocks share the work of one: a power of two, until two blocks a multiprocessor are busy, each with one of

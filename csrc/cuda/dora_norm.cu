@@ -7,7 +7,7 @@ namespace fastpeft::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarp, kRowsEach = 16, kColumns = 64;  // of a warp at once
-constexpr int kAhead = 2;                                                         // steps in the registers
+constexpr int kAhead = 2;                                                            // steps in the registers
 
 // In a low precision, up to 16 Steps ranks. A block has 128 rows, 16 a warp, which share their part of A, rounded, in
 // shared memory; the blocks of a cluster share K. Product j of the matrix units has the columns 8 n + j, so that lane
@@ -57,9 +57,11 @@ struct Norm {
 };
 
 template <typename T, int Steps>
-__global__ __launch_bounds__(kThreads, Steps == 1 ? 2 : 1) void dora_norm_kernel(Matrix weight, Matrix A, const float* B, int64_t B_stride,
-                                                             float scale, float* norm, int64_t N, int64_t K,
-                                                             int64_t rank, int64_t depth, bool A_vector) {
+__global__ __launch_bounds__(kThreads, Steps == 1 ? 2 : 1) void dora_norm_kernel(Matrix weight, Matrix A,
+                                                                                 const float* B, int64_t B_stride,
+                                                                                 float scale, float* norm, int64_t N,
+                                                                                 int64_t K, int64_t rank, int64_t depth,
+                                                                                 bool A_vector) {
     using Of = Norm<T, Steps>;
     alignas(16) __shared__ uint32_t part[Of::kWords];
     __shared__ float slots[kWarps * kWarp];

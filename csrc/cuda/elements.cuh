@@ -66,8 +66,8 @@ __device__ __forceinline__ float element(const void* data, DType dtype, int64_t 
     return to_float(static_cast<const __half*>(data)[at]);
 }
 
-// Eight elements of two bytes that follow each other, as pairs; those from `count` on are 0. `Vector`: 16 bytes at once,
-// all of them or none, which lets many loads be on their way.
+// Eight elements of two bytes that follow each other, as pairs; those from `count` on are 0. `Vector`: 16 bytes at
+// once, all of them or none, which lets many loads be on their way.
 template <bool Vector, typename T>
 __device__ __forceinline__ void load_pairs(const T* at, int count, uint32_t (&pairs)[4]) {
     static_assert(sizeof(T) == 2);

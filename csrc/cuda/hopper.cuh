@@ -1,5 +1,5 @@
-// What sm_90a has and older GPUs have not: the copy engine that moves tiles (TMA), barriers that count its bytes, and the
-// matrix units of a warpgroup (wgmma) that read their operands from shared memory.
+// What sm_90a has and older GPUs have not: the copy engine that moves tiles (TMA), barriers that count its bytes, and
+// the matrix units of a warpgroup (wgmma) that read their operands from shared memory.
 #pragma once
 #include <cuda.h>
 
@@ -44,7 +44,9 @@ struct Barrier {
     }
 };
 
-__device__ __forceinline__ void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barriers_are_ready() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ uint32_t block_of_cluster() {
     uint32_t rank;
@@ -60,8 +62,8 @@ __device__ __forceinline__ void synchronize_cluster() {
 // lies outside of the matrix is 0.
 __device__ __forceinline__ void load_tile(void* to, const CUtensorMap& matrix, int column, int row, Barrier& barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-            shared_address(to)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(shared_address(to)),
         "l"(&matrix), "r"(shared_address(&barrier.word)), "r"(column), "r"(row)
         : "memory");
 }
@@ -119,29 +121,34 @@ __device__ __forceinline__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Newest) : "memory");
 }
 
-#define FASTPEFT_8(d, i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FASTPEFT_8(d, i)                                                                                        \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
 #define FASTPEFT_32(d, i) FASTPEFT_8(d, i), FASTPEFT_8(d, i + 8), FASTPEFT_8(d, i + 16), FASTPEFT_8(d, i + 24)
-#define FASTPEFT_NAMES_32 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define FASTPEFT_NAMES_64                                                                                            \
-    FASTPEFT_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54," \
-                      "%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define FASTPEFT_NAMES_128                                                                                         \
-    FASTPEFT_NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,"   \
-                      "%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106," \
-                      "%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,"  \
-                      "%125,%126,%127"
-#define FASTPEFT_WGMMA(columns, type, names, a, b, keep, transposed, ...)                                            \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep ", 0;\n"                                                  \
-                 "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, %" a ", %" b      \
-                 ", p, 1, 1, 0, %" transposed ";\n}"                                                                   \
-                 : __VA_ARGS__                                                                                        \
+#define FASTPEFT_NAMES_32                                                                                             \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%" \
+    "30,%31"
+#define FASTPEFT_NAMES_64                                                                               \
+    FASTPEFT_NAMES_32                                                                                   \
+        ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54," \
+        "%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FASTPEFT_NAMES_128                                                                            \
+    FASTPEFT_NAMES_64                                                                                 \
+        ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,"   \
+        "%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106," \
+        "%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,"  \
+        "%125,%126,%127"
+#define FASTPEFT_WGMMA(columns, type, names, a, b, keep, transposed, ...)                                         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" keep                                                        \
+                 ", 0;\n"                                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, %" a ", %" b \
+                 ", p, 1, 1, 0, %" transposed ";\n}"                                                              \
+                 : __VA_ARGS__                                                                                    \
                  : "l"(left), "l"(right), "r"(added), "n"(Transposed ? 1 : 0))
 
-// d [64, Columns] of a warpgroup = left right (+ d if `added`), sums in float32: row 16 warp + g (+ 8), columns 8 j + 2 t
-// and the next in d[4 j] (d[4 j + 2]) and the next, of lane 4 g + t. `Transposed`: the columns of right, not the sums,
-// are contiguous.
+// d [64, Columns] of a warpgroup = left right (+ d if `added`), sums in float32: row 16 warp + g (+ 8), columns 8 j + 2
+// t and the next in d[4 j] (d[4 j + 2]) and the next, of lane 4 g + t. `Transposed`: the columns of right, not the
+// sums, are contiguous.
 template <typename T, int Columns, bool Transposed>
 __device__ __forceinline__ void product_16(float (&d)[Columns / 2], uint64_t left, uint64_t right, int added) {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;

@@ -69,8 +69,8 @@ Error lora_down(const void* x, int64_t x_stride, const Matrix& A, float* u, int6
 Error lora_up(const void* base, int64_t base_stride, const void* second, void* y, int64_t y_stride, int64_t M,
               int64_t N, const Tail& tail, DType dtype, const Place& place);
 
-// x [M, K] A [r, K]ᵀ in a low precision: A's columns times factor [K] where it is given, x where the mask of a threshold
-// other than 0 keeps it; 0 where index [M] names another adapter.
+// x [M, K] A [r, K]ᵀ in a low precision: A's columns times factor [K] where it is given, x where the mask of a
+// threshold other than 0 keeps it; 0 where index [M] names another adapter.
 struct DownOperands {
     const void* x;
     int64_t x_stride;
@@ -123,8 +123,8 @@ struct GradientOutputs {
 };
 Error lora_gradient(const GradientOperands& operands, const GradientOutputs& outputs, DType dtype, const Place& place);
 
-// A product y [M, N] = x [M, K] Wᵀ with the low-rank part q [M, r] right [N, r]ᵀ in the same sums (q scaled already, all
-// in one low precision), then a tail's mask, c, z and bias; of the tail q and scale are not read.
+// A product y [M, N] = x [M, K] Wᵀ with the low-rank part q [M, r] right [N, r]ᵀ in the same sums (q scaled already,
+// all in one low precision), then a tail's mask, c, z and bias; of the tail q and scale are not read.
 struct LinearOperands {
     const void* x;
     int64_t x_stride;

@@ -1,7 +1,7 @@
 // u = D(x) Aᵀ of many tokens in a low precision. A lane reads 8 neighbours of a row, 16 bytes and one draw of the mask:
-// two operands of the matrix units, whose sum does not mind in which order it takes its terms. A warp has 16 tokens; the
-// block's warps share A, rounded, in shared memory; the blocks of a cluster share K. Other blocks of the launch round the
-// adapter's other factor for the product that comes next.
+// two operands of the matrix units, whose sum does not mind in which order it takes its terms. A warp has 16 tokens;
+// the block's warps share A, rounded, in shared memory; the blocks of a cluster share K. Other blocks of the launch
+// round the adapter's other factor for the product that comes next.
 #include "cluster.cuh"
 
 namespace fastpeft::cuda {
@@ -9,7 +9,7 @@ namespace fastpeft::cuda {
 namespace {
 
 constexpr int kMostWarps = 8, kRowsEach = 16, kStep = 64;  // tokens of a warp, inputs that it takes at once
-constexpr int kRunsEach = 4;                                // of 8 elements that a thread rounds, or loads at once
+constexpr int kRunsEach = 4;                               // of 8 elements that a thread rounds, or loads at once
 
 // A's part [Ranks, kDepth] in shared memory, its rows apart so that the lanes of a warp find it in different banks.
 template <int Ranks>
@@ -97,10 +97,11 @@ __device__ __forceinline__ Loaded load_tokens(const T* x, int64_t x_stride, cons
 }
 
 template <typename T, int Ranks, bool Vector>
-__global__ __launch_bounds__(kMostWarps* kWarp, Ranks == 16 ? 2 : 1) void lora_down_many_kernel(const T* x, int64_t x_stride, DownOperands o,
-                                                                           DownOutputs out, Cast cast,
-                                                                           unsigned down_blocks, int64_t depth,
-                                                                           bool A_vector, bool cast_vector) {
+__global__ __launch_bounds__(kMostWarps* kWarp,
+                             Ranks == 16 ? 2 : 1) void lora_down_many_kernel(const T* x, int64_t x_stride,
+                                                                             DownOperands o, DownOutputs out, Cast cast,
+                                                                             unsigned down_blocks, int64_t depth,
+                                                                             bool A_vector, bool cast_vector) {
     using P = Part<Ranks>;
     alignas(16) __shared__ uint32_t part[P::kWords];
     if (blockIdx.x >= down_blocks) {
@@ -127,7 +128,7 @@ __global__ __launch_bounds__(kMostWarps* kWarp, Ranks == 16 ? 2 : 1) void lora_d
             for (int j = 0; j < P::kRankTiles; ++j) {
                 const uint4 word = *reinterpret_cast<const uint4*>(
                     part + ((8 * j + g) * P::kRow + at_part + 32 * half_step + 8 * t) / 2);
-                float(&d)[4] = *reinterpret_cast<float(*)[4]>(&sums[4 * j]);
+                float (&d)[4] = *reinterpret_cast<float (*)[4]>(&sums[4 * j]);
                 mma_16x8x16<T>(d, {low[0], high[0], low[1], high[1]}, {word.x, word.y});
                 mma_16x8x16<T>(d, {low[2], high[2], low[3], high[3]}, {word.z, word.w});
             }

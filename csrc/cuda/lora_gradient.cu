@@ -8,7 +8,7 @@ namespace fastpeft::cuda {
 namespace {
 
 constexpr int kColumns = 64, kTokens = 16, kAhead = 2;  // steps in the registers, of which one is computed
-constexpr int kMostRanks = 32, kMostRanksScaled = 16;  // of a block: more do not fit the registers
+constexpr int kMostRanks = 32, kMostRanksScaled = 16;   // of a block: more do not fit the registers
 
 template <int Ranks, bool Scaled>
 struct Tile {
@@ -25,8 +25,10 @@ struct Loaded {
 };
 
 template <typename T, typename Q, int Ranks, bool Scaled, bool Vector>
-__global__ __launch_bounds__(Tile<Ranks, Scaled>::kThreads, Ranks == 16 && Vector && !Scaled ? 2 : 1) void lora_gradient_kernel(const T* x, GradientOperands o,
-                                                                              GradientOutputs out) {
+__global__ __launch_bounds__(Tile<Ranks, Scaled>::kThreads,
+                             Ranks == 16 && Vector && !Scaled ? 2 : 1) void lora_gradient_kernel(const T* x,
+                                                                                                 GradientOperands o,
+                                                                                                 GradientOutputs out) {
     using Sums = Tile<Ranks, Scaled>;
     using Step = Loaded<Q, Sums::kRankTiles, Scaled>;
     __shared__ float slots[Sums::kWarps / 2 * Sums::kSums * kWarp];
@@ -78,9 +80,9 @@ __global__ __launch_bounds__(Tile<Ranks, Scaled>::kThreads, Ranks == 16 && Vecto
         if (o.threshold) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                drop_pairs(keep8(seed, o.threshold, static_cast<uint32_t>(token_of(m, i)),
-                                 static_cast<uint32_t>(at / 8)),
-                           now.token[i]);
+                drop_pairs(
+                    keep8(seed, o.threshold, static_cast<uint32_t>(token_of(m, i)), static_cast<uint32_t>(at / 8)),
+                    now.token[i]);
         }
         if constexpr (Scaled) {
 #pragma unroll
@@ -112,7 +114,7 @@ __global__ __launch_bounds__(Tile<Ranks, Scaled>::kThreads, Ranks == 16 && Vecto
                 a[part] = pair<T>(to_float(now.q[i][part][0]) * o.scale, to_float(now.q[i][part][1]) * o.scale);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                float(&d)[4] = *reinterpret_cast<float(*)[4]>(&sums[(i * 8 + j) * 4]);
+                float (&d)[4] = *reinterpret_cast<float (*)[4]>(&sums[(i * 8 + j) * 4]);
                 mma_16x8x16<T>(d, a, right[j]);
             }
         }
@@ -167,10 +169,10 @@ Error launch(const GradientOperands& o, const GradientOutputs& out, const Place&
     const Device device = device_of(place.device);
     const unsigned columns = blocks_of(o.columns, kColumns), ranks = blocks_of(o.rank, Ranks);
     const unsigned blocks = blocks_of_cluster(device, columns * ranks, o.M / (Sums::kWarps * kTokens));
-    const bool vector = o.columns % 8 == 0 && o.x_stride % 8 == 0 && is_aligned(o.x) && is_aligned(o.z) &&
-                        is_aligned(out.dz);
-    const auto kernel = vector ? &lora_gradient_kernel<T, Q, Ranks, Scaled, true>
-                               : &lora_gradient_kernel<T, Q, Ranks, Scaled, false>;
+    const bool vector =
+        o.columns % 8 == 0 && o.x_stride % 8 == 0 && is_aligned(o.x) && is_aligned(o.z) && is_aligned(out.dz);
+    const auto kernel =
+        vector ? &lora_gradient_kernel<T, Q, Ranks, Scaled, true> : &lora_gradient_kernel<T, Q, Ranks, Scaled, false>;
     return FASTPEFT_LAUNCH_CLUSTERS(kernel, dim3(columns * blocks, ranks), Sums::kThreads, blocks, place,
                                     static_cast<const T*>(o.x), o, out);
 }

@@ -238,7 +238,7 @@ struct Kernel {
 #pragma unroll
         for (int piece = 0; piece < Columns / kPiece; ++piece) {
             const int first = n + piece * kPiece;
-            float(&part)[kPiece / 2] = *reinterpret_cast<float(*)[kPiece / 2]>(&sums[piece * kPiece / 2]);
+            float (&part)[kPiece / 2] = *reinterpret_cast<float (*)[kPiece / 2]>(&sums[piece * kPiece / 2]);
             float factor[kPiece / 8][2], bias[kPiece / 8][2];
             if constexpr (!Masked) {
                 load_columns(ending.c, 1, first + 2 * t, 1.0f, factor);
@@ -261,8 +261,8 @@ struct Kernel {
                 for (int i = 0; i < 2; ++i)
 #pragma unroll
                     for (int four = 0; four < 2; ++four) {
-                        const uint32_t bits = keep_pairs(seed, ending.threshold, m + 16 * warp + g + 8 * i,
-                                                         first / 8 + 4 * four);
+                        const uint32_t bits =
+                            keep_pairs(seed, ending.threshold, m + 16 * warp + g + 8 * i, first / 8 + 4 * four);
 #pragma unroll
                         for (int j = 0; j < 8; ++j) {
                             const int of = 4 * (4 * four + j / 2) + 2 * i + j % 2;
@@ -346,7 +346,8 @@ bool describe(CUtensorMap& map, const void* data, DType dtype, int64_t rows, int
     }();
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)},
+                     steps[] = {1, 1};
     const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     return encode != nullptr &&
            encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -376,7 +377,7 @@ Error launch(const LinearOperands& o, const Tail& tail, DType dtype, const Place
     return launched(place, [&] {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
         if (error != cudaSuccess) return error;
-        kernel<<<kCluster * std::min(clusters, at_once), kThreads, kBytes, static_cast<cudaStream_t>(place.stream)>>>(
+        kernel<<<kCluster * std::min(clusters, at_once), kThreads, kBytes, static_cast<cudaStream_t>(place.stream)> > >(
             x, W, q, right, y, z, ending, static_cast<int>(o.M), static_cast<int>(o.N), static_cast<int>(o.K),
             static_cast<int>(tail.rank));
         return cudaGetLastError();
