@@ -1,5 +1,5 @@
 // The LoRA op on a GPU, put together out of torch's products and the launchers of cuda/: what backends/cuda.py calls.
-// where the host's time counts. Notation and arguments as in lora_linear.h; the seed stays on the GPU.
+// Notation and arguments as in lora_linear.h; the seed stays on the GPU.
 #pragma once
 #include "cuda/launchers.h"
 #include "lora_linear.h"
