@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import fastpeft
 from fastpeft import cli, dispatch
-from fastpeft.backends import cuda, reference, triton
+from fastpeft.backends import cuda, reference
 from fastpeft.ops import Forward
 from fastpeft.selfcheck import DTYPES, self_check
 
@@ -107,10 +107,9 @@ def test_a_gpus_backend_is_shown_and_checked_where_it_runs(monkeypatch: pytest.M
     cuda_emulation.use(monkeypatch)
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(triton, "is_installed", lambda: False)
     code, output = run("info")
     assert code == 0
-    assert "available,composedinC++,Tritonisnotinstalled" in squeezed(output)
+    assert "cudaavailable" in squeezed(output)
     assert output.count("cuda, ") == len(DTYPES)
 
 

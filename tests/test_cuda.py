@@ -175,6 +175,16 @@ def test_a_launch_that_fails_raises_and_leaves_no_error_pending(kernels: backend
 
 
 @without_gpu
+def test_info_says_how_each_gpu_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (8, 0)][device])
+    assert backend.detail() == (
+        "x Wᵀ with the low-rank part in the same sums, from 129 tokens on, "
+        "the vendor's x Wᵀ, the low-rank part added in one pass"
+    )
+
+
+@without_gpu
 def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     weight, A, B = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
