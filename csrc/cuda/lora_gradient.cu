@@ -7,8 +7,8 @@ namespace fastpeft::cuda {
 
 namespace {
 
-constexpr int kColumns = 64, kTokens = 16, kAhead = 2;  // steps in the registers, of which one is computed
-constexpr int kMostRanks = 32, kMostRanksScaled = 16;   // of a block: more do not fit the registers
+constexpr int kColumns = 64, kTokens = 16;
+constexpr int kMostRanks = 32, kMostRanksScaled = 16;  // of a block: more do not fit the registers
 
 template <int Ranks, bool Scaled>
 struct Tile {
@@ -29,6 +29,7 @@ __global__ __launch_bounds__(Tile<Ranks, Scaled>::kThreads,
                              Ranks == 16 && Vector && !Scaled ? 2 : 1) void lora_gradient_kernel(const T* x,
                                                                                                  GradientOperands o,
                                                                                                  GradientOutputs out) {
+    constexpr int kAhead = Vector ? 2 : 1;  // steps in the registers, of which one is computed
     using Sums = Tile<Ranks, Scaled>;
     using Step = Loaded<Q, Sums::kRankTiles, Scaled>;
     __shared__ float slots[Sums::kWarps / 2 * Sums::kSums * kWarp];
