@@ -377,9 +377,13 @@ Error launch(const LinearOperands& o, const Tail& tail, DType dtype, const Place
     return launched(place, [&] {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
         if (error != cudaSuccess) return error;
-        kernel<<<kCluster * std::min(clusters, at_once), kThreads, kBytes, static_cast<cudaStream_t>(place.stream)> > >(
-            x, W, q, right, y, z, ending, static_cast<int>(o.M), static_cast<int>(o.N), static_cast<int>(o.K),
-            static_cast<int>(tail.rank));
+        const dim3 grid(kCluster * std::min(clusters, at_once));
+        const auto stream = static_cast<cudaStream_t>(place.stream);
+        // clang-format off
+        kernel<<<grid, kThreads, kBytes, stream>>>(x, W, q, right, y, z, ending, static_cast<int>(o.M),
+                                                   static_cast<int>(o.N), static_cast<int>(o.K),
+                                                   static_cast<int>(tail.rank));
+        // clang-format on
         return cudaGetLastError();
     });
 }
