@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "layout.h"
+#include "operands.h"
 
 namespace fastpeft {
 
@@ -14,6 +15,9 @@ using at::Tensor;
 // lie in memory (nn.Linear) is summed along them; one whose columns do (Conv1D) is taken as Wᵀ and summed down its
 // rows. Tiles of a 4-bit W are decoded into scratch.
 Tensor dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double scaling, at::ScalarType dtype) {
+    check_operands({}, weight, {}, {.A = {A}, .B = {B}}, 0);
+    if (is_lazy(weight) || is_lazy(A) || is_lazy(B))
+        return dora_norm(in_memory(weight), in_memory(A), in_memory(B), scaling, dtype);
     const bool four_bit = weight.four_bit();
     const bool strided = !four_bit && weight.data.stride(0) != 1 && weight.data.stride(1) != 1;
     const Tensor W = strided ? weight.data.contiguous() : weight.data;

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "lora_linear.h"
+#include "operands.h"
 
 namespace fastpeft {
 namespace {
@@ -26,6 +26,8 @@ uint64_t of_words(const Word* words, int64_t count, int64_t every) {
 }  // namespace
 
 uint64_t fingerprint(const at::Tensor& t, int64_t every) {
+    check_memory("a tensor that DoRA's norm depends on", t);
+    if (is_lazy(t)) return fingerprint(in_memory(t), every);
     const void* data = t.const_data_ptr();
     switch (t.element_size()) {
         case 1:

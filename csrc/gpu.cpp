@@ -241,7 +241,8 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
 
 Tensor dora_norm(const Gpu& gpu, const Weight& weight, const Tensor& A, const Tensor& B, double scaling,
                  at::ScalarType dtype) {
-    return Kernels(gpu).dora_norm(weight, A, B, scaling, dtype);
+    check_operands({}, weight, {}, {.A = {A}, .B = {B}}, 0);
+    return Kernels(gpu).dora_norm(in_memory(weight), in_memory(A), in_memory(B), scaling, dtype);
 }
 
 }  // namespace fastpeft::gpu

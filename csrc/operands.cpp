@@ -12,14 +12,6 @@ using Tensors = std::vector<Tensor>;
 
 namespace {
 
-void check_memory(const char* name, const Tensor& t) {
-    if (t._is_zerotensor()) return;
-    const size_t needed = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.dtype().itemsize(),
-                                                           static_cast<size_t>(t.storage_offset()));
-    TORCH_CHECK(t.numel() == 0 || needed <= t.storage().nbytes(), name, " has shape ", t.sizes(), " and takes ", needed,
-                " bytes of memory, and there are ", t.storage().nbytes(), ": its data was freed or replaced");
-}
-
 void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
     TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must have shape [", rows, ", ",
                 columns, "], got ", t.sizes());
@@ -39,6 +31,14 @@ int64_t ranks_of(const Adapters& adapters) {
 }
 
 }  // namespace
+
+void check_memory(const char* name, const Tensor& t) {
+    if (t._is_zerotensor()) return;
+    const size_t needed = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.dtype().itemsize(),
+                                                           static_cast<size_t>(t.storage_offset()));
+    TORCH_CHECK(t.numel() == 0 || needed <= t.storage().nbytes(), name, " has shape ", t.sizes(), " and takes ", needed,
+                " bytes of memory, and there are ", t.storage().nbytes(), ": its data was freed or replaced");
+}
 
 void check_operands(const std::optional<Tensor>& x, const Weight& weight, const std::optional<Tensor>& bias,
                     const Adapters& adapters, int64_t tokens) {

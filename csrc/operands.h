@@ -4,6 +4,9 @@
 
 namespace fastpeft {
 
+// Raises where a tensor has less memory than its shape says.
+void check_memory(const char* name, const at::Tensor& t);
+
 // Raises where an operand has not the shape that the others call for, or less memory than its shape says: a tensor kept
 // for the backward pass may have been given other data since. `tokens`: rows of x and dy.
 void check_operands(const std::optional<at::Tensor>& x, const Weight& weight, const std::optional<at::Tensor>& bias,

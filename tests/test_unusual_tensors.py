@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpeft import nf4
+import fastpeft
+from fastpeft import nf4, ops
 from fastpeft.functional import dora_linear, lora_linear
 
 BACKENDS = ["native", "reference"]
@@ -67,6 +68,29 @@ def test_memory_that_was_freed_raises() -> None:
     W.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="its data was freed or replaced"):
         lora_linear(x, W, None, A, B, 1.0, backend="native")
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_norm_of_memory_that_was_freed_raises(which: int) -> None:
+    """Called by itself, and by a layer, which first looks whether anything changed."""
+    W, A, B = tensors = torch.randn(64, 32), torch.randn(3, 32), torch.randn(64, 3)
+    tensors[which].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="its data was freed or replaced"):
+        ops.call_dora_norm(W, [], 0, A, B, 1.0, torch.float32, "native")
+    layer = fastpeft.nn.DoRALinear.from_linear(torch.nn.Linear(32, 64), r=3)
+    (layer.weight, layer.lora_A, layer.lora_B)[which].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="its data was freed or replaced"):
+        layer.weight_norm()
+
+
+def test_a_norm_of_lazily_negated_tensors_has_their_sign() -> None:
+    W, A, B = torch.randn(64, 32), torch.randn(3, 32), torch.randn(64, 3)
+    lazy = [torch._neg_view(-t) for t in (W, A, B)]
+    norms = [
+        ops.call_dora_norm(w, [], 0, a, b, 1.0, torch.float32, "native")
+        for w, a, b in ((W, A, B), (lazy[0], A, lazy[2]))
+    ]
+    assert torch.equal(*norms)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
