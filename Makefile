@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+JOBS ?= 2
 REVIEWS := data/vaderSentiment-3.3.2.tar.gz
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 export HF_HUB_OFFLINE := 1
@@ -15,7 +16,7 @@ demo: setup
 	$(BIN)/python -m fastpeft demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/packages.stamp
 	$(BIN)/ruff check .
@@ -32,7 +33,6 @@ bench: setup
 	$(BIN)/python -m fastpeft bench $(ARGS)
 
 tables: setup
-	$(BIN)/python -m fastpeft bench --plot-only
 	$(BIN)/python -m fastpeft.bench.readme
 
 # On a machine with a GPU, with the python that has torch with CUDA; installs nothing.

@@ -1,1 +1,1 @@
-"""The measuring harness: PEFT and fastpeft side by side with the frozen base, in rows that tables and plots read."""
+"""Measures PEFT's layers and fastpeft's beside the frozen layer without an adapter; tables and plots read the rows."""

@@ -1,4 +1,4 @@
-"""How good fastpeft means to be: bounds on its rows, and what was reached."""
+"""The speed that fastpeft is meant to have, as bounds on the measured rows, and whether the rows keep them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ BOUNDS = (
     *_on_gpu(
         *_of(
             "lora",
-            # The base's 2 x 180 µs and what the plan of csrc/gpu.cpp must move besides, at 2.7 TB/s a pass over
+            # The base's 2 x 180 µs and what csrc/cuda/lora_linear.cpp must move besides, at 2.7 TB/s a pass over
             # [M, 4096] in 12.5 µs: u, then v, dB, dA: 1.07 and 1.14.
             Bound("forward over the base", 1.10, times("base"), phase="forward", shapes=_GPU_4096),
             Bound("step over the base", 1.20, times("base"), phase="step", shapes=_GPU_4096),

@@ -1,4 +1,4 @@
-"""``fastpeft bench``."""
+"""The command ``fastpeft bench``: its options, and what it does one after the other."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastpeft.experiments.models import FOUR_BIT_METHODS, METHODS
+from fastpeft.experiments.options import Probability
 from fastpeft.experiments.packages import MissingPackage, require_package
 
-from . import bounds, plot, rows, table
+from . import bounds, page, rows, table
 from .cases import (
     DEVICES,
     DROPOUTS,
@@ -81,9 +82,7 @@ def choose_cases(
     "--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Repeatable.  [bf16, fp32; on a GPU bf16]"
 )
 @click.option("--rank", type=click.IntRange(min=1), default=RANK, show_default=True)
-@click.option(
-    "--dropout", "dropouts", type=click.FloatRange(0, 1, max_open=True), multiple=True, help="Repeatable.  [0, 0.05]"
-)
+@click.option("--dropout", "dropouts", type=Probability(), multiple=True, help="Repeatable.  [0, 0.05]")
 @click.option("--rounds", type=click.IntRange(min=2), default=15, show_default=True, help="Samples of each contestant.")
 @click.option(
     "--compile/--no-compile", "compiled", default=None, help="PEFT under torch.compile too.  [on; off with --quick]"
@@ -93,12 +92,13 @@ def choose_cases(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"), show_default=True
 )
 @click.option(
-    "--plot-only", is_flag=True, help="Measure nothing: table and plot from the rows recorded on this machine."
+    "--plot-only", is_flag=True, help="Measure nothing: table and pictures from the rows recorded on this machine."
 )
 @click.option("--check", is_flag=True, help="Compare with fastpeft's bounds; exit code 1 when one is missed.")
 @click.pass_context
 def command(
     ctx: click.Context,
+    *,
     quick: bool,
     layer: bool,
     model: bool,
@@ -119,8 +119,8 @@ def command(
 
     They take turns, round by round; each time is divided by the base's of the same round. Before a shape is timed,
     fastpeft's outputs and gradients are compared with PEFT's in float64: while that fails, no speed-up is shown.
-    Every measurement is appended as a line of JSON to OUT/<machine>.jsonl; the table (.md) and the plot (.png) beside
-    it are drawn from these rows.
+    Every measurement is appended as a line of JSON to OUT/<machine>.jsonl; the page with the table (.md) and the
+    pictures (-<method>.png) beside it are drawn from these rows.
     """
     try:
         measures_four_bit = not plot_only and (not methods or set(methods) & set(FOUR_BIT_METHODS))
@@ -159,9 +159,8 @@ def command(
         shown = _run(cases, rounds, wants_compiled, Run.begin(device), path, console)
         recorded += shown
     table.show(shown, console)
-    path.with_suffix(".md").write_text(table.markdown(rows.latest(recorded)), encoding="utf-8")
-    plot.draw(rows.latest(recorded), path.with_suffix(".png"))
-    console.print(f"Rows in {path}, table and plot beside them ({path.stem}.md, .png).")
+    page.write(rows.latest(recorded), path)
+    console.print(f"Rows in {path}; their table and pictures in {path.with_suffix('.md')}.")
     if check:
         findings = bounds.check(shown)
         table.show_findings(findings, console)

@@ -1,4 +1,5 @@
-"""Who runs: each contestant turns a case's frozen base into a model of its own and offers the phases to the clock.
+"""Who is measured (the frozen base, PEFT, fastpeft, …): each turns a case's frozen base into a model of its own and
+offers its phases (forward, a whole step) to the clock.
 
 A new one is a new :class:`Contestant` in :data:`CONTESTANTS`.
 """

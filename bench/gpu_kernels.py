@@ -13,8 +13,12 @@ from typing import Any
 import click
 import torch
 
-from fastpeft.backends import cuda, gpu, triton
-from fastpeft.nf4 import FourBit, quantize, weight_operands
+from fastpeft import dispatch, extension
+from fastpeft.backends.gpu import triton
+from fastpeft.backends.gpu.cuda_kernels import CudaKernels
+from fastpeft.backends.gpu.kernel_set import DyNeeds, DyOperands, Kernels, Mask, Tail
+from fastpeft.call import Weight
+from fastpeft.four_bit import FourBit, quantize
 
 from . import gpu_timing
 from .measure import Run, record_kernels
@@ -29,12 +33,12 @@ SHARES = {"four_bit_decode": 0.9, "four_bit_linear 1": 0.8}
 """At least so much of the copy's bandwidth is meant to be reached."""
 
 
-def kernel_sets() -> dict[str, gpu.Kernels]:
+def kernel_sets() -> dict[str, Kernels]:
     """The kernels of every backend that runs here."""
-    sets: dict[str, gpu.Kernels] = {}
-    if cuda.unavailable() is None:
-        sets["cuda"] = cuda.CudaKernels(cuda.library())
-    if triton.unavailable() is None:
+    sets: dict[str, Kernels] = {}
+    if dispatch.named("cuda").unavailable() is None:
+        sets["cuda"] = CudaKernels(extension.cuda())
+    if dispatch.named("triton").unavailable() is None:
         sets["triton"] = triton.kernels()
     return sets
 
@@ -45,47 +49,47 @@ def copy(device: str) -> tuple[int, Calls]:
     return 2 * source.nbytes, {"torch": lambda: target.copy_(source)}
 
 
-def four_bit_decode(sets: dict[str, gpu.Kernels], device: str) -> tuple[int, Calls]:
+def four_bit_decode(sets: dict[str, Kernels], device: str) -> tuple[int, Calls]:
     packed = _packed(device)
-    operands = *weight_operands(packed), N, K, torch.bfloat16
+    operands = Weight.of(packed), N, K, torch.bfloat16
     calls: Calls = {name: lambda k=kernels: k.four_bit_decode(*operands) for name, kernels in sets.items()}
     return _packed_bytes(packed) + 2 * N * K, calls | _bitsandbytes(None, device)
 
 
-def four_bit_linear(sets: dict[str, gpu.Kernels], device: str, M: int) -> tuple[int, Calls]:
+def four_bit_linear(sets: dict[str, Kernels], device: str, M: int) -> tuple[int, Calls]:
     packed = _packed(device)
     x, y = torch.randn(M, K, device=device).bfloat16(), torch.empty(M, N, device=device, dtype=torch.bfloat16)
-    tail = gpu.Tail(torch.randn(M, RANK, device=device), torch.randn(N, RANK, device=device), 2.0)
-    operands = x, *weight_operands(packed), y, tail
-    able = {name: kernels for name, kernels in sets.items() if isinstance(kernels, cuda.CudaKernels)}
+    tail = Tail(torch.randn(M, RANK, device=device), torch.randn(N, RANK, device=device), 2.0)
+    operands = x, Weight.of(packed), y, tail
+    able = {name: kernels for name, kernels in sets.items() if isinstance(kernels, CudaKernels)}
     calls: Calls = {name: lambda k=kernels: k.four_bit_linear(*operands) for name, kernels in able.items()}
     return _packed_bytes(packed) + x.nbytes + y.nbytes, calls | _bitsandbytes(x, device)
 
 
-def dora_norm(sets: dict[str, gpu.Kernels], device: str, four_bit: bool) -> tuple[int, Calls]:
+def dora_norm(sets: dict[str, Kernels], device: str, four_bit: bool) -> tuple[int, Calls]:
     weight = _packed(device) if four_bit else torch.randn(N, K, device=device).bfloat16()
     size = _packed_bytes(weight) if isinstance(weight, FourBit) else weight.nbytes
     A, B = torch.randn(RANK, K, device=device), torch.randn(N, RANK, device=device)
-    operands = *weight_operands(weight), A, B, 2.0, torch.bfloat16
+    operands = Weight.of(weight), A, B, 2.0, torch.bfloat16
     return size, {name: lambda k=kernels: k.dora_norm(*operands) for name, kernels in sets.items()}
 
 
-def lora_up(sets: dict[str, gpu.Kernels], device: str, M: int, ending: str) -> tuple[int, Calls]:
+def lora_up(sets: dict[str, Kernels], device: str, M: int, ending: str) -> tuple[int, Calls]:
     base = torch.randn(M, N, device=device).bfloat16()
     seed, c = torch.tensor(7, device=device), torch.rand(N, device=device)
     z = torch.empty_like(base) if ending == "scaled" else None
-    tail = gpu.Tail(torch.randn(M, RANK, device=device), torch.randn(N, RANK, device=device), 2.0)
+    tail = Tail(torch.randn(M, RANK, device=device), torch.randn(N, RANK, device=device), 2.0)
     endings = {"plain": {}, "masked": {"threshold": MASK[0], "seed": seed}, "scaled": {"c": c, "z": z}}
-    tail = gpu.Tail(tail.q, tail.right, tail.scale, **endings[ending])
+    tail = Tail(tail.q, tail.right, tail.scale, **endings[ending])
     calls: Calls = {name: lambda k=kernels: k.lora_up(base, None, base, tail) for name, kernels in sets.items()}
     return (2 + (z is not None)) * base.nbytes, calls
 
 
-def skinny(sets: dict[str, gpu.Kernels], device: str, M: int, name: str, masked: bool) -> tuple[int, Calls]:
+def skinny(sets: dict[str, Kernels], device: str, M: int, name: str, masked: bool) -> tuple[int, Calls]:
     x, dy = (torch.randn(M, width, device=device).bfloat16() for width in (K, N))
     seed = torch.tensor(7, device=device)
     A, B, u = (torch.randn(shape, device=device) for shape in ((RANK, K), (N, RANK), (M, RANK)))
-    mask = gpu.Mask(*(MASK if masked else (0, 1.0)), seed)
+    mask = Mask(*(MASK if masked else (0, 1.0)), seed)
     half_A, half_B, half_u = (t.bfloat16() for t in (A, B, u))
     by_torch: dict[str, Callable[[], Any]] = {
         "lora_down": lambda: _wide(x, half_A.t()),
@@ -94,29 +98,27 @@ def skinny(sets: dict[str, gpu.Kernels], device: str, M: int, name: str, masked:
     }
     dA = torch.empty_like(A)
 
-    def by_cuda(k: cuda.CudaKernels) -> Any:
+    def by_cuda(k: CudaKernels) -> Any:
         if name == "lora_dy":
             return k.lora_down_many(dy, B.t(), u, mask), k.lora_gradient(dy, u, dA, mask)
         if name == "lora_dA":
             return k.lora_gradient(x, half_u, dA, mask)
         return k.lora_down(x, [A], u, [mask], None) if M == 1 else k.lora_down_many(x, A, u, mask)
 
-    launches: dict[str, Callable[[gpu.Kernels], Any]] = {
+    launches: dict[str, Callable[[Kernels], Any]] = {
         "lora_down": lambda k: k.lora_down(x, [A], u, [mask], None),
-        "lora_dy": lambda k: k.lora_dy(dy, B, u, 2.0, None, 0, None, None, u, (True, False, False)),
+        "lora_dy": lambda k: k.lora_dy(dy, DyOperands(B, u, 2.0), u, DyNeeds(True, False, False)),
         "lora_dA": lambda k: k.lora_dA(x, u, mask),
     }
     moved = dy.nbytes if name == "lora_dy" else x.nbytes + (A.nbytes if name == "lora_down" else 0)
     calls: Calls = {
-        of: (lambda k=kernels: by_cuda(k))
-        if isinstance(kernels, cuda.CudaKernels)
-        else lambda k=kernels: launches[name](k)
+        of: (lambda k=kernels: by_cuda(k)) if isinstance(kernels, CudaKernels) else lambda k=kernels: launches[name](k)
         for of, kernels in sets.items()
     }
     return moved, calls if masked else calls | {"torch": by_torch[name]}
 
 
-def lora_linear(sets: dict[str, gpu.Kernels], device: str, M: int, ending: str) -> tuple[int, Calls]:
+def lora_linear(sets: dict[str, Kernels], device: str, M: int, ending: str) -> tuple[int, Calls]:
     """The product with W and its low-rank part by one kernel, beside the vendor's product alone."""
     x, weight = torch.randn(M, K, device=device).bfloat16(), torch.randn(N, K, device=device).bfloat16()
     if ending != "plain":
@@ -124,14 +126,14 @@ def lora_linear(sets: dict[str, gpu.Kernels], device: str, M: int, ending: str) 
     q, right = torch.randn(M, RANK, device=device).bfloat16(), torch.randn(RANK, N, device=device).bfloat16()
     right = right.t().contiguous() if ending == "plain" else right.t()
     y, seed = x.new_empty(M, N), torch.tensor(7, device=device)
-    tail = gpu.Tail(q, right, 1.0, MASK[0] if ending == "masked" else 0, seed)
+    tail = Tail(q, right, 1.0, MASK[0] if ending == "masked" else 0, seed)
     wide = tail._replace(q=q.float())
     calls: Calls = {"torch": lambda: torch.mm(x, weight.t())}
     for name, kernels in sets.items():
-        if isinstance(kernels, cuda.CudaKernels) and kernels.library.has_lora_linear(y.get_device()):
+        if isinstance(kernels, CudaKernels) and kernels.library.has_lora_linear(y.get_device()):
             calls[name] = lambda k=kernels: k.lora_linear(x, weight, y, tail)
         elif isinstance(kernels, triton.TritonKernels):
-            plan = kernels.fused_plans(x, weight, RANK)[-1]
+            plan = kernels.shared_plans(x, weight, RANK)[-1]
             calls[name] = lambda k=kernels, plan=plan: k.lora_linear(plan, x, weight, y, wide)
     return x.nbytes + weight.nbytes + y.nbytes, calls
 
@@ -141,12 +143,12 @@ def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
 
 
-def dropout(sets: dict[str, gpu.Kernels], device: str, M: int) -> tuple[int, Calls]:
-    x, mask = torch.randn(M, K, device=device).bfloat16(), gpu.Mask(*MASK, torch.tensor(7, device=device))
+def dropout(sets: dict[str, Kernels], device: str, M: int) -> tuple[int, Calls]:
+    x, mask = torch.randn(M, K, device=device).bfloat16(), Mask(*MASK, torch.tensor(7, device=device))
     return 2 * x.nbytes, {name: lambda k=kernels: k.dropout(x, mask) for name, kernels in sets.items()}
 
 
-def makers(sets: dict[str, gpu.Kernels], device: str) -> dict[str, Callable[[], tuple[int, Calls]]]:
+def makers(sets: dict[str, Kernels], device: str) -> dict[str, Callable[[], tuple[int, Calls]]]:
     """By kernel and size: what makes fresh operands, and gives the bytes to be moved and each contestant's call."""
     found: dict[str, Callable[[], tuple[int, Calls]]] = {
         "copy": lambda: copy(device),

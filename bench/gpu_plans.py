@@ -1,7 +1,7 @@
 """The plans of the Triton backend's product with W on this GPU, at many shapes: ``python -m fastpeft.bench.gpu_plans``.
 
 Rows are appended to ``bench/results/<gpu>-plans.jsonl`` with their table beside them; ``--record`` puts the fastest
-plan at each shape into ``fastpeft/backends/gpu_plans.json``, which fastpeft chooses by.
+plan at each shape into ``fastpeft/backends/gpu/plans.json``, which fastpeft chooses by.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import click
 import torch
 
-from fastpeft.backends import gpu, gpu_plans, triton
-from fastpeft.backends.gpu_plans import ENDINGS, Plan, Product
+from fastpeft.backends.gpu import compose, plans, triton
+from fastpeft.backends.gpu.kernel_set import Kernels, Mask, Tail
+from fastpeft.backends.gpu.plans import ENDINGS, Plan, Product
 
 from . import gpu_timing
 from .cases import DTYPES
@@ -28,7 +29,7 @@ TOKENS = (4096, 2048, 512, 8192, 128, 16, 1)
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 2048))  # inputs, outputs
 
 
-def calls(of: gpu.Kernels, product: Product, device: str) -> dict[str, Callable[[], Any]]:
+def calls(of: Kernels, product: Product, device: str) -> dict[str, Callable[[], Any]]:
     """The frozen base's product, and every plan's by name; fresh operands."""
     dtype = getattr(torch, product.dtype)
     x = torch.randn(product.M, product.K, device=device, dtype=dtype)
@@ -37,24 +38,24 @@ def calls(of: gpu.Kernels, product: Product, device: str) -> dict[str, Callable[
     right = torch.randn(product.N, RANK, device=device)
     scaled, masked = "scaled" in product.ending, "masked" in product.ending
     seed = torch.tensor(7, device=device)
-    mask = gpu.Mask(THRESHOLD if masked else 0, 1.05 if masked else 1.0, seed)
+    mask = Mask(THRESHOLD if masked else 0, 1.05 if masked else 1.0, seed)
     c = torch.rand(product.N, device=device) if scaled else None
     z = torch.empty(product.M, product.N, device=device, dtype=dtype) if scaled and product.M > 1 else None
-    tail = gpu.Tail(q, right, 2.0, 0 if scaled else mask.threshold, seed, c, z)
+    tail = Tail(q, right, 2.0, 0 if scaled else mask.threshold, seed, c, z)
 
     def planned(plan: Plan) -> Callable[[], Any]:
         if scaled:
-            return lambda: gpu.dora_product(of, x, weight, [tail], [mask], plan)
-        return lambda: gpu.product(of, x, weight, tail, plan)
+            return lambda: compose.dora_product(of, x, weight, [tail], [mask], plan)
+        return lambda: compose.product(of, x, weight, tail, plan)
 
     base = {"base": lambda: torch.nn.functional.linear(x, weight)}
-    plans = gpu_plans.plans_for(product.ending, of.fused_plans(x, weight, RANK))
-    return base | {plan.value: planned(plan) for plan in plans}
+    possible = plans.plans_for(product.ending, of.shared_plans(x, weight, RANK))
+    return base | {plan.value: planned(plan) for plan in possible}
 
 
 def measure(dtype: str, rounds: int, run: Run) -> Iterator[dict[str, Any]]:
     """A row for every layer, number of tokens and ending."""
-    of, name = triton.kernels(), gpu_plans.name_of(DTYPES[dtype])
+    of, name = triton.kernels(), plans.name_of(DTYPES[dtype])
     for K, N in LAYERS:
         for M in TOKENS:
             for ending in ENDINGS:
@@ -101,7 +102,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 
 
 def recorded(found: Sequence[dict[str, Any]], table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``gpu_plans.json`` with this GPU's entry in the place of an older one."""
+    """``plans.json`` with this GPU's entry in the place of an older one."""
     machine = found[0]["machine"]
     plans = [[*row["product"].values(), fastest(row)] for row in found]
     facts = {"name": machine["gpu"], "capability": machine["capability"], "multiprocessors": machine["multiprocessors"]}
@@ -109,7 +110,7 @@ def recorded(found: Sequence[dict[str, Any]], table: list[dict[str, Any]]) -> li
 
 
 def recording(found: Iterable[dict[str, Any]], table: Path | None) -> Iterator[dict[str, Any]]:
-    """``found``, each row put into ``table``, a copy of gpu_plans.json, when it comes."""
+    """``found``, each row put into ``table``, a copy of plans.json, when it comes."""
     known = json.loads(table.read_text()) if table is not None and table.exists() else []
     so_far = []
     for row in found:
@@ -126,7 +127,7 @@ def recording(found: Iterable[dict[str, Any]], table: Path | None) -> Iterator[d
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @click.option("--rounds", type=click.IntRange(min=2), default=7, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
-@click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="A copy of gpu_plans.json to add to.")
+@click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="A copy of plans.json to add to.")
 def command(dtype: str, rounds: int, out: Path, record: Path | None) -> None:
     """Times the plans of the Triton backend against the frozen base."""
     record_kernels("plans", lambda run: recording(measure(dtype, rounds, run), record), markdown, out, "cuda")

@@ -1,4 +1,5 @@
-"""Time on the GPU alone: calls captured as a CUDA graph, over operands that do not fit its cache."""
+"""How long the GPU takes for a call, without the host: calls replayed as a CUDA graph, over operands too large for its
+cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One case from parity check to rows."""
+"""Measures one case: whether fastpeft computes what PEFT computes, then times and kept bytes, as rows (rows.py)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import click
 import torch
 
-from fastpeft import dispatch
-from fastpeft.backends import native
+from fastpeft import dispatch, extension
+from fastpeft.call import Weight
 from fastpeft.experiments.memory import kept_bytes
-from fastpeft.nf4 import weight_operands
 
 from . import parity, rows
 from .cases import DTYPES, Case
@@ -38,8 +37,8 @@ class Run:
         return cls(_now(), rows.machine(device), rows.versions(), *rows.commit())
 
     def facts(self) -> dict[str, Any]:
-        """What a row of the native kernels starts with."""
-        instruction_set = native._C.isa() if native._C is not None else None
+        """What a row of the kernels starts with."""
+        instruction_set = None if extension.C is None else extension.C.isa()
         return {
             "run": self.start,
             "machine": self.machine,
@@ -60,7 +59,7 @@ def record_kernels(
 ) -> list[dict[str, Any]]:
     """Measures a device's kernels and shows their table. Each row is added to ``out/<machine>-<name>.jsonl`` as soon as
     it is measured, and the table beside it drawn anew: what is ended early leaves behind what it found."""
-    reason = native.unavailable() if device == "cpu" else None
+    reason = extension.missing() if device == "cpu" else None
     if device == "cuda" and not torch.cuda.is_available():
         reason = "torch finds no NVIDIA GPU"
     if reason is not None:
@@ -143,15 +142,15 @@ def _compile_failure(runner: Runner, case: Case) -> str | None:
 
 
 def _backend(runner: Runner) -> str:
-    """What runs the first fused layer; the native backend with its instruction set."""
+    """What runs the first fused layer; the CPU's backend with its instruction set."""
     from fastpeft.peft.layers import is_peft_layer, operands_or_reason
 
     operands = next(operands_or_reason(module) for module in runner.model.modules() if is_peft_layer(module))
     assert not isinstance(operands, str)
-    weight, _, A, B, *_ = operands
+    weight, _, (A, B, *_) = operands
     x = torch.empty(1, weight.shape[1], dtype=DTYPES[runner.case.dtype], device=weight.device)
-    backend = dispatch.choose("lora_linear", x, weight_operands(weight)[0], A, B, None)
-    return f"{native.NAME}, {native._C.isa()}" if backend is native and native._C is not None else backend.NAME
+    backend = dispatch.choose("lora_linear", x, Weight.of(weight).data, (*A, *B), None)
+    return f"{backend.name}, {extension.built().isa()}" if backend.name == "cpu" else backend.name
 
 
 def _now() -> str:

@@ -38,7 +38,7 @@ class Row:
         case: ``kind, shape, dtype, rank, dropout`` and what else describes it.
         phase: forward, step or generate.
         contestant: base, peft, peft-autocast, peft-compiled or fastpeft.
-        backend: what ran fastpeft's op (the native backend with its instruction set); None for the others.
+        backend: what ran fastpeft's op (the CPU's with its instruction set); None for the others.
         rounds: samples behind each summary.
         seconds: wall seconds per call; None when the contestant could not run.
         cpu_seconds: processor seconds per call, summed over threads.
@@ -92,9 +92,19 @@ class Row:
         return f"{METHODS[case['method']]} {case['shape']} {case['dtype']}, dropout {case['dropout']:g}"
 
     @property
+    def where(self) -> str:
+        """Names the GPU, or the processor and its cores."""
+        return self.machine.get("gpu") or f"{self.machine['cpu']}, {self.machine['cores']} cores"
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Equal for the rows of the contestants that are compared with each other."""
+        return (self.threads, json.dumps(self.case, sort_keys=True), self.phase)
+
+    @property
     def identity(self) -> tuple[Any, ...]:
         """Equal for rows that measure the same thing, on whatever commit."""
-        return (self.threads, json.dumps(self.case, sort_keys=True), self.phase, self.contestant)
+        return (*self.place, self.contestant)
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:

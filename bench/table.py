@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -28,20 +28,21 @@ CAPTION = (
 class Section:
     """The cases of one method, dtype and dropout: for each shape, a line for each phase and one for the kept bytes."""
 
+    method: str
     title: str
     lines: list[list[str]]
 
 
 def sections(rows: Sequence[Row]) -> list[Section]:
     """The table's cells as text; rows of one section stand in the order in which they came."""
-    by_section: dict[str, dict[str, dict[str, dict[str, Row]]]] = {}
+    by_section: dict[tuple[str, str], dict[str, dict[str, dict[str, Row]]]] = {}
     for row in rows:
         case = row.case
         title = f"{METHODS[case['method']]}, {case['dtype']}, dropout {case['dropout']:g}, rank {case['rank']}"
-        phases = by_section.setdefault(title, {}).setdefault(case["shape"], {})
+        phases = by_section.setdefault((case["method"], title), {}).setdefault(case["shape"], {})
         phases.setdefault(row.phase, {})[row.contestant] = row
     found = []
-    for title, shapes in by_section.items():
+    for (method, title), shapes in by_section.items():
         lines = []
         for shape, phases in shapes.items():
             label = shape
@@ -50,7 +51,7 @@ def sections(rows: Sequence[Row]) -> list[Section]:
                 label = ""
             kept = phases.get("step", {})
             lines.append([label, "kept, MiB", *(kept_cell(kept.get(name)) for name in _COLUMNS)])
-        found.append(Section(title, lines))
+        found.append(Section(method, title, lines))
     return found
 
 
@@ -63,10 +64,11 @@ def time_cell(row: Row | None) -> str:
     if row.against is None:
         return "parity fails"
     ratio = row.against[BASE.name]
-    return f"{_multiple(ratio['median'])} [{_multiple(ratio['q1'])}, {_multiple(ratio['q3'])}]"
+    return f"{multiple(ratio['median'])} [{multiple(ratio['q1'])}, {multiple(ratio['q3'])}]"
 
 
-def _multiple(ratio: float) -> str:
+def multiple(ratio: float) -> str:
+    """Three digits, where a ratio has as many before its point or fewer."""
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
 
 
@@ -100,15 +102,14 @@ def _listed(cases: Sequence[str]) -> str:
 
 
 def origin(rows: Sequence[Row]) -> str:
-    """Machine, versions, commits and dates of ``rows`` in a sentence."""
+    """Machine, versions, dates and the newest commit of ``rows`` in a sentence; all rows stand in the file of rows."""
     last = max(rows, key=lambda row: row.date)
-    commits = sorted({f"{(row.commit or 'unknown')[:8]}{' with changes' if row.dirty else ''}" for row in rows})
     dates = sorted({row.date[:10] for row in rows})
     parts = [
-        last.machine.get("gpu") or f"{last.machine['cpu']}, {last.machine['cores']} cores, {last.threads} threads",
+        last.where if "gpu" in last.machine else f"{last.where}, {last.threads} threads",
         ", ".join(f"{name} {number}" for name, number in last.versions.items()),
         f"backend {', '.join(sorted({row.backend for row in rows if row.backend}))}",
-        f"commit {', '.join(commits)}",
+        f"newest commit {(last.commit or 'unknown')[:8]}{' with changes' if last.dirty else ''}",
         " to ".join(dict.fromkeys((dates[0], dates[-1]))),
     ]
     return "; ".join(parts)
@@ -139,10 +140,14 @@ def show(rows: Sequence[Row], console: Console) -> None:
         console.print(note, style="dim", markup=False, highlight=False)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table as Markdown."""
-    parts = ["# fastpeft bench", CAPTION]
+def markdown(rows: Sequence[Row], pictures: Mapping[str, str]) -> str:
+    """The table as Markdown, with the picture of each method, by its file name, before the first of its sections."""
+    parts = [f"# fastpeft bench: {rows[-1].where}", CAPTION]
+    undrawn = dict(pictures)
     for section in sections(rows):
+        if section.method in undrawn:
+            name = METHODS[section.method]
+            parts.append(f"![{name}: time over the frozen base's]({undrawn.pop(section.method)})")
         parts.append(f"## {section.title}")
         parts.append(markdown_table(["M×K×N", "phase"], list(_COLUMNS.values()), section.lines))
     parts.append("\n".join(f"- {note}" for note in notes(rows)))

@@ -1,10 +1,9 @@
-#include "autograd.h"
-
+// The autograd node of lora_linear in C++, for calls that no compiler and no mode has to see: see ops.h.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-
-#include "gpu.h"
+#include "ops.h"
+#include "tensors.h"
 
 namespace fastpeft {
 
@@ -18,18 +17,17 @@ namespace {
 
 // What a node keeps beside tensors.
 struct Call {
-    Composition composition;
+    Where where;
     int64_t blocksize, N, K;
     int64_t count, scales, quants;  // how many adapters, of them with DoRA's c, and tensors beside a 4-bit weight
     std::vector<double> scaling;
     std::vector<int64_t> thresholds;
     bool keep_z;
-    std::vector<int64_t> needs;
+    std::vector<int64_t> needs;  // in the order of the gradients
 
     void keep(AutogradContext* ctx) const {
-        const auto& [launchers, device, stream, forward, backward] = composition;
         ctx->saved_data["numbers"] =
-            std::vector<int64_t>{launchers, device, stream, forward, backward, blocksize, N, K, count, scales, quants};
+            std::vector<int64_t>{where.launchers, where.device, where.stream, blocksize, N, K, count, scales, quants};
         ctx->saved_data["scaling"] = scaling;
         ctx->saved_data["thresholds"] = thresholds;
         ctx->saved_data["needs"] = needs;
@@ -37,13 +35,13 @@ struct Call {
 
     static Call kept(AutogradContext* ctx) {
         const std::vector<int64_t> n = ctx->saved_data["numbers"].toIntVector();
-        return {{n[0], n[1], n[2], n[3], n[4]},
+        return {{n[0], n[1], n[2]},
+                n[3],
+                n[4],
                 n[5],
                 n[6],
                 n[7],
                 n[8],
-                n[9],
-                n[10],
                 ctx->saved_data["scaling"].toDoubleVector(),
                 ctx->saved_data["thresholds"].toIntVector(),
                 false,
@@ -52,31 +50,47 @@ struct Call {
 
     Weight weight(const Tensor& data, Tensors quant) const { return {data, std::move(quant), blocksize, N, K}; }
 
-    bool any_need(int64_t first, int64_t number) const {
-        return std::any_of(needs.begin() + first, needs.begin() + first + number, [](int64_t need) { return need; });
+    Needs named_needs() const {
+        const auto A = needs.begin() + 3, B = A + count, c = B + count;
+        return {needs[0] != 0, needs[1] != 0, needs[2] != 0, {A, B}, {B, c}, {c, needs.end()}};
     }
 };
 
-gpu::Gpu gpu_of(const Composition& c) {
-    return {*reinterpret_cast<const cuda::Launchers*>(c.launchers),
-            {static_cast<int>(c.device), reinterpret_cast<void*>(c.stream)}};
+// Whether a tensor stands for a batch of them, as torch.autograd.grad(..., is_grads_batched=True) makes them.
+bool is_batched(const Tensor& t) {
+    return t.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched}));
 }
 
-Forward forward_of(const Call& call, const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias,
-                   const Adapters& adapters) {
-    const PlainDispatch plain;
-    const Composition& c = call.composition;
-    if (c.launchers) return gpu::lora_linear(gpu_of(c), x, weight, bias, adapters, call.keep_z);
-    return lora_linear(x, weight, bias, adapters, call.keep_z, static_cast<Plan>(c.forward));
+// The backward op by torch's dispatcher, which has a way to take batches (ops.py).
+Tensors dispatched_backward(const Call& call, const Tensor& dy, const std::optional<Tensor>& x, const Weight& weight,
+                            const Adapters& adapters, const Kept& kept) {
+    static const c10::OperatorHandle op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("fastpeft::lora_linear_backward", "");
+    std::vector<double> scaling = adapters.scaling, dropout_p;
+    for (size_t i = 0; i < adapters.count(); ++i) {
+        scaling[i] /= dropout_scale(adapters.thresholds[i]);
+        dropout_p.push_back(static_cast<double>(adapters.thresholds[i]) / 65536);
+    }
+    c10::List<bool> needs;
+    for (const int64_t need : call.needs) needs.push_back(need != 0);
+    torch::jit::Stack stack{dy,         x,          weight.data, weight.quant, weight.blocksize, adapters.A,
+                            adapters.B, adapters.c, scaling,     dropout_p,    adapters.seed,    adapters.index,
+                            kept.u,     kept.z,     needs,       c10::IValue()};
+    op.callBoxed(stack);
+    return stack[0].toTensorVector();
 }
 
-Tensors backward_of(const Call& call, const Tensor& dy, const std::optional<Tensor>& x, const Weight& weight,
-                    const Adapters& adapters, const std::optional<Tensor>& u, const Tensors& z) {
-    const PlainDispatch plain;
-    const Composition& c = call.composition;
-    const std::vector<bool> needs(call.needs.begin(), call.needs.end());
-    if (c.launchers) return gpu::lora_linear_backward(gpu_of(c), dy, x, weight, adapters, u, z, needs);
-    return lora_linear_backward(dy, x, weight, adapters, u, z, needs, static_cast<Plan>(c.backward));
+// What was kept; who changed it in place hears what to do about it.
+Tensors kept_by(AutogradContext* ctx) {
+    try {
+        return ctx->get_saved_variables();
+    } catch (const c10::Error& error) {
+        const std::string said = error.what_without_backtrace();
+        TORCH_CHECK(said.find("modified by an inplace operation") == std::string::npos, said,
+                    " If it is a layer's input: fastpeft keeps the input itself, where PEFT may keep a copy. Change it "
+                    "out of place, or give the layer a clone.");
+        throw;
+    }
 }
 
 std::optional<Tensor> maybe(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
@@ -102,9 +116,9 @@ struct LoraLinear : Function<LoraLinear> {
         for (const TensorList& some : {A, B, c})
             for (const Tensor& t : some) call->needs.push_back(t.requires_grad());
         const Adapters adapters{A.vec(), B.vec(), c.vec(), call->scaling, call->thresholds, seed, index};
-        auto [y, u, z] = forward_of(*call, x, call->weight(weight, quant.vec()), bias, adapters);
-        const bool keep_x = call->needs[1] || call->any_need(3, call->count);
-        const bool keep_u = call->any_need(3 + call->count, call->count);
+        auto [y, u, z] = lora_linear(call->where, x, call->weight(weight, quant.vec()), bias, adapters, call->keep_z);
+        const Needs needs = call->named_needs();
+        const bool keep_x = needs.weight || Needs::any(needs.A), keep_u = Needs::any(needs.B);
         Tensors kept{keep_x ? x : Tensor(), weight, keep_u ? u : Tensor(), seed.value_or(Tensor()),
                      index.value_or(Tensor())};
         for (const TensorList& some : {quant, A, B, c, TensorList(z)})
@@ -120,7 +134,7 @@ struct LoraLinear : Function<LoraLinear> {
         // By argument: the call, x, W, what describes W, bias, A, B, c, the seed, the index.
         Tensors all(1 + call.needs.size() + call.quants + 2);
         if (!dy[0].defined()) return all;
-        const Tensors kept = ctx->get_saved_variables();
+        const Tensors kept = kept_by(ctx);
         auto next = kept.begin() + 5;
         const auto take = [&](int64_t count) {
             next += count;
@@ -129,8 +143,11 @@ struct LoraLinear : Function<LoraLinear> {
         const Tensors quant = take(call.quants), A = take(call.count), B = take(call.count), c = take(call.scales);
         const Tensors z(next, kept.end());
         const Adapters adapters{A, B, c, call.scaling, call.thresholds, maybe(kept[3]), maybe(kept[4])};
-        Tensors grads =
-            backward_of(call, dy[0], maybe(kept[0]), call.weight(kept[1], quant), adapters, maybe(kept[2]), z);
+        const Weight weight = call.weight(kept[1], quant);
+        const Kept beside{maybe(kept[2]), z};
+        Tensors grads = is_batched(dy[0]) ? dispatched_backward(call, dy[0], maybe(kept[0]), weight, adapters, beside)
+                                          : lora_linear_backward(call.where, dy[0], maybe(kept[0]), weight, adapters,
+                                                                 beside, call.named_needs());
         if (at::GradMode::is_enabled()) {
             Tensors origins{dy[0]};
             for (const Tensor& t : kept)
@@ -146,13 +163,13 @@ struct LoraLinear : Function<LoraLinear> {
 
 }  // namespace
 
-Tensor with_gradient(const Composition& composition, const Tensor& x, const Weight& weight,
-                     const std::optional<Tensor>& bias, const Adapters& adapters, bool keep_z) {
-    Call call{composition,
+Tensor lora_linear_with_gradient(const Where& where, const Tensor& x, const Weight& weight,
+                                 const std::optional<Tensor>& bias, const Adapters& adapters, bool keep_z) {
+    Call call{where,
               weight.blocksize,
               weight.N,
               weight.K,
-              static_cast<int64_t>(adapters.A.size()),
+              static_cast<int64_t>(adapters.count()),
               static_cast<int64_t>(adapters.c.size()),
               static_cast<int64_t>(weight.quant.size()),
               adapters.scaling,

@@ -1,110 +1,94 @@
-// The pybind11 module fastpeft._C: thin.
+// The pybind11 module fastpeft._C: thin. Python's nouns (fastpeft/call.py) come as the tuples that they are.
 #include <torch/extension.h>
 
-#include "autograd.h"
+#include <algorithm>
+#include <cmath>
+
 #include "cpu/base_product.h"
-#include "cpu/kernels.h"
-#include "gpu.h"
-#include "lora_linear.h"
+#include "cpu/lora_linear.h"
+#include "ops.h"
+#include "tensors.h"
 
 namespace {
 
 using at::Tensor;
+using fastpeft::cpu::Plan;
 using Tensors = std::vector<Tensor>;
+using Numbers = std::vector<double>;
+using Flags = std::vector<bool>;
 using MaybeTensor = std::optional<Tensor>;
 
-using fastpeft::PlainDispatch;
+using PyWhere = std::tuple<int64_t, int64_t, int64_t>;
+using PyWeight = std::tuple<Tensor, Tensors, int64_t>;
+using PyAdapters = std::tuple<Tensors, Tensors, Tensors, Numbers, Numbers, MaybeTensor, MaybeTensor>;
+using PyKept = std::tuple<MaybeTensor, Tensors>;
+using PyNeeds = std::tuple<bool, bool, bool, Flags, Flags, Flags>;
+
+fastpeft::Where where_of(const PyWhere& where) { return std::make_from_tuple<fastpeft::Where>(where); }
 
 // The adapters know the shape that a 4-bit weight does not.
-fastpeft::Weight weight_of(const Tensor& data, const Tensors& quant, int64_t blocksize, const Tensor& A,
-                           const Tensor& B) {
+fastpeft::Weight weight_of(const PyWeight& weight, const Tensor& A, const Tensor& B) {
+    const auto& [data, quant, blocksize] = weight;
     return {data, quant, blocksize, B.size(0), A.size(1)};
 }
 
-fastpeft::Forward lora_linear(const Tensor& x, const Tensor& weight, const Tensors& quant, int64_t blocksize,
-                              const MaybeTensor& bias, const Tensors& A, const Tensors& B, const Tensors& c,
-                              const std::vector<double>& scaling, const std::vector<int64_t>& thresholds,
-                              const MaybeTensor& seed, const MaybeTensor& adapter_index, bool keep_z,
-                              fastpeft::Plan plan) {
-    const PlainDispatch plain;
-    return fastpeft::lora_linear(x, weight_of(weight, quant, blocksize, A[0], B[0]), bias,
-                                 {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z, plan);
+// p in steps of 2^-16, see fastpeft/dropout.py::dropout_threshold.
+int64_t threshold_of(double p) {
+    const auto rounded = static_cast<int64_t>(std::nearbyint(p * 65536));
+    return std::clamp<int64_t>(rounded, p > 0, 65535);
 }
 
-Tensors lora_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& weight, const Tensors& quant,
-                             int64_t blocksize, const Tensors& A, const Tensors& B, const Tensors& c,
-                             const MaybeTensor& u, const Tensors& z, const std::vector<double>& scaling,
-                             const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                             const MaybeTensor& adapter_index, const std::vector<bool>& needs, fastpeft::Plan plan) {
-    const PlainDispatch plain;
-    return fastpeft::lora_linear_backward(dy, x, weight_of(weight, quant, blocksize, A[0], B[0]),
-                                          {A, B, c, scaling, thresholds, seed, adapter_index}, u, z, needs, plan);
+fastpeft::Adapters adapters_of(const PyAdapters& adapters) {
+    const auto& [A, B, c, scaling, dropout_p, seed, index] = adapters;
+    fastpeft::Adapters call{A, B, {}, scaling, std::vector<int64_t>(A.size()), seed, index};
+    for (const Tensor& each : c) call.c.push_back(each.contiguous());
+    for (size_t i = 0; seed && i < A.size(); ++i) {
+        call.thresholds[i] = threshold_of(dropout_p[i]);
+        if (call.thresholds[i]) call.scaling[i] *= fastpeft::dropout_scale(call.thresholds[i]);
+    }
+    return call;
 }
 
-Tensor lora_linear_with_gradient(const Tensor& x, const Tensor& weight, const Tensors& quant, int64_t blocksize,
-                                 const MaybeTensor& bias, const Tensors& A, const Tensors& B, const Tensors& c,
-                                 const std::vector<double>& scaling, const std::vector<int64_t>& thresholds,
-                                 const MaybeTensor& seed, const MaybeTensor& adapter_index, bool keep_z,
-                                 fastpeft::Plan forward, fastpeft::Plan backward) {
-    return fastpeft::with_gradient({0, 0, 0, static_cast<int64_t>(forward), static_cast<int64_t>(backward)}, x,
-                                   weight_of(weight, quant, blocksize, A[0], B[0]), bias,
-                                   {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z);
+fastpeft::Forward lora_linear(const PyWhere& where, const Tensor& x, const PyWeight& weight, const MaybeTensor& bias,
+                              const PyAdapters& adapters, bool keep_z) {
+    const fastpeft::Adapters call = adapters_of(adapters);
+    return fastpeft::lora_linear(where_of(where), x, weight_of(weight, call.A[0], call.B[0]), bias, call, keep_z);
 }
 
-Tensor dora_norm(const Tensor& weight, const Tensors& quant, int64_t blocksize, const Tensor& A, const Tensor& B,
-                 double scaling, at::ScalarType dtype) {
-    const PlainDispatch plain;
-    return fastpeft::dora_norm(weight_of(weight, quant, blocksize, A, B), A, B, scaling, dtype);
+Tensor lora_linear_with_gradient(const PyWhere& where, const Tensor& x, const PyWeight& weight, const MaybeTensor& bias,
+                                 const PyAdapters& adapters, bool keep_z) {
+    const fastpeft::Adapters call = adapters_of(adapters);
+    return fastpeft::lora_linear_with_gradient(where_of(where), x, weight_of(weight, call.A[0], call.B[0]), bias, call,
+                                               keep_z);
 }
 
-// Where a call runs on a GPU: what fastpeft._cuda.launchers() gives, the GPU's index and torch's current stream there.
-using GpuPlace = std::tuple<uintptr_t, int, uintptr_t>;
-
-fastpeft::gpu::Gpu gpu_of(const GpuPlace& place) {
-    const auto& [table, device, stream] = place;
-    const auto& launchers = *reinterpret_cast<const fastpeft::cuda::Launchers*>(table);
-    TORCH_CHECK(launchers.layout == fastpeft::cuda::kLayout,
-                "fastpeft._cuda and fastpeft._C were built from different sources: run `python -m fastpeft build`");
-    return {launchers, {device, reinterpret_cast<void*>(stream)}};
+Tensors lora_linear_backward(const PyWhere& where, const Tensor& dy, const MaybeTensor& x, const PyWeight& weight,
+                             const PyAdapters& adapters, const PyKept& kept, const PyNeeds& needs) {
+    const fastpeft::Adapters call = adapters_of(adapters);
+    return fastpeft::lora_linear_backward(where_of(where), dy, x, weight_of(weight, call.A[0], call.B[0]), call,
+                                          std::make_from_tuple<fastpeft::Kept>(kept),
+                                          std::make_from_tuple<fastpeft::Needs>(needs));
 }
 
-fastpeft::Forward gpu_lora_linear(const GpuPlace& place, const Tensor& x, const Tensor& weight, const Tensors& quant,
-                                  int64_t blocksize, const MaybeTensor& bias, const Tensors& A, const Tensors& B,
-                                  const Tensors& c, const std::vector<double>& scaling,
-                                  const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                                  const MaybeTensor& adapter_index, bool keep_z) {
-    const PlainDispatch plain;
-    return fastpeft::gpu::lora_linear(gpu_of(place), x, weight_of(weight, quant, blocksize, A[0], B[0]), bias,
-                                      {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z);
+Tensor dora_norm(const PyWhere& where, const PyWeight& weight, const Tensor& A, const Tensor& B, double scaling,
+                 at::ScalarType dtype) {
+    return fastpeft::dora_norm(where_of(where), weight_of(weight, A, B), A, B, scaling, dtype);
 }
 
-Tensors gpu_lora_linear_backward(const GpuPlace& place, const Tensor& dy, const MaybeTensor& x, const Tensor& weight,
-                                 const Tensors& quant, int64_t blocksize, const Tensors& A, const Tensors& B,
-                                 const Tensors& c, const MaybeTensor& u, const Tensors& z,
-                                 const std::vector<double>& scaling, const std::vector<int64_t>& thresholds,
-                                 const MaybeTensor& seed, const MaybeTensor& adapter_index,
-                                 const std::vector<bool>& needs) {
-    const PlainDispatch plain;
-    return fastpeft::gpu::lora_linear_backward(gpu_of(place), dy, x, weight_of(weight, quant, blocksize, A[0], B[0]),
-                                               {A, B, c, scaling, thresholds, seed, adapter_index}, u, z, needs);
+Plan plan_of(const Tensor& x, const PyWeight& weight, const PyAdapters& adapters, bool backward) {
+    const fastpeft::Adapters call = adapters_of(adapters);
+    const auto choose = backward ? fastpeft::cpu::backward_plan : fastpeft::cpu::forward_plan;
+    return choose(x, weight_of(weight, call.A[0], call.B[0]), call);
 }
 
-Tensor gpu_lora_linear_with_gradient(const GpuPlace& place, const Tensor& x, const Tensor& weight, const Tensors& quant,
-                                     int64_t blocksize, const MaybeTensor& bias, const Tensors& A, const Tensors& B,
-                                     const Tensors& c, const std::vector<double>& scaling,
-                                     const std::vector<int64_t>& thresholds, const MaybeTensor& seed,
-                                     const MaybeTensor& adapter_index, bool keep_z) {
-    gpu_of(place);  // checks the table
-    const auto [table, device, stream] = place;
-    return fastpeft::with_gradient({static_cast<int64_t>(table), device, static_cast<int64_t>(stream), 0, 0}, x,
-                                   weight_of(weight, quant, blocksize, A[0], B[0]), bias,
-                                   {A, B, c, scaling, thresholds, seed, adapter_index}, keep_z);
-}
-
-Tensor gpu_dora_norm(const GpuPlace& place, const Tensor& weight, const Tensors& quant, int64_t blocksize,
-                     const Tensor& A, const Tensor& B, double scaling, at::ScalarType dtype) {
-    const PlainDispatch plain;
-    return fastpeft::gpu::dora_norm(gpu_of(place), weight_of(weight, quant, blocksize, A, B), A, B, scaling, dtype);
+// As bytes, eight a number: what Python compares at once.
+pybind11::bytes fingerprint(const Tensors& small, const Tensors& large, int64_t first, int64_t count) {
+    std::vector<uint64_t> prints;
+    {
+        const pybind11::gil_scoped_release release;
+        prints = fastpeft::cpu::fingerprint(small, large, first, count);
+    }
+    return {reinterpret_cast<const char*>(prints.data()), prints.size() * sizeof(uint64_t)};
 }
 
 std::vector<std::string> isas() {
@@ -121,28 +105,28 @@ void set_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    using pybind11::arg;
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
-    pybind11::enum_<fastpeft::Plan>(m, "Plan", "How the base product and the low-rank part are computed.")
-        .value("dots", fastpeft::Plan::dots)
-        .value("vendor_first", fastpeft::Plan::vendor_first)
-        .value("vendor_last", fastpeft::Plan::vendor_last)
-        .value("vendor_float32", fastpeft::Plan::vendor_float32)
-        .value("one_accumulator", fastpeft::Plan::one_accumulator);
     m.def("lora_linear", &lora_linear, release());
-    m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("lora_linear_with_gradient", &lora_linear_with_gradient, release());
+    m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
-    m.def("gpu_lora_linear", &gpu_lora_linear, release());
-    m.def("gpu_lora_linear_backward", &gpu_lora_linear_backward, release());
-    m.def("gpu_lora_linear_with_gradient", &gpu_lora_linear_with_gradient, release());
-    m.def("gpu_dora_norm", &gpu_dora_norm, release());
-    m.def("fingerprint", &fastpeft::fingerprint, release(), pybind11::arg("tensor"), pybind11::arg("every"));
-    m.def("dropout_keep", &fastpeft::dropout_keep, release(), pybind11::arg("seed"), pybind11::arg("rows"),
-          pybind11::arg("columns"), pybind11::arg("threshold"), "Boolean [rows, columns], true where kept.");
+    m.def("fingerprint", &fingerprint, arg("small"), arg("large"), arg("first"), arg("count"));
+    m.attr("FINGERPRINT_PARTS") = fastpeft::cpu::kFingerprintParts;
+    m.def("dropout_keep", &fastpeft::cpu::dropout_keep, release(), arg("seed"), arg("rows"), arg("columns"),
+          arg("threshold"), "Boolean [rows, columns], true where kept.");
+    m.def("isa", [] { return fastpeft::cpu::kernels().name; }, "The instruction set whose kernels run.");
+    m.def("isas", &isas, "The instruction sets that this processor has kernels for, fastest first.");
+    m.def("set_isa", &set_isa, arg("name"), "Overrides the choice for tests: a name of isas(), or \"auto\".");
+    pybind11::enum_<Plan>(m, "Plan", "How a product with W and the low-rank part are computed on the CPU.")
+        .value("dots", Plan::dots)
+        .value("base_first", Plan::base_first)
+        .value("low_rank_first", Plan::low_rank_first)
+        .value("base_first_float32", Plan::base_first_float32)
+        .value("one_accumulator", Plan::one_accumulator);
+    m.def("plan", &plan_of, arg("x"), arg("weight"), arg("adapters"), arg("backward"), "The plan of a call.");
+    m.def("force_plan", &fastpeft::cpu::force_plan, arg("plan"), "A plan for tests and benches; None: the choice.");
     m.def(
         "has_base_product", [] { return fastpeft::cpu::has_base_product(fastpeft::cpu::kernels()); },
         "Whether Plan.one_accumulator runs here, with the instruction set of isa().");
-    m.def("isa", [] { return fastpeft::cpu::kernels().name; }, "The instruction set whose kernels run.");
-    m.def("isas", &isas, "The instruction sets that this processor has kernels for, fastest first.");
-    m.def("set_isa", &set_isa, pybind11::arg("name"), "Overrides the choice for tests: a name of isas(), or \"auto\".");
 }

@@ -1,4 +1,4 @@
-"""``python -m fastpeft`` is the command ``fastpeft``."""
+"""Makes ``python -m fastpeft`` do what the command ``fastpeft`` does."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""Builds the C++ extension ``fastpeft._C`` from csrc/, and ``fastpeft._cuda`` from csrc/cuda where nvcc is found.
+"""Builds the C++ extension ``fastpeft._C`` from csrc/, and where nvcc is, ``fastpeft._cuda`` from its cuda/kernels.
 
 setup.py loads this file by its path, before fastpeft or torch are there; ``python -m fastpeft build`` builds in place,
 from csrc/ of a checkout or from the copy inside an installed package. Nothing but a compiler, Python's headers and
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mbmi2", "-mf16c", "-mfma"]
-_AVX512 += ["-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
+_AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns of its own intrinsics
 X86_FLAGS = {
     "*_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "*_avx512.cpp": _AVX512,
@@ -67,7 +67,7 @@ def build_in_place() -> None:
 
 
 def build(csrc: Path, library: Path, objects: Path) -> None:
-    """Compiles ``csrc/*.cpp`` and ``csrc/cpu/*.cpp`` and links them.
+    """Compiles all of csrc but ``csrc/cuda/kernels`` and links it.
 
     Args:
         csrc: the folder with the sources.
@@ -77,7 +77,7 @@ def build(csrc: Path, library: Path, objects: Path) -> None:
     Raises:
         BuildError: as for :func:`build_in_place`.
     """
-    sources = [*sorted(csrc.glob("*.cpp")), *sorted(csrc.glob("cpu/*.cpp"))]
+    sources = [path for folder in ("", "cpu", "cpu/kernels", "cuda") for path in sorted((csrc / folder).glob("*.cpp"))]
     compiler = find_compiler()
     compile_flags, link_flags = _torch_flags()
 
@@ -88,7 +88,7 @@ def build(csrc: Path, library: Path, objects: Path) -> None:
 
 
 def build_cuda(csrc: Path, library: Path, objects: Path) -> None:
-    """Compiles ``csrc/cuda`` and links it with CUDA's runtime; the arguments and errors are those of :func:`build`."""
+    """Compiles ``csrc/cuda/kernels`` and links it with CUDA's runtime; arguments and errors are :func:`build`'s."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("no nvcc: install CUDA's toolkit or set CUDA_HOME to it, then run `python -m fastpeft build`")
@@ -111,7 +111,7 @@ def build_cuda(csrc: Path, library: Path, objects: Path) -> None:
 
 def cuda_sources(csrc: Path) -> list[Path]:
     """The files of the CUDA part: kernels with their launchers, and the binding."""
-    return [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("cuda/*.cpp"))]
+    return [*sorted(csrc.glob("cuda/kernels/*.cu")), *sorted(csrc.glob("cuda/kernels/*.cpp"))]
 
 
 def compile_and_link(

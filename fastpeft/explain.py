@@ -1,21 +1,15 @@
-"""Which backend a layer would run on and why the others would not: the words that a user reads."""
+"""Which backend a layer would run on and why the others would not, for a layer or a whole model."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import dispatch
-from .functional import compute_dtype
-from .nf4 import FourBit, weight_operands
+from .call import Adapters
 from .nn import LoRALinear
-
-_PASSES = {"forward": "lora_linear", "backward": "lora_linear_backward"}
-_NAMES_SHOWN = 3
+from .verdicts import backend_verdict, grouped
 
 
 @dataclass(frozen=True)
@@ -54,75 +48,12 @@ def explain(layer_or_model: nn.Module) -> Explanation:
     return Explanation(verdicts)
 
 
-def backend_refusals(
-    op: str, weight: Tensor | FourBit, A: Sequence[Tensor], B: Sequence[Tensor]
-) -> dict[str, str | None]:
-    """:func:`fastpeft.dispatch.refusals` for one token in the dtype that a layer with this ``weight`` computes in."""
-    x = torch.empty((1, weight.shape[1]), dtype=compute_dtype(weight), device=weight.device)
-    return dispatch.refusals(op, x, weight_operands(weight)[0], A, B)
-
-
-def grouped(texts: Mapping[str, str]) -> str:
-    """The texts, each once, under the number and the names of the layers that it is about."""
-    names: dict[str, list[str]] = {}
-    for name, text in texts.items():
-        names.setdefault(text, []).append(name)
-    return "\n".join(f"{len(group)} × {text}\n    {_listed(group)}" for text, group in names.items())
-
-
-def _listed(names: Sequence[str]) -> str:
-    hidden = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
-
-
 def _verdict_on(module: nn.Module) -> str | None:
     if isinstance(module, LoRALinear):
-        return _backend_verdict(module.matrix(), [module.lora_A], [module.lora_B], module.backend)
+        adapters = Adapters([module.lora_A], [module.lora_B], [], [module.scaling], [module.dropout])
+        return backend_verdict(module.matrix(), adapters, module.backend)
     if "peft" not in sys.modules:  # then no module can be PEFT's
         return None
-    from .peft import layers
+    from .peft.layers import verdict_on
 
-    if not layers.is_peft_layer(module):
-        return None
-    operands = layers.operands_or_reason(module)
-    if isinstance(operands, str):
-        return f"PEFT: {operands}"
-    if not isinstance(module, layers.FusedForward):
-        return "PEFT: the layer is not patched; fastpeft.patch(model) would fuse it"
-    return _backend_verdict(operands.weight, operands.A, operands.B, module.fastpeft_backend)
-
-
-def _backend_verdict(weight: Tensor | FourBit, A: Sequence[Tensor], B: Sequence[Tensor], requested: str | None) -> str:
-    refusals = {name: backend_refusals(op, weight, A, B) for name, op in _PASSES.items()}
-    lines = {name: _choice(found, requested) for name, found in refusals.items()}
-    text = "; ".join(f"{name} {line}" for name, line in lines.items())
-    if len(set(lines.values())) == 1:
-        text = lines["forward"]
-    backend = requested or _chosen(refusals["forward"])
-    plans = _plans(weight, backend) if refusals["forward"][backend] is None else ""
-    return f"{text}; {plans}" if plans else text
-
-
-def _plans(weight: Tensor | FourBit, backend: str) -> str:
-    """What a backend that has several ways to compute a layer says of them."""
-    describe = getattr(dispatch.named(backend), "describe", None)
-    if describe is None:
-        return ""
-    return describe(weight.shape[1], weight.shape[0], compute_dtype(weight), weight.device)
-
-
-def _chosen(refusals: Mapping[str, str | None]) -> str:
-    return next(name for name, reason in refusals.items() if reason is None)
-
-
-def _choice(refusals: Mapping[str, str | None], requested: str | None) -> str:
-    if requested is not None:
-        reason = refusals[requested]
-        return f"{requested}: asked for by name" + ("" if reason is None else f", and raises: {reason}")
-    chosen = _chosen(refusals)
-    others = [
-        f"{name} {'comes later in the order of preference' if reason is None else f'refuses: {reason}'}"
-        for name, reason in refusals.items()
-        if name != chosen
-    ]
-    return f"{chosen} runs it; {'; '.join(others)}"
+    return verdict_on(module)

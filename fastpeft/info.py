@@ -75,7 +75,7 @@ def backends() -> list[tuple[str, str]]:
         detail = backend.detail() if reason is None else ""
         if detail:
             text += f", {detail}"
-        rows.append((backend.NAME, text))
+        rows.append((backend.name, text))
     return rows
 
 

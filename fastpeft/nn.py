@@ -9,9 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .checks import BASE_DTYPES, check_number
 from .dispatch import check_backend_name
+from .four_bit import FourBit, quantize
 from .functional import compute_dtype, dora_linear, lora_linear
-from .nf4 import FourBit, quantize
 from .norm_cache import NormCache
 
 
@@ -36,14 +37,8 @@ class LoRALinear(nn.Module):
     ) -> None:
         """See :meth:`from_linear`; ``weight`` is ``[N, K]``, or ``[K, N]`` with ``fan_in_fan_out``."""
         super().__init__()
-        if r < 1:
-            raise ValueError(f"r must be a rank of at least 1, got {r}")
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha must be finite, got {alpha}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if not adapter_dtype.is_floating_point:
-            raise TypeError(f"adapter_dtype must be a floating dtype, got {adapter_dtype}")
+        _check_settings(r, alpha, dropout, adapter_dtype)
+        check_backend_name(backend)
         self._hold(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.fan_in_fan_out = fan_in_fan_out
@@ -138,12 +133,16 @@ class DoRALinear(LoRALinear):
         self._norms = NormCache()
         self.lora_magnitude_vector = nn.Parameter(self.weight_norm().to(self.lora_A.dtype))
 
-    def weight_norm(self) -> Tensor:
-        """``‖W + (alpha / r) B A‖`` of each output row: ``[N]``, float32 or float64."""
+    def weight_norm(self, tokens: int = 1) -> Tensor:
+        """``‖W + (alpha / r) B A‖`` of each output row: ``[N]``, float32 or float64.
+
+        Args:
+            tokens: of the call that it is for; see :class:`fastpeft.norm_cache.NormCache`.
+        """
         check_backend_name(self.backend)
         weight = self.matrix()
-        dtype = compute_dtype(weight)
-        return self._norms.get(weight, self.lora_A, self.lora_B, self.scaling, dtype, self.backend)
+        settings = self.scaling, compute_dtype(weight), self.backend
+        return self._norms.get(weight, self.lora_A, self.lora_B, *settings, tokens=tokens)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``."""
@@ -156,8 +155,8 @@ class DoRALinear(LoRALinear):
             self.lora_magnitude_vector,
             self.scaling,
             self.dropout,
-            self.training,
-            norm=self.weight_norm(),
+            training=self.training,
+            norm=self.weight_norm(x.numel() // max(1, self.in_features)),
             backend=self.backend,
         )
 
@@ -235,6 +234,23 @@ class QLoRALinear(LoRALinear):
 
 class QDoRALinear(QLoRALinear, DoRALinear):
     """:class:`DoRALinear` whose frozen weight is kept in 4 bits; :meth:`from_linear` is :class:`QLoRALinear`'s."""
+
+
+def _check_settings(r: object, alpha: object, dropout: object, adapter_dtype: object) -> None:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r must be an integer, got {r!r}")
+    if r < 1:
+        raise ValueError(f"r must be a rank of at least 1, got {r}")
+    check_number("alpha", alpha)
+    if not math.isfinite(alpha):  # type: ignore[arg-type]
+        raise ValueError(f"alpha must be finite, got {alpha}")
+    check_number("dropout", dropout)
+    if not 0.0 <= dropout < 1.0:  # type: ignore[operator]
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if not isinstance(adapter_dtype, torch.dtype):
+        raise TypeError(f"adapter_dtype must be a torch.dtype, got {type(adapter_dtype).__name__}")
+    if adapter_dtype not in BASE_DTYPES:
+        raise TypeError(f"adapter_dtype must be float64, float32, float16 or bfloat16, got {adapter_dtype}")
 
 
 _NESTED = ("weight_code2", "weight_absmax2", "weight_offset")

@@ -5,43 +5,70 @@ Gradient accumulation, activation checkpointing and evaluation ask for it again 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import ops
-from .backends import native
-from .nf4 import FourBit, weight_operands
+from . import dispatch, ops
+from .backends.base import PARTS, Backend
+from .call import Weight
+from .four_bit import FourBit
+
+_NUMBER = 8  # bytes of a number in a fingerprint
 
 
 class NormCache:
     """The norm of the last ``W, A, B, s``.
 
-    A tensor counts as unchanged while it has the same storage, place in it and version counter. As optimizers and
-    ``merge`` also write through ``.data``, which no counter sees, ``A`` and ``B`` are compared by all their values,
-    and ``W`` by one of each row. Copies and pickles start empty.
+    A tensor counts as unchanged while it has the same storage, place in it and version counter, and the same bytes:
+    optimizers, ``merge`` and others also write through ``.data``, which no counter sees. Of ``W`` a call looks at all
+    bytes, or where it has so few tokens that this would take as long as all the rest, at one part in each call, another
+    one each time. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[Any, ...], Tensor] | None = None  # key and norm as one: threads may share a layer
+        self._kept: _Kept | None = None  # what is kept as one: threads may share a layer
+        self._turn = 0
 
     def get(
-        self, weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
+        self,
+        weight: Tensor | FourBit,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+        backend: str | None,
+        *,
+        tokens: int = 1,
     ) -> Tensor:
-        """``‖W + s B A‖`` of each row, see ``fastpeft::dora_norm``; not to be written to."""
-        data, quant, blocksize = weight_operands(weight)
-        tensors = data.detach(), A.detach(), B.detach()
-        settings = blocksize, scaling, dtype, backend
-        key = None if torch.compiler.is_compiling() else _key(*tensors, quant, settings)
-        if key is None:
-            return ops.call_dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
-        kept = self._kept
-        if kept is None or kept[0] != key:
-            kept = key, ops.call_dora_norm(tensors[0], quant, blocksize, *tensors[1:], scaling, dtype, backend)
-            self._kept = kept
-        return kept[1]
+        """``‖W + s B A‖`` of each row, see ``fastpeft::dora_norm``, for a call with so many tokens; not to be written
+        to."""
+        data, quant, blocksize = Weight.of(weight)
+        operands = Weight(data.detach(), quant, blocksize), A.detach(), B.detach()
+        settings = scaling, dtype, backend
+        watched = not (torch.compiler.is_compiling() or ops.is_transformed())
+        watcher = _watcher(*operands) if watched else None
+        if watcher is None:
+            return ops.call_dora_norm(*operands, *settings)
+        kept, key = self._kept, (settings, _identity(A), _identity(B))
+        weight_key = blocksize, *(_identity(t) for t in (data, *quant))
+        small, large = _memory(*operands)
+        seen = None
+        if kept is not None and kept.weight_key == weight_key:
+            count = watcher.parts_watched(data, tokens)
+            self._turn = first = (self._turn + count) % PARTS // count * count
+            now = watcher.fingerprint(small, large, first, count)
+            if _parts_are_those_of(kept.seen, now, first, count):
+                if kept.key == key and now[:_NUMBER] == kept.seen[:_NUMBER]:
+                    return kept.norm
+                seen = now[:_NUMBER] + kept.seen[_NUMBER:]  # in training A and B are others in each step, W is not
+        seen = seen or watcher.fingerprint(small, large)
+        with torch.inference_mode(False):  # training may follow an evaluation, and cannot keep an inference tensor
+            norm = ops.call_dora_norm(*operands, *settings)
+        self._kept = _Kept(key, weight_key, seen, norm)
+        return norm
 
     def __deepcopy__(self, memo: object) -> NormCache:
         return NormCache()
@@ -50,18 +77,40 @@ class NormCache:
         return NormCache, ()
 
 
-def _key(
-    weight: Tensor, A: Tensor, B: Tensor, quant: list[Tensor], settings: tuple[Any, ...]
-) -> tuple[Any, ...] | None:
-    """What the norm depends on; None where a change could stay unseen."""
-    if any(type(t) is not Tensor or t.is_inference() for t in (weight, A, B, *quant)):
+class _Kept(NamedTuple):
+    key: tuple[Any, ...]
+    weight_key: tuple[Any, ...]
+    seen: bytes
+    norm: Tensor
+
+
+def _watcher(weight: Weight, A: Tensor, B: Tensor) -> Backend | None:
+    """The backend that sees changes of them; None where one could stay unseen."""
+    tensors = weight.data, A, B, *weight.quant
+    if any(type(t) is not Tensor or t.is_inference() or not _in_order(t).is_contiguous() for t in tensors):
         return None
-    rows = weight if weight.is_contiguous() else weight.t()  # a Conv1D's
-    every = A.shape[1] // 2 if quant else rows.shape[1] + 1
-    values = native.fingerprint(A), native.fingerprint(B), native.fingerprint(rows, max(1, every))
-    if None in values:
-        return None
-    return settings, values, *(_identity(t) for t in (weight, A, B, *quant))
+    return dispatch.watcher(weight.data)
+
+
+def _memory(weight: Weight, A: Tensor, B: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The small tensors that a norm depends on, and the large ones."""
+    small, large = [_in_order(A), _in_order(B)], [_in_order(weight.data)]
+    if weight.quant:
+        code, absmax, *nested = weight.quant
+        return [*small, code, *nested], [*large, absmax]
+    return small, large
+
+
+def _parts_are_those_of(every: bytes, some: bytes, first: int, count: int) -> bool:
+    """Whether the fingerprints of some parts of the large tensors are what that of all parts has at their place."""
+    size, step, at = _NUMBER * count, _NUMBER * PARTS, _NUMBER * (1 + first)
+    found = (some[start : start + size] for start in range(_NUMBER, len(some), size))
+    return all(part == every[at + i * step : at + i * step + size] for i, part in enumerate(found))
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """A view whose elements follow each other, where there is one: a Conv1D's weight comes transposed."""
+    return tensor.t() if tensor.dim() == 2 and not tensor.is_contiguous() else tensor
 
 
 def _identity(t: Tensor) -> tuple[Any, ...]:

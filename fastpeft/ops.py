@@ -1,16 +1,15 @@
-"""Each op's schema, fake and autograd formula. Shapes are checked before, in functional.py. csrc/autograd.cpp has the
-same node for calls that nobody watches, as Python's takes as long as a small layer.
+"""Each op's kernels for torch's dispatcher and its autograd formula. csrc/autograd.cpp has the same formula, for calls
+that neither a compiler nor a dispatch mode has to see: Python's takes as long as a small layer.
+
+The arguments are checked before, in checks.py; call.py has the schemas and the nouns.
 
 ``fastpeft::lora_linear(x, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z,``
-    ``backend) -> (y, u, z)``. ``x [..., K]``; ``weight [N, K]`` (any strides) with an empty ``quant``, or nf4.py's
-    packed bytes with its ``quant`` and ``blocksize``; ``bias [N]``; lists ``A [r, K]``, ``B [N, r]``, ``scaling`` and
-    ``dropout_p``, one entry an adapter; ``c`` DoRA's factors ``m / norm``, ``[N]`` in float32 (float64 for float64),
-    one an adapter, empty for LoRA; ``seed`` int64, one entry an adapter, None when nothing is dropped;
-    ``adapter_index`` integers ``[...]``, the adapter that serves each token, -1 for none; ``backend`` a name or None.
+    ``backend) -> (y, u, z)``. ``x [..., K]``, ``bias [N]``, ``backend`` a name or None; for the others see
+    :class:`fastpeft.call.Weight` and :class:`fastpeft.call.Adapters`.
     ``y [..., N]`` in the dtype of ``x``; ``u [M, Σ r]`` in float32 (float64 for float64); ``z``, if ``keep_z``, one
-    ``[M, N]`` for each ``c``: what it multiplies, in the dtype of ``x``, or in that of ``u`` where ``M`` is 1 and no
-    sum averages its rounding. ``u`` and ``z`` are not differentiable.
-``fastpeft::lora_linear_backward(dy, x, weight, quant, blocksize, A, B, c, u, z, …, needs, backend) -> Tensor[]``
+    ``[M, N]`` for each ``c``: what it multiplies, in the dtype of :func:`fastpeft.reference.z_dtype`. ``u`` and ``z``
+    are not differentiable.
+``fastpeft::lora_linear_backward(dy, x, weight, …, u, z, needs, backend) -> Tensor[]``
     the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for, in this order.
 ``fastpeft::dora_norm(weight, quant, blocksize, A, B, scaling, dtype, backend) -> Tensor``
     ``‖W + s B A‖`` of each row, ``B A`` computed in ``dtype``: ``[N]`` in float32 (float64 for float64); not
@@ -20,16 +19,29 @@ same node for calls that nobody watches, as Python's takes as long as a small la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch
-from .reference import wide_dtype
-
-Forward = tuple[Tensor, Tensor, list[Tensor]]
+from .backends.base import Forward
+from .backends.reference import forward as plain_forward
+from .call import (
+    DORA_NORM_SCHEMA,
+    LORA_LINEAR_BACKWARD_SCHEMA,
+    LORA_LINEAR_SCHEMA,
+    Adapters,
+    BackwardCall,
+    ForwardCall,
+    Kept,
+    Needs,
+    Weight,
+)
+from .reference import wide_dtype, z_dtype
 
 _LIBRARY = torch.library.Library("fastpeft", "DEF")
 _NEEDS_EXACT_STRIDES = (torch.Tag.needs_exact_strides,)
@@ -43,194 +55,103 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
     return getattr(torch.ops.fastpeft, name).default
 
 
-def _lora_linear_dispatch(
-    x: Tensor,
-    weight: Tensor,
-    quant: list[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: list[Tensor],
-    B: list[Tensor],
-    c: list[Tensor],
-    scaling: list[float],
-    dropout_p: list[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    keep_z: bool,
-    backend: str | None,
-) -> Forward:
-    run = dispatch.choose("lora_linear", x, weight, A, B, backend)
-    return run.lora_linear(x, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z)
+def _run_forward(call: ForwardCall, backend: str | None) -> Forward:
+    A, B, *_ = call.adapters
+    return dispatch.choose("lora_linear", call.x, call.weight.data, (*A, *B), backend).lora_linear(*call)
 
 
-def _lora_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    quant: list[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    keep_z: bool,
-    backend: str | None,
-) -> Forward:
-    rows = math.prod(x.shape[:-1])  # Size.numel() would turn symbols into numbers
-    y = x.new_empty((*x.shape[:-1], B[0].shape[0]))
-    u = x.new_empty((rows, sum(a.shape[0] for a in A)), dtype=wide_dtype(x.dtype))
-    like_z = u if rows == 1 else y
-    return y, u, [like_z.new_empty((rows, B[0].shape[0])) for _ in c] if keep_z else []
+def _run_backward(call: BackwardCall, backend: str | None) -> list[Tensor]:
+    A, B, *_ = call.adapters
+    run = dispatch.choose("lora_linear_backward", call.dy, call.weight.data, (*A, *B), backend)
+    return run.lora_linear_backward(*call)
 
 
-def _lora_linear_backward_dispatch(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    quant: list[Tensor],
-    blocksize: int,
-    A: list[Tensor],
-    B: list[Tensor],
-    c: list[Tensor],
-    u: Tensor | None,
-    z: list[Tensor],
-    scaling: list[float],
-    dropout_p: list[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    needs: list[bool],
-    backend: str | None,
-) -> list[Tensor]:
-    run = dispatch.choose("lora_linear_backward", dy, weight, A, B, backend)
-    return run.lora_linear_backward(
-        dy, x, weight, quant, blocksize, A, B, c, u, z, scaling, dropout_p, seed, adapter_index, needs
-    )
+def _lora_linear_kernel(*flat: Any) -> Forward:
+    return _run_forward(ForwardCall.of(flat[:-1]), flat[-1])
 
 
-def _lora_linear_backward_fake(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    quant: list[Tensor],
-    blocksize: int,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    u: Tensor | None,
-    z: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    needs: Sequence[bool],
-    backend: str | None,
-) -> list[Tensor]:
+def _lora_linear_fake(*flat: Any) -> Forward:
+    x, _, _, adapters, keep_z = ForwardCall.of(flat[:-1])
+    rows, N = math.prod(x.shape[:-1]), adapters.shape[0]  # Size.numel() would turn symbols into numbers
+    u = x.new_empty((rows, sum(adapters.ranks)), dtype=wide_dtype(x.dtype))
+    z = [x.new_empty((rows, N), dtype=z_dtype(rows, x.dtype)) for _ in adapters.c] if keep_z else []
+    return x.new_empty((*x.shape[:-1], N)), u, z
+
+
+def _lora_linear_backward_kernel(*flat: Any) -> list[Tensor]:
+    return _run_backward(BackwardCall.of(flat[:-1]), flat[-1])
+
+
+def _lora_linear_backward_fake(*flat: Any) -> list[Tensor]:
+    dy, _, weight, adapters, _, needs = BackwardCall.of(flat[:-1])
+    N, K = adapters.shape
     like = [
-        dy.new_empty((*dy.shape[:-1], A[0].shape[1])) if needs[0] else None,
-        weight.new_empty(weight.shape) if needs[1] else None,
-        dy.new_empty(B[0].shape[0]) if needs[2] else None,
-        *(a.new_empty(a.shape) if need else None for a, need in zip((*A, *B, *c), needs[3:], strict=True)),
+        dy.new_empty((*dy.shape[:-1], K)) if needs.x else None,
+        weight.data.new_empty(weight.data.shape) if needs.weight else None,
+        dy.new_empty(N) if needs.bias else None,
+        *(t.new_empty(t.shape) if need else None for t, need in zip(_factors(adapters), needs.flat[3:], strict=True)),
     ]
     return [grad for grad in like if grad is not None]
 
 
-def _dora_norm_dispatch(
-    weight: Tensor,
-    quant: list[Tensor],
-    blocksize: int,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    backend: str | None,
+def _lora_linear_backward_batched(*flat: Any) -> list[Tensor]:
+    """Of a batch of ``dy`` at once (``is_grads_batched``): the reference's operations; torch can batch each."""
+    return dispatch.named("reference").lora_linear_backward(*BackwardCall.of(flat[:-1]))
+
+
+def _factors(adapters: Adapters) -> tuple[Tensor, ...]:
+    return *adapters.A, *adapters.B, *adapters.c
+
+
+def _run_dora_norm(
+    weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
 ) -> Tensor:
-    like = weight.new_empty((0, A.shape[1]), dtype=dtype)
-    run = dispatch.choose("dora_norm", like, weight, [A], [B], backend)
-    return run.dora_norm(weight, quant, blocksize, A, B, scaling, dtype)
+    like = weight.data.new_empty((0, A.shape[1]), dtype=dtype)
+    run = dispatch.choose("dora_norm", like, weight.data, (A, B), backend)
+    return run.dora_norm(weight, A, B, scaling, dtype)
 
 
-def _dora_norm_fake(
-    weight: Tensor,
-    quant: list[Tensor],
-    blocksize: int,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    backend: str | None,
-) -> Tensor:
-    return weight.new_empty(B.shape[0], dtype=wide_dtype(dtype))
+def _dora_norm_kernel(data: Tensor, quant: list[Tensor], blocksize: int, *rest: Any) -> Tensor:
+    return _run_dora_norm(Weight(data, quant, blocksize), *rest)
 
 
-_WEIGHT = "Tensor weight, Tensor[] quant, int blocksize"
-_ADAPTERS = "Tensor[] A, Tensor[] B, Tensor[] c"
-_SETTINGS = "float[] scaling, float[] dropout_p, Tensor? seed, Tensor? adapter_index"
-
-lora_linear = _define(
-    f"lora_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_ADAPTERS}, {_SETTINGS}, bool keep_z, str? backend) "
-    "-> (Tensor, Tensor, Tensor[])",
-    _lora_linear_dispatch,
-    _lora_linear_fake,
-)
-lora_linear_backward = _define(
-    f"lora_linear_backward(Tensor dy, Tensor? x, {_WEIGHT}, {_ADAPTERS}, Tensor? u, Tensor[] z, {_SETTINGS}, "
-    "bool[] needs, str? backend) -> Tensor[]",
-    _lora_linear_backward_dispatch,
-    _lora_linear_backward_fake,
-)
-
-dora_norm = _define(
-    f"dora_norm({_WEIGHT}, Tensor A, Tensor B, float scaling, ScalarType dtype, str? backend) -> Tensor",
-    _dora_norm_dispatch,
-    _dora_norm_fake,
-)
+def _dora_norm_fake(data: Tensor, quant: list[Tensor], blocksize: int, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
+    _, dtype, _ = rest
+    return data.new_empty(B.shape[0], dtype=wide_dtype(dtype))
 
 
-class _Settings(NamedTuple):
-    """What of the op's arguments is no tensor, or none that a gradient flows into."""
-
-    keyset: torch._C.DispatchKeySet | None
-    quant: list[Tensor]
-    blocksize: int
-    scaling: list[float]
-    dropout_p: list[float]
-    keep_z: bool
-    backend: str | None
+lora_linear = _define(LORA_LINEAR_SCHEMA, _lora_linear_kernel, _lora_linear_fake)
+lora_linear_backward = _define(LORA_LINEAR_BACKWARD_SCHEMA, _lora_linear_backward_kernel, _lora_linear_backward_fake)
+for _batched in ("Batched", "FuncTorchBatched"):
+    _LIBRARY.impl("lora_linear_backward", _lora_linear_backward_batched, _batched)
+dora_norm = _define(DORA_NORM_SCHEMA, _dora_norm_kernel, _dora_norm_fake)
 
 
 class _LoraLinearNode(torch.autograd.Function):
     """Keeps ``x`` as it came, for ``dA`` (or ``dW``), ``u``, for ``dB``, ``z``, for ``dc``, and the seed.
 
-    The arguments are the op's with the lists of adapters unrolled at the end; the results ``y, u, *z``.
+    ``forward`` takes the call, how to compute it, the backend, and once more the tensors of
+    :attr:`fastpeft.call.ForwardCall.differentiable`, for autograd to see; it gives ``y, u, *z``.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        settings: _Settings,
-        seed: Tensor | None,
-        adapter_index: Tensor | None,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *ABc: Tensor,
+        call: ForwardCall,
+        compute: Callable[[ForwardCall, str | None], Forward],
+        backend: str | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        keyset, quant, blocksize, scaling, dropout_p, keep_z, backend = settings
-        count = len(scaling)
-        A, B, c = ABc[:count], ABc[count : 2 * count], ABc[2 * count :]
-        y, u, z = _below_autograd(
-            *(keyset, x, weight, quant, blocksize, bias, A, B, c),
-            *(scaling, dropout_p, seed, adapter_index, keep_z, backend),
-        )
-        _, _, _, need_x, need_weight, need_bias, *need_ABc = ctx.needs_input_grad
-        keep_x = need_weight or any(need_ABc[:count])
-        keep_u = any(need_ABc[count : 2 * count])
-        kept = x if keep_x else None, weight, u if keep_u else None, seed, adapter_index
-        ctx.save_for_backward(*kept, *quant, *ABc, *z)
-        ctx.call = settings, [need_x, need_weight, need_bias and bias is not None, *need_ABc]
+        y, u, z = compute(call, backend)
+        _, weight, _, adapters, _ = call
+        flags = [need and t is not None for need, t in zip(ctx.needs_input_grad[3:], tensors, strict=True)]
+        needs = Needs.of(flags, len(adapters.A))
+        keep_x, keep_u = needs.weight or any(needs.A), any(needs.B)
+        kept = call.x if keep_x else None, u if keep_u else None, adapters.seed, adapters.adapter_index
+        ctx.save_for_backward(*kept, weight.data, *_factors(adapters), *weight.quant, *z)
+        ctx.settings = weight.blocksize, adapters.scaling, adapters.dropout_p, backend
+        ctx.numbers = [len(some) for some in (adapters.A, adapters.B, adapters.c, weight.quant, z)]
+        ctx.needs = needs
         ctx.mark_non_differentiable(u, *z)
         ctx.set_materialize_grads(False)
         return y, u, *z
@@ -241,23 +162,36 @@ class _LoraLinearNode(torch.autograd.Function):
             return _gradients(ctx, dy)
         with torch.no_grad():
             grads = _gradients(ctx, dy)
-        origins = [t for t in (dy, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        origins = [t for t in (dy, *_saved(ctx)) if t is not None and t.requires_grad]
         tied = iter(_Once.apply(len(origins), *origins, *(g for g in grads if g is not None)))
         return tuple(None if g is None else next(tied) for g in grads)
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    (_, quant, blocksize, scaling, dropout_p, _, backend), needs = ctx.call
+    needs: Needs = ctx.needs
     if dy is None:
-        return (None,) * (3 + len(needs))
-    x, weight, u, seed, adapter_index, *kept = ctx.saved_tensors
-    quant, kept = kept[: len(quant)], kept[len(quant) :]
-    count, parameters = len(scaling), len(needs) - 3
-    A, B, c, z = kept[:count], kept[count : 2 * count], kept[2 * count : parameters], kept[parameters:]
-    run = lora_linear_backward if _is_watched(dy) else _lora_linear_backward_dispatch
-    operands = dy, x, weight, quant, blocksize, A, B, c, u, z
-    grads = iter(run(*operands, scaling, dropout_p, seed, adapter_index, needs, backend))
-    return None, None, None, *(next(grads) if need else None for need in needs)
+        return (None,) * (3 + len(needs.flat))
+    blocksize, scaling, ps, backend = ctx.settings
+    x, u, seed, index, data, *rest = _saved(ctx)
+    A, B, c, quant, z = (list(islice(saved, number)) for saved in [iter(rest)] for number in ctx.numbers)
+    adapters = Adapters(A, B, c, scaling, ps, seed, index)
+    call = BackwardCall(dy, x, Weight(data, quant, blocksize), adapters, Kept(u, z), needs)
+    watched = _is_watched(dy) or _is_batched(dy)
+    grads = iter(lora_linear_backward(*call.flat(), backend) if watched else _run_backward(call, backend))
+    return None, None, None, *(next(grads) if need else None for need in needs.flat)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What was kept; who changed it in place hears what to do about it."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error} If it is a layer's input: fastpeft keeps the input itself, where PEFT may keep a copy. Change it "
+            "out of place, or give the layer a clone."
+        ) from error
 
 
 class _Once(torch.autograd.Function):
@@ -273,38 +207,24 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 
-def _below_autograd(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Forward:
-    if keyset is None:
-        return _lora_linear_dispatch(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return lora_linear.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-
-def _lora_linear_autograd(
-    keyset: torch._C.DispatchKeySet | None,
-    x: Tensor,
-    weight: Tensor,
-    quant: list[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: list[Tensor],
-    B: list[Tensor],
-    c: list[Tensor],
-    scaling: list[float],
-    dropout_p: list[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    keep_z: bool,
-    backend: str | None,
+def _with_autograd(
+    call: ForwardCall, compute: Callable[[ForwardCall, str | None], Forward], backend: str | None
 ) -> Forward:
     """What ``torch.library.register_autograd`` would generate, without its per-call reflection; it matters for small
-    layers. ``keyset`` is None where the op was not called through torch's dispatcher."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *A, *B, *c)):
-        settings = _Settings(keyset, quant, blocksize, scaling, dropout_p, keep_z, backend)
-        y, u, *z = _LoraLinearNode.apply(settings, seed, adapter_index, x, weight, bias, *A, *B, *c)
+    layers."""
+    tensors = call.differentiable
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y, u, *z = _LoraLinearNode.apply(call, compute, backend, *tensors)
         return y, u, z
-    operands = x, weight, quant, blocksize, bias, A, B, c
-    return _below_autograd(keyset, *operands, scaling, dropout_p, seed, adapter_index, keep_z, backend)
+    return compute(call, backend)
+
+
+def _lora_linear_autograd(keyset: torch._C.DispatchKeySet, *flat: Any) -> Forward:
+    def below(call: ForwardCall, backend: str | None) -> Forward:
+        with torch._C._AutoDispatchBelowAutograd():
+            return lora_linear.redispatch(keyset & torch._C._after_autograd_keyset, *call.flat(), backend)
+
+    return _with_autograd(ForwardCall.of(flat[:-1]), below, flat[-1])
 
 
 _LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd", with_keyset=True)
@@ -322,43 +242,39 @@ def _is_watched(*tensors: Tensor | None) -> bool:
     )
 
 
-def call_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    quant: list[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: list[Tensor],
-    B: list[Tensor],
-    c: list[Tensor],
-    scaling: list[float],
-    dropout_p: list[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    keep_z: bool,
-    backend: str | None,
-) -> Tensor:
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation may ask for what the op cannot give."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for a batch of tensors, as ``torch.autograd.grad(..., is_grads_batched=True)`` makes them."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
+
+
+def call_lora_linear(call: ForwardCall, backend: str | None) -> Tensor:
     """The op's ``y``, without the way through torch's dispatcher where nobody is there to see it, and with the node of
-    csrc/autograd.cpp where the backend has it: both ways are a third of a small layer's time."""
-    args = x, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed, adapter_index, keep_z
-    if _is_watched(x, weight, bias, *A, *B, *c):
-        return lora_linear(*args, backend)[0]
-    run = dispatch.choose("lora_linear", x, weight, A, B, backend)
-    with_gradient = getattr(run, "with_gradient", None)
-    y = with_gradient(*args) if with_gradient is not None else None
-    return _lora_linear_autograd(None, *args, backend)[0] if y is None else y
+    csrc/autograd.cpp where the backend has it: both ways are a third of a small layer's time.
+
+    The op has one derivative, backwards. Where another kind may be asked for, by ``torch.func`` or in forward mode, the
+    reference's equations are computed as operations that torch can differentiate and transform: slower, and right.
+    """
+    if is_transformed():
+        return plain_forward(call.x, call.weight, call.bias, call.adapters)[0]
+    if _is_watched(*call.differentiable):
+        return lora_linear(*call.flat(), backend)[0]
+    A, B, *_ = call.adapters
+    run = dispatch.choose("lora_linear", call.x, call.weight.data, (*A, *B), backend)
+    y = run.with_gradient(*call)
+    return _with_autograd(call, lambda call, _: run.lora_linear(*call), backend)[0] if y is None else y
 
 
 def call_dora_norm(
-    weight: Tensor,
-    quant: list[Tensor],
-    blocksize: int,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    backend: str | None,
+    weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
 ) -> Tensor:
     """As :func:`call_lora_linear`."""
-    run = dora_norm if _is_watched(weight, A, B) else _dora_norm_dispatch
-    return run(weight, quant, blocksize, A, B, scaling, dtype, backend)
+    if is_transformed():
+        return dispatch.named("reference").dora_norm(weight, A, B, scaling, dtype)
+    if _is_watched(weight.data, A, B):
+        return dora_norm(*weight, A, B, scaling, dtype, backend)
+    return _run_dora_norm(weight, A, B, scaling, dtype, backend)

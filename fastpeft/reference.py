@@ -1,9 +1,7 @@
 """The equations in plain PyTorch: the specification that every backend is tested against, and the last fallback.
 
 Notation of docs/equations.md: tokens ``x [M, K]``, frozen weight ``W [N, K]``, adapters ``A [r, K]``, ``B [N, r]``,
-scaling ``s``, DoRA's factor ``c [N]``, bias ``b [N]``. Several adapters are lists; each may carry ``keep``, the
-boolean dropout mask ``[M, K]``, with ``factor`` 1 / (1 - p) that kept elements are multiplied with, and ``select [M]``,
-true for the tokens it serves (mixed batches). ``c`` has one entry an adapter, or none: plain LoRA.
+scaling ``s``, DoRA's factor ``c [N]``, bias ``b [N]``.
 Products run in the dtype of ``x``; ``u``, ``v``, ``c`` and the adapters' gradients are kept in float32 (float64 for
 float64). ``u`` is kept without dropout's factor, which multiplies ``s`` in its place.
 """
@@ -11,9 +9,28 @@ float64). ``u`` is kept without dropout's factor, which multiplies ``s`` in its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Adapter(NamedTuple):
+    """One adapter of a call.
+
+    Attributes:
+        c: DoRA's factor; None for plain LoRA. All adapters of a call have one, or none has.
+        keep: boolean dropout mask ``[M, K]``, with ``factor`` 1 / (1 - p) that kept elements are multiplied with.
+        select: ``[M]``, true for the tokens that it serves (mixed batches).
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    c: Tensor | None = None
+    keep: Tensor | None = None
+    factor: float = 1.0
+    select: Tensor | None = None
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,56 +38,47 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def z_dtype(tokens: int, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that DoRA's ``z`` is kept in: of a single token no sum averages its rounding."""
+    return wide_dtype(dtype) if tokens == 1 else dtype
+
+
 def lora_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    scaling: Sequence[float],
-    keep: Sequence[Tensor | None],
-    factor: Sequence[float],
-    select: Sequence[Tensor | None],
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """``u = D(x) Aᵀ``. LoRA: ``y = x Wᵀ + b + Σ s u Bᵀ``. DoRA, adapter by adapter from ``y = x Wᵀ``: without dropout
     ``z = y + s u Bᵀ`` and ``y = c z``; with it ``z = D(x) Wᵀ + s u Bᵀ`` and ``y = y - D(x) Wᵀ + c z``; then ``+ b``.
 
     Returns:
-        ``y [M, N]`` in the dtype of ``x``, ``u [M, Σ r]`` (the adapters' columns side by side), and each ``z [M, N]``:
-        in the dtype of ``x``, of one token in that of ``u``.
+        ``y [M, N]`` in the dtype of ``x``, ``u [M, Σ r]`` (the adapters' columns side by side), and each ``z [M, N]``
+        in the dtype of :func:`z_dtype`.
     """
     linear = torch.nn.functional.linear
-    y = linear(x, weight, None if c else bias)
+    dora = adapters[0].c is not None
+    y = linear(x, weight, None if dora else bias)
     us, zs = [], []
-    for i, (A_i, B_i) in enumerate(zip(A, B, strict=True)):
-        u = (_dropped(x, keep[i]) @ A_i.to(x.dtype).t()).to(wide_dtype(x.dtype))
-        u = _selected(u, select[i])
+    for A, B, scaling, c, keep, factor, select in adapters:
+        u = (_dropped(x, keep) @ A.to(x.dtype).t()).to(wide_dtype(x.dtype))
+        u = _selected(u, select)
         us.append(u)
-        before = y if not c or keep[i] is None else linear(_dropped(x, keep[i]) * factor[i], weight)
-        z = torch.addmm(before, u.to(x.dtype), B_i.to(x.dtype).t(), alpha=scaling[i] * factor[i])
-        if not c:
+        before = y if c is None or keep is None else linear(_dropped(x, keep) * factor, weight)
+        z = torch.addmm(before, u.to(x.dtype), B.to(x.dtype).t(), alpha=scaling * factor)
+        if c is None:
             y = z
             continue
-        zs.append(z if len(x) != 1 else z.to(u.dtype))
-        scaled = (c[i] * z).to(x.dtype)
-        y = scaled if keep[i] is None else y - before + scaled
-    return y if not c or bias is None else y + bias, torch.cat(us, dim=1), zs
+        zs.append(z.to(z_dtype(len(x), x.dtype)))
+        scaled = (c * z).to(x.dtype)
+        y = scaled if keep is None else y - before + scaled
+    return y if not dora or bias is None else y + bias, torch.cat(us, dim=1), zs
 
 
 def lora_linear_backward_reference(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
     u: Tensor | None,
     z: Sequence[Tensor],
-    scaling: Sequence[float],
-    keep: Sequence[Tensor | None],
-    factor: Sequence[float],
-    select: Sequence[Tensor | None],
+    adapters: Sequence[Adapter],
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """``v = s dy B``, ``dA = vᵀ D(x)``, ``dB = s dyᵀ u``, ``dx = dy W + Σ D'(v A)``, ``dW = dyᵀ x``, ``db = Σ dy``.
@@ -86,40 +94,41 @@ def lora_linear_backward_reference(
     Returns:
         The gradients that ``needs`` asks for, in its order, each in the dtype of its parameter (``dx``: of ``dy``).
     """
-    count = len(A)
+    count = len(adapters)
     need_x, need_weight, need_bias = needs[:3]
     need_A, need_B, need_c = needs[3 : 3 + count], needs[3 + count : 3 + 2 * count], needs[3 + 2 * count :]
     bias_grad = dy.sum(0, dtype=wide_dtype(dy.dtype)).to(dy.dtype)
     dx = dy.new_zeros(dy.shape[0], weight.shape[1])
     dW = weight.new_zeros(weight.shape)
     dA, dB, dc = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
-    offset = sum(a.shape[0] for a in A)
+    offset = sum(adapter.A.shape[0] for adapter in adapters)
     for i in reversed(range(count)):
-        A_i, B_i, s = A[i], B[i], scaling[i] * factor[i]
-        offset -= A_i.shape[0]
-        dz = (c[i] * dy).to(dy.dtype) if c else dy
-        if c and need_c[i]:
-            dc[i] = (dy.to(c[i].dtype) * z[i]).sum(0)
+        A, B, scaling, c, keep, factor, select = adapters[i]
+        s = scaling * factor
+        offset -= A.shape[0]
+        dz = dy if c is None else (c * dy).to(dy.dtype)
+        if c is not None and need_c[i]:
+            dc[i] = (dy.to(c.dtype) * z[i]).sum(0)
         if need_x or need_A[i]:
-            v = (dz @ B_i.to(dy.dtype)).to(wide_dtype(dy.dtype)) * s  # [M, r]
-            v = _selected(v, select[i]).to(dy.dtype)
+            v = (dz @ B.to(dy.dtype)).to(wide_dtype(dy.dtype)) * s  # [M, r]
+            v = _selected(v, select).to(dy.dtype)
             if need_A[i]:
                 assert x is not None
-                dA[i] = (v.t() @ _dropped(x, keep[i])).to(A_i.dtype)
+                dA[i] = (v.t() @ _dropped(x, keep)).to(A.dtype)
             if need_x:
-                dx = dx + _dropped(v @ A_i.to(dy.dtype), keep[i])
+                dx = dx + _dropped(v @ A.to(dy.dtype), keep)
         if need_B[i]:
             assert u is not None
-            u_i = u[:, offset : offset + A_i.shape[0]].to(dy.dtype)
-            dB[i] = ((dz.t() @ u_i).to(wide_dtype(dy.dtype)) * s).to(B_i.dtype)
-        if c and keep[i] is None:
+            u_i = u[:, offset : offset + A.shape[0]].to(dy.dtype)
+            dB[i] = ((dz.t() @ u_i).to(wide_dtype(dy.dtype)) * s).to(B.dtype)
+        if c is not None and keep is None:
             dy = dz
-        elif c:
+        elif c is not None:
             if need_x:
-                dx = dx + _dropped((dz - dy) @ weight, keep[i]) * factor[i]
+                dx = dx + _dropped((dz - dy) @ weight, keep) * factor
             if need_weight:
                 assert x is not None
-                dW = dW + (dz - dy).t() @ (_dropped(x, keep[i]) * factor[i])
+                dW = dW + (dz - dy).t() @ (_dropped(x, keep) * factor)
     grads: list[Tensor] = []
     if need_x:
         grads.append(dx + dy @ weight)

@@ -1,7 +1,6 @@
 """Whether each backend computes what the equations say on this machine: a short check that ``fastpeft info`` shows.
 
-Each result is compared with the reference in float64 and passes by the rule of the tests: an error of at most twice
-the one that plain eager PyTorch makes in the same dtype, plus the rounding of the result itself.
+Each result is compared with the reference in float64 and passes by the rule of judge.py.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import ops
+from .call import Adapters, ForwardCall, Weight
 from .dispatch import BACKENDS
 from .dropout import dropout_keep, dropout_scale, dropout_seeds
+from .judge import allowed_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens M, outputs N, inputs K, rank r, dropout: an even shape, an odd one, a long sum over K, a long sum over M.
@@ -65,7 +66,7 @@ def self_check() -> list[Verdict]:
         calls = [_make_call(*case) for case in CASES]
     available = [backend for backend in BACKENDS if backend.unavailable() is None]
     return [
-        _verdict(backend.NAME, backend.DEVICE, dtype, [call.to(dtype) for call in calls])
+        _verdict(backend.name, backend.device, dtype, [call.to(dtype) for call in calls])
         for backend in available
         for dtype in DTYPES
     ]
@@ -102,8 +103,7 @@ def _verdict(backend: str, device: str, dtype: torch.dtype, calls: list[_Call]) 
             return Verdict(backend, dtype, share, f"{type(failure).__name__}: {failure}")
         expected = _results(oracle, call.to(torch.float64))
         for result, truth, eager in zip(results, expected, _results(_eager, there), strict=True):
-            rounding = torch.finfo(dtype).eps / 2 * truth.abs().max()
-            allowed = 2 * (eager - truth).abs().max() + rounding
+            allowed = allowed_error((eager - truth).abs().max(), truth.abs().max(), dtype)
             error = (result - truth).abs().max()
             share = max(share, (error / allowed).nan_to_num(torch.inf, torch.inf).item())
     return Verdict(backend, dtype, share)
@@ -118,8 +118,8 @@ def _results(function: Callable[[_Call], Tensor], call: _Call) -> list[Tensor]:
 
 
 def _op(call: _Call, backend: str) -> Tensor:
-    settings = [SCALING], [call.dropout_p], call.seed, None
-    return ops.lora_linear(call.x, call.weight, [], 0, call.bias, [call.A], [call.B], [], *settings, False, backend)[0]
+    adapters = Adapters([call.A], [call.B], [], [SCALING], [call.dropout_p], call.seed)
+    return ops.lora_linear(*ForwardCall(call.x, Weight.of(call.weight), call.bias, adapters, False).flat(), backend)[0]
 
 
 def _eager(call: _Call) -> Tensor:

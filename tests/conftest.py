@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes of two threads each: none may spin while it waits
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import random
 import zlib
@@ -21,6 +23,12 @@ if not torch.cuda.is_available():  # Triton's kernels are made for its interpret
 torch.set_num_threads(2)
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty, and at::empty inside C++
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups, which one process has to run alone, come first: the others take what is left beside them."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,10 @@
-"""The CUDA kernels without a GPU: built by the C++ compiler with csrc/cuda/emulation.h, threads as fibers."""
+"""The CUDA kernels without a GPU: built by the C++ compiler with csrc/cuda/kernels/emulation.h, threads as fibers."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import mmap
@@ -15,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpeft import build
-from fastpeft.backends import cuda, gpu
+from fastpeft import build, extension
+from fastpeft.backends.gpu import compose, cuda
+from fastpeft.backends.gpu.cuda_kernels import CudaKernels
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
@@ -34,7 +36,7 @@ def load(name: str, library: Path) -> ModuleType:
 
 def compiled(csrc: Path, sources: list[Path], name: str, folder: Path) -> ModuleType:
     """An extension of kernels and a binding, emulated."""
-    compiler, headers = build.find_compiler(), ["-I", str(ROOT / "csrc" / "cuda"), *build.pybind_flags()]
+    compiler, headers = build.find_compiler(), ["-I", str(ROOT / "csrc" / "cuda" / "kernels"), *build.pybind_flags()]
     command = [*compiler, *FLAGS, f"-DFASTPEFT_CUDA_MODULE={name}", *headers]
     library = folder / f"{name}.so"
     build.compile_and_link(csrc, sources, lambda _: command, [*compiler, "-shared"], [], library, folder)
@@ -44,16 +46,20 @@ def compiled(csrc: Path, sources: list[Path], name: str, folder: Path) -> Module
 @functools.cache
 def library() -> ModuleType:
     """``fastpeft._cuda``, emulated."""
-    csrc = ROOT / "csrc"
-    return compiled(csrc, build.cuda_sources(csrc), "_cuda_emulated", ROOT / "build" / "cuda-emulation")
+    csrc, folder = ROOT / "csrc", ROOT / "build" / "cuda-emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # one of several test processes compiles it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return compiled(csrc, build.cuda_sources(csrc), "_cuda_emulated", folder)
 
 
-def use(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaKernels:
+def use(monkeypatch: pytest.MonkeyPatch) -> CudaKernels:
     """The CUDA backend takes calls on CPU tensors; gives its kernels one by one."""
-    monkeypatch.setattr(cuda, "library", library)
+    monkeypatch.setattr(extension, "cuda", library)
     monkeypatch.setattr(cuda, "launchers", library().launchers)
-    monkeypatch.setattr(cuda, "refuses", lambda op, *operands: gpu.refusal(*operands))
-    return cuda.CudaKernels(library())
+    monkeypatch.setattr(cuda, "place_of", lambda tensor: (0, 0))
+    monkeypatch.setattr(cuda.CudaBackend, "refuses", lambda self, *operands: compose.refusal(*operands))
+    return CudaKernels(library())
 
 
 @contextlib.contextmanager

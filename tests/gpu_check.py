@@ -6,10 +6,10 @@ Uses the python it is started with, which needs torch with CUDA, Triton, transfo
 of the bench's other packages may lie in a folder made by ``pip install --target FOLDER``. Builds the extensions in this
 checkout, puts fastpeft together in a folder of its own (nothing is installed), runs the GPU backends' tests, times
 kernels and plans, then runs ``fastpeft bench`` with the plans that were found fastest, and leaves behind the tests'
-report, the rows by device name with their tables, the plans (which it puts into fastpeft/backends) and a summary, which
-is printed last; all of it also as one archive, complete after each step. The exit code is 1 when a step failed, a bound
-was missed, or the time was too short. Without nvcc the CUDA backend is left out, without bitsandbytes the 4-bit methods
-of the bench, and it says so.
+report, the rows by device name with their tables, the plans (which it puts into fastpeft/backends/gpu) and a summary,
+which is printed last; all of it also as one archive, complete after each step. The exit code is 1 when a step failed, a
+bound was missed, or the time was too short. Without nvcc the CUDA backend is left out, without bitsandbytes the 4-bit
+methods of the bench, and it says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from gpu_steps import Step, Steps, pack
 
 ROOT = Path(__file__).resolve().parent.parent
-PLANS = ROOT / "fastpeft" / "backends" / "gpu_plans.json"
+PLANS = ROOT / "fastpeft" / "backends" / "gpu" / "plans.json"
 FOLDERS = {"bench": "bench", "kernels/triton": "kernels", "csrc": "csrc"}  # pyproject.toml's package-dir
 METHODS = ("lora", "dora", "qlora", "qdora", "adalora")
 FOUR_BIT = ("qlora", "qdora")

@@ -11,8 +11,9 @@ from devices import DEVICE, DTYPES, moved_to, on_device, run
 from oracle import Expected, LoraInputs, Results, assert_close_as_eager, make_inputs
 from test_dora_norm import eager as eager_norm
 
-from fastpeft import nf4, ops
-from fastpeft.backends import gpu
+from fastpeft import four_bit, ops
+from fastpeft.backends.gpu.kernel_set import Kernels, Mask
+from fastpeft.call import Weight
 from fastpeft.dropout import dropout_keep, dropout_threshold
 
 Form = tuple[str, int, bool]  # quant_type, blocksize, nested
@@ -40,9 +41,9 @@ class GpuSuite:
 
     @pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
     @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8), (2, 257), (63, 100), (33, 130)])
-    def test_the_mask_is_the_references(self, kernels: gpu.Kernels, rows: int, columns: int, p: float) -> None:
+    def test_the_mask_is_the_references(self, kernels: Kernels, rows: int, columns: int, p: float) -> None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=DEVICE)
-        kept = kernels.dropout(torch.ones(rows, columns, device=DEVICE), gpu.Mask(dropout_threshold(p), 1.0, seed))
+        kept = kernels.dropout(torch.ones(rows, columns, device=DEVICE), Mask(dropout_threshold(p), 1.0, seed))
         assert torch.equal(kept != 0, dropout_keep(seed, rows, columns, p))
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +52,7 @@ class GpuSuite:
     def test_the_norm_is_as_close_as_eager(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
         made = make_inputs((1, shape[1]), shape[0], (rank,), dtype)
         weight, A, B = moved_to(DEVICE, (made.weight, made.A[0], made.B[0]))
-        norm = ops.dora_norm(weight, [], 0, A, B, 0.75, dtype, self.name).cpu()
+        norm = ops.dora_norm(*Weight.of(weight), A, B, 0.75, dtype, self.name).cpu()
         exact = eager_norm(made.weight.double(), made.A[0].double(), made.B[0].double(), 0.75)
         assert_close_as_eager(norm, exact, eager_norm(made.weight, made.A[0], made.B[0], 0.75))
 
@@ -59,10 +60,10 @@ class GpuSuite:
     @pytest.mark.parametrize("form", [("nf4", 64, True), ("fp4", 32, False), ("nf4", 4096, False), ("fp4", 128, True)])
     @pytest.mark.parametrize("shape", [(1, 1), (63, 101), (96, 130)], ids=str)
     def test_a_4_bit_weight_is_decoded_bit_by_bit(
-        self, kernels: gpu.Kernels, shape: tuple[int, int], form: Form, dtype: torch.dtype
+        self, kernels: Kernels, shape: tuple[int, int], form: Form, dtype: torch.dtype
     ) -> None:
-        packed = nf4.quantize(torch.randn(shape), *form)
-        decoded = kernels.four_bit_decode(*nf4.weight_operands(moved_to(DEVICE, packed)), *shape, dtype)
+        packed = four_bit.quantize(torch.randn(shape), *form)
+        decoded = kernels.four_bit_decode(Weight.of(moved_to(DEVICE, packed)), *shape, dtype)
         assert torch.equal(decoded.cpu(), packed.dequantize(dtype))
 
     @pytest.mark.parametrize("dora", [False, True], ids=["qlora", "qdora"])
@@ -120,12 +121,11 @@ class GpuSuite:
     def test_the_short_way_gives_the_bits_of_the_op(self, case: Case) -> None:
         """Past torch's dispatcher, with the node in C++ where the backend has it."""
         i = on_device(case.inputs())
-        settings = i.scaling, i.dropout_p, i.seed, i.adapter_index, True, self.name
         for t in (i.x, i.weight, *i.A, *i.B, *i.c):
             t.requires_grad_()
         learned = [i.x, i.weight, *i.A, *i.B, *i.c]
-        y, _, _ = ops.lora_linear(i.x, i.weight, [], 0, i.bias, i.A, i.B, i.c, *settings)
-        short = ops.call_lora_linear(i.x, i.weight, [], 0, i.bias, i.A, i.B, i.c, *settings)
+        y, _, _ = ops.lora_linear(*i.call().flat(), self.name)
+        short = ops.call_lora_linear(i.call(), self.name)
         assert torch.equal(short, y)
         pairs = zip(*(torch.autograd.grad(out, learned, i.dy) for out in (y, short)), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
@@ -140,5 +140,5 @@ class GpuSuite:
 def over_4_bits(M: int, K: int, form: Form, dtype: torch.dtype, dora: bool = False) -> LoraInputs:
     """Inputs with a 4-bit weight ``[66, K]``; the oracle's is what it decodes to."""
     made = make_inputs((M, K), 66, (4,), dtype, torch.float32, dora=dora)
-    packed = nf4.quantize(made.weight, *form)
+    packed = four_bit.quantize(made.weight, *form)
     return replace(made, weight=packed.dequantize(dtype), packed=packed)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fastpeft import ops
+from fastpeft.call import Adapters, BackwardCall, ForwardCall, Kept, Needs, Weight
 from fastpeft.dropout import dropout_keep, dropout_scale, dropout_seeds
-from fastpeft.nf4 import FourBit, weight_operands
-from fastpeft.reference import lora_linear_backward_reference, lora_linear_reference, wide_dtype
+from fastpeft.four_bit import FourBit
+from fastpeft.judge import allowed_error
+from fastpeft.reference import Adapter, lora_linear_backward_reference, lora_linear_reference, wide_dtype
 
 Results = dict[str, Tensor]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where GPU backends are tested
@@ -62,6 +64,20 @@ class LoraInputs:
         named |= {f"A[{i}]": a for i, a in enumerate(self.A)}
         named |= {f"B[{i}]": b for i, b in enumerate(self.B)}
         return named | {f"c[{i}]": c for i, c in enumerate(self.c)}
+
+    @property
+    def adapters(self) -> Adapters:
+        """As the ops take them."""
+        return Adapters(self.A, self.B, self.c, self.scaling, self.dropout_p, self.seed, self.adapter_index)
+
+    def call(self, keep_z: bool = True) -> ForwardCall:
+        """The call itself."""
+        return ForwardCall(self.x, Weight.of(self.packed or self.weight), self.bias, self.adapters, keep_z)
+
+    def backward_call(self, u: Tensor | None, z: Sequence[Tensor], needs: Sequence[bool]) -> BackwardCall:
+        """The call of the backward op with what the forward one kept; ``needs`` in the order of the gradients."""
+        call = self.call()
+        return BackwardCall(self.dy, self.x, call.weight, self.adapters, Kept(u, z), Needs.of(needs, len(self.A)))
 
     def contiguous(self) -> LoraInputs:
         """The same numbers without strides of their own."""
@@ -142,10 +158,12 @@ def oracle(inputs: LoraInputs) -> Results:
     c = [c.double() for c in inputs.c]
     keep, select = inputs.keep(), inputs.select()
     factor = [1.0 if mask is None else dropout_scale(p) for p, mask in zip(inputs.dropout_p, keep, strict=True)]
-    settings = inputs.scaling, keep, factor, select
-    y, u, z = lora_linear_reference(x, weight, bias, A, B, c, *settings)
+    adapters = [
+        Adapter(*each) for each in zip(A, B, inputs.scaling, c or [None] * len(A), keep, factor, select, strict=True)
+    ]
+    y, u, z = lora_linear_reference(x, weight, bias, adapters)
     needs = [True, inputs.packed is None, bias is not None] + [True] * (2 * len(A) + len(c))
-    grads = lora_linear_backward_reference(dy, x, weight, A, B, c, u, z, *settings, needs)
+    grads = lora_linear_backward_reference(dy, x, weight, u, z, adapters, needs)
     grads[0] = grads[0].reshape(inputs.x.shape)
     return {"y": y.reshape(inputs.dy.shape)} | dict(zip(inputs.differentiable(), grads, strict=True))
 
@@ -161,23 +179,7 @@ def eager(inputs: LoraInputs) -> Results:
 def fused(inputs: LoraInputs, backend: str | None) -> Results:
     """``y`` and every gradient through fastpeft's op."""
 
-    def lora_linear(i: LoraInputs) -> Tensor:
-        return ops.lora_linear(
-            i.x,
-            *weight_operands(i.packed or i.weight),
-            i.bias,
-            i.A,
-            i.B,
-            i.c,
-            i.scaling,
-            i.dropout_p,
-            i.seed,
-            i.adapter_index,
-            True,
-            backend,
-        )[0]
-
-    return run(lora_linear, inputs)
+    return run(lambda i: ops.lora_linear(*i.call().flat(), backend)[0], inputs)
 
 
 def run(function: Callable[[LoraInputs], Tensor], inputs: LoraInputs) -> Results:
@@ -253,10 +255,9 @@ def assert_close_as_eager(
     )
     if flat_oracle.numel() == 0:
         return
-    rounding = torch.finfo(actuals[0].dtype).eps / 2
     for label, norm in (("maximum", _max_norm), ("root mean square", _rms)):
         error, eager_error = norm(flat_actual - flat_oracle), norm(flat_eager - flat_oracle)
-        allowed = 2 * eager_error + rounding * norm(flat_oracle)
+        allowed = allowed_error(eager_error, norm(flat_oracle), actuals[0].dtype)
         assert error <= allowed, f"{name}: {label} error {error:.3e}, allowed {allowed:.3e} (eager's {eager_error:.3e})"
 
 

@@ -12,13 +12,12 @@ import peft
 import pytest
 import torch
 from oracle import POOL, Results, assert_close_as_eager
-from peft.tuners.adalora.layer import SVDLinear as PeftSVDLinear
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastpeft
 from fastpeft.dropout import dropout_keep, dropout_scale
+from fastpeft.peft.layers import FusedForward
 
 
 def lora_model(base: nn.Module, adapter_dtype: torch.dtype = torch.float32, **config: Any) -> peft.PeftModel:
@@ -116,12 +115,11 @@ def run(model: nn.Module, x: Tensor, dy: Tensor, **kwargs: Any) -> Results:
 def no_peft_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, a layer that goes to PEFT's own forward fails the test."""
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def by_peft(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         pytest.fail(f"left to PEFT: {self}")
 
     with monkeypatch.context() as patch:
-        for stock in (PeftLinear, PeftSVDLinear):
-            patch.setattr(stock, "forward", forward)
+        patch.setattr(FusedForward, "_by_peft", by_peft)
         yield
 
 

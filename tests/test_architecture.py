@@ -18,15 +18,16 @@ SOURCE_FOLDERS = ("fastpeft", "csrc", "kernels", "bench", "tests", "examples")
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh"}
 MAX_LINES = 500
 
-# From the specification up to the modules: each may import those before it.
-LAYERS = ("reference", "dropout", "nf4", "backends", "dispatch", "ops", "norm_cache", "functional", "nn")
+# From the specification up to what users call: each may import those before it.
+LAYERS = ("reference", "judge", "dropout", "four_bit", "call", "extension", "backends", "dispatch", "ops", "norm_cache")
+LAYERS += ("checks", "functional", "nn", "verdicts", "peft", "explain")
 # Who may name an instruction set: the backends, the compiler flags of each kernel file, and what `info` shows.
-MACHINE_MODULES = {PACKAGE / "build.py", PACKAGE / "info.py", *(PACKAGE / "backends").glob("*.py")}
+MACHINE_MODULES = {PACKAGE / "build.py", PACKAGE / "info.py", *(PACKAGE / "backends").rglob("*.py")}
 MACHINE_NAMES = re.compile(
     r"avx|amx|\bsse\d|\bneon\b|\bsve\d?\b|vnni|\bsm_?\d\d|\b[abh]\d00\b|cpu_supports|capabilit(y|ies)\b", re.IGNORECASE
 )
 # Code that a call passes through and that must not choose by size; a comparison with 0, 1 or 2 is about structure.
-SIZE_BLIND = ("reference", "dispatch", "ops", "functional", "nn", "explain", "peft")
+SIZE_BLIND = ("reference", "call", "dispatch", "ops", "checks", "functional", "nn", "verdicts", "explain", "peft")
 LARGEST_STRUCTURAL_NUMBER = 2
 
 
@@ -82,11 +83,76 @@ def test_the_folder_of_kernels_is_no_package() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_data_flows_one_way(layer: str) -> None:
     path = PACKAGE / layer
-    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
     allowed = {*LAYERS[: LAYERS.index(layer)], layer}
     for file in files:
-        own = {name.partition(".")[0] for level, name in imports(file) if level == 1 + path.is_dir()}
+        depth = len(file.relative_to(PACKAGE).parts)
+        own = {name.partition(".")[0] for level, name in imports(file) if level == depth}
         assert own <= allowed, f"{file.name} imports {own - allowed}"
+
+
+def inner_imports(path: Path) -> set[Path]:
+    """The files of the package that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1]
+            names = [f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names]
+            for name in [*names, *([node.module] if node.module else [])]:
+                file = folder.joinpath(*name.split(".")).with_suffix(".py")
+                found |= {file} if file.is_file() else set()
+    return found
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    ahead = {path: inner_imports(path) for path in files}
+    while ahead:
+        free = [path for path, needed in ahead.items() if not needed & ahead.keys()]
+        assert free, f"in circles: {sorted(path.name for path in ahead)}"
+        for path in free:
+            del ahead[path]
+
+
+def headers(path: Path) -> set[Path]:
+    """The files of csrc/ that one includes."""
+    return {(path.parent / name).resolve() for name in re.findall(r'#include "(.+?)"', path.read_text())}
+
+
+def test_no_header_includes_itself_by_way_of_others() -> None:
+    ahead = {path.resolve(): headers(path) for path in (ROOT / "csrc").rglob("*.*")}
+    while ahead:
+        free = [path for path, needed in ahead.items() if not needed & ahead.keys()]
+        assert free, f"in circles: {sorted(path.name for path in ahead)}"
+        for path in free:
+            del ahead[path]
+
+
+MOST_PARAMETERS = 8
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*PACKAGE.rglob("*.py"), *(ROOT / "bench").rglob("*.py")}), ids=lambda p: p.stem
+)
+def test_no_function_takes_more_arguments_by_place_than_a_reader_can_hold(path: Path) -> None:
+    """Without ``self`` and ``cls``; what is given by name alone may be more. Calls have nouns, see call.py."""
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
+    for function in functions:
+        names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+        names = names[1:] if names[:1] in (["self"], ["cls"]) else names
+        assert len(names) <= MOST_PARAMETERS, f"{path.name}:{function.lineno} takes {', '.join(names)}"
+
+
+def test_backends_say_what_they_take() -> None:
+    """Their arguments have types that mypy can check."""
+    for path in (PACKAGE / "backends").rglob("*.py"):
+        if path.name == "cuda_kernels.py":  # what the binding of the launchers takes has no types in Python
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Backend"):
+                signatures = [part for f in node.body if isinstance(f, ast.FunctionDef) for part in (f.args, f.returns)]
+                named = {n.id for part in signatures if part for n in ast.walk(part) if isinstance(n, ast.Name)}
+                assert "Any" not in named, f"{path.name}: {node.name}"
 
 
 @pytest.mark.parametrize("path", sorted(set(PACKAGE.rglob("*.py")) - MACHINE_MODULES), ids=lambda p: p.stem)
@@ -116,32 +182,26 @@ def test_only_backends_hold_thresholds(module: str) -> None:
     assert [number for number in numbers if number[2] > LARGEST_STRUCTURAL_NUMBER] == []
 
 
-def kernel_files() -> set[Path]:
-    """The translation units of the instruction sets with all that they include of our own."""
-    found: set[Path] = set()
-    ahead = list((ROOT / "csrc" / "cpu").glob("kernels_*.cpp"))
+@pytest.mark.parametrize("room", ["cpu", "cuda"])
+def test_kernels_in_cpp_know_no_torch(room: str) -> None:
+    """The linker may keep the copy of an inline function that was compiled for a newer processor, for every caller; and
+    the kernels for GPUs serve any torch. What they include of the rooms above is as ignorant."""
+    folder = (ROOT / "csrc" / room / "kernels").resolve()
+    ahead, known = list(folder.iterdir()), set[Path]()
+    assert len(ahead) > 1
     while ahead:
         path = ahead.pop()
-        found.add(path)
-        included = {path.parent / name for name in re.findall(r'#include "(.+?)"', path.read_text())}
-        ahead += included - found
-    return found
-
-
-def test_kernels_in_cpp_know_no_torch() -> None:
-    """The linker may keep the copy of an inline function that was compiled for a newer processor, for every caller."""
-    assert len(kernel_files()) > 1
-    for path in kernel_files():
-        assert re.findall(r"#include\s*[<\"](?:torch|ATen|c10|pybind11|Python)\b", path.read_text()) == [], path.name
+        known.add(path)
+        torch_headers = r"#include\s*[<\"](?:torch|ATen|c10%s)\b" % (
+            "" if path.name == "binding.cpp" else "|pybind11|Python"
+        )
+        assert re.findall(torch_headers, path.read_text()) == [], path.name
+        ahead += headers(path) - known
 
 
 def test_cpp_reads_no_environment_variable() -> None:
     for path in (ROOT / "csrc").rglob("*"):
         assert path.is_dir() or "getenv" not in path.read_text(), path.name
-
-
-def test_the_kernels_folder_is_no_package() -> None:
-    assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 def test_files_hold_one_idea() -> None:

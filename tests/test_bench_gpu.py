@@ -16,8 +16,12 @@ from click.testing import CliRunner
 from fastpeft.bench import gpu_kernels, gpu_plans, gpu_timing, timing
 from fastpeft.bench.measure import Run, record_kernels
 
-from fastpeft.backends import cuda, gpu, triton
-from fastpeft.backends.gpu_plans import FUSED, Plan, plans_for
+from fastpeft import extension
+from fastpeft.backends.gpu import triton
+from fastpeft.backends.gpu.cuda import CudaBackend
+from fastpeft.backends.gpu.kernel_set import Kernels
+from fastpeft.backends.gpu.plans import SHARED, Plan, plans_for
+from fastpeft.backends.gpu.triton import TritonBackend
 
 MACHINE = {"name": "some-gpu", "gpu": "Some GPU", "capability": [9, 0], "multiprocessors": 132}
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
@@ -51,19 +55,17 @@ def run() -> Run:
     return Run("2026-01-01T00:00:00", MACHINE, {}, "c0ffee", False)
 
 
-def by_emulation(monkeypatch: pytest.MonkeyPatch) -> gpu.Kernels:
+def by_emulation(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     return cuda_emulation.use(monkeypatch)
 
 
-def by_interpreter(monkeypatch: pytest.MonkeyPatch) -> gpu.Kernels:
+def by_interpreter(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     triton_interpreter.use(monkeypatch)
     return triton.kernels()
 
 
 @pytest.mark.parametrize("of", [by_emulation, by_interpreter])
-def test_every_kernel_has_a_row(
-    of: Callable[[pytest.MonkeyPatch], gpu.Kernels], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kernel_has_a_row(of: Callable[[pytest.MonkeyPatch], Kernels], monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = of(monkeypatch)
     monkeypatch.setattr(gpu_kernels, "kernel_sets", lambda: {"ours": kernels})
     found = list(gpu_kernels.measure(2, run()))
@@ -81,9 +83,9 @@ def test_every_kernel_has_a_row(
 
 def test_the_sets_are_those_of_the_backends_that_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_kernels.kernel_sets() == {}
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "library", cuda_emulation.library)
-    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(CudaBackend, "unavailable", lambda self: None)
+    monkeypatch.setattr(extension, "cuda", cuda_emulation.library)
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
     assert list(gpu_kernels.kernel_sets()) == ["cuda", "triton"]
 
 
@@ -92,23 +94,23 @@ def test_plans_are_measured_shown_and_recorded(monkeypatch: pytest.MonkeyPatch, 
     found = list(gpu_plans.measure("bf16", 2, run()))
     assert len(found) == 2 * 4
     for row in found:
-        possible = plans_for(row["product"]["ending"], FUSED if row["product"]["M"] > 16 else (Plan.fused,))
+        possible = plans_for(row["product"]["ending"], SHARED if row["product"]["M"] > 16 else (Plan.one_accumulator,))
         assert row["seconds"].keys() == {plan.value for plan in possible}
         assert {plan: seconds for plan, seconds in row["seconds"].items() if not isinstance(seconds, dict)} == {}
         row["base_seconds"] = {"median": 1e-6}
         row["seconds"] = {plan.value: {"median": (1 + i) * 1e-6} for i, plan in enumerate(possible)}
-    found[0]["seconds"]["accumulate"]["median"] = 0.5e-6
-    assert gpu_plans.fastest(found[0]) == "accumulate"
-    assert "| 1 x 64 x 48 | bfloat16 | plain | 1.0 | 3.00 |  | 1.00 | **0.50** |" in gpu_plans.markdown(found)
+    found[0]["seconds"]["low_rank_first"]["median"] = 0.5e-6
+    assert gpu_plans.fastest(found[0]) == "low_rank_first"
+    assert "| 1 x 64 x 48 | bfloat16 | plain | 1.0 | 1.00 | **0.50** | 3.00 |  |" in gpu_plans.markdown(found)
     older = [{"name": "Some GPU", "plans": []}, {"name": "Another", "plans": []}]
     other, mine = gpu_plans.recorded(found, older)
     assert other["name"] == "Another"
     assert (mine["name"], mine["capability"], mine["multiprocessors"]) == ("Some GPU", [9, 0], 132)
     assert mine["plans"][:2] == [
-        [1, 64, 48, "bfloat16", "plain", Plan.accumulate.value],
-        [1, 64, 48, "bfloat16", "masked", Plan.epilogue.value],
+        [1, 64, 48, "bfloat16", "plain", Plan.low_rank_first.value],
+        [1, 64, 48, "bfloat16", "masked", Plan.base_first.value],
     ]
-    table = tmp_path / "gpu_plans.json"
+    table = tmp_path / "plans.json"
     table.write_text(json.dumps(older))
     recorded = gpu_plans.recording(found, table)
     for count in (1, 2):

@@ -18,7 +18,7 @@ from fastpeft import build
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = """
 #include <Python.h>
-#include "cpu/answer.h"
+#include "cpu/kernels/answer.h"
 static PyObject* answer(PyObject*, PyObject*) { return PyLong_FromLong(answer_plain() + answer_avx2()); }
 static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
@@ -50,19 +50,21 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) { m.def("answer", [] { return launch_an
 """
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="there is no nvcc")
 
+KERNELS = sorted((ROOT / "csrc" / "cpu" / "kernels").glob("kernels_*.cpp"))
+
 
 @pytest.fixture
 def csrc(tmp_path: Path) -> Path:
     """Sources of extensions that compile in seconds: the layout of csrc/, no header of torch."""
     folder = tmp_path / "csrc"
-    (folder / "cpu").mkdir(parents=True)
+    (folder / "cpu" / "kernels").mkdir(parents=True)
     (folder / "module.cpp").write_text(MODULE)
-    (folder / "cpu" / "answer.h").write_text("int answer_plain();\nint answer_avx2();\n")
-    (folder / "cpu" / "answer_plain.cpp").write_text(PLAIN)
-    (folder / "cpu" / "answer_avx2.cpp").write_text(AVX2)
-    (folder / "cuda").mkdir()
-    (folder / "cuda" / "answer.cu").write_text(CUDA)
-    (folder / "cuda" / "binding.cpp").write_text(BINDING)
+    (folder / "cpu" / "kernels" / "answer.h").write_text("int answer_plain();\nint answer_avx2();\n")
+    (folder / "cpu" / "kernels" / "answer_plain.cpp").write_text(PLAIN)
+    (folder / "cpu" / "kernels" / "answer_avx2.cpp").write_text(AVX2)
+    (folder / "cuda" / "kernels").mkdir(parents=True)
+    (folder / "cuda" / "kernels" / "answer.cu").write_text(CUDA)
+    (folder / "cuda" / "kernels" / "binding.cpp").write_text(BINDING)
     return folder
 
 
@@ -85,10 +87,10 @@ def test_only_what_changed_is_compiled_again(csrc: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr().out.count("compiling") == 3
     build_and_load(csrc)
     assert capfd.readouterr().out == ""
-    (csrc / "cpu" / "answer_plain.cpp").write_text(PLAIN.replace("40", "50"))
+    (csrc / "cpu" / "kernels" / "answer_plain.cpp").write_text(PLAIN.replace("40", "50"))
     assert build_and_load(csrc) in (42, 52)  # a process that has loaded the library may keep the old one
-    assert capfd.readouterr().out == "compiling csrc/cpu/answer_plain.cpp\n"
-    (csrc / "cpu" / "answer.h").touch()
+    assert capfd.readouterr().out == "compiling csrc/cpu/kernels/answer_plain.cpp\n"
+    (csrc / "cpu" / "kernels" / "answer.h").touch()
     build_and_load(csrc)
     assert capfd.readouterr().out.count("compiling") == 3
 
@@ -97,7 +99,7 @@ def test_a_file_that_does_not_compile_is_named_and_the_library_kept(csrc: Path) 
     build_and_load(csrc)
     library = csrc.parent / "out" / build.LIBRARY
     before = library.read_bytes()
-    broken = csrc / "cpu" / "answer_plain.cpp"
+    broken = csrc / "cpu" / "kernels" / "answer_plain.cpp"
     broken.write_text("int answer_plain() { return nothing; }\n")
     with pytest.raises(build.BuildError, match=f"{broken} does not compile"):
         build.build(csrc, library, csrc.parent / "objects")
@@ -180,8 +182,8 @@ def test_an_installed_copy_has_the_extension_and_can_build_itself(csrc: Path) ->
     assert (f"fastpeft/{build.CUDA_LIBRARY}" in names) == (build.find_nvcc() is not None)
     assert {
         "fastpeft/csrc/module.cpp",
-        "fastpeft/csrc/cuda/answer.cu",
-        "fastpeft/csrc/cpu/answer.h",
+        "fastpeft/csrc/cuda/kernels/answer.cu",
+        "fastpeft/csrc/cpu/kernels/answer.h",
         "fastpeft/bench/__init__.py",
     } <= names
 
@@ -194,7 +196,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(csrc: 
     assert "`python -m fastpeft build`" in output
 
 
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_instruction_sets_share_no_function(source: Path, tmp_path: Path) -> None:
     """Inline functions and templates become weak symbols, of which the linker keeps one copy for all files: one that
     was compiled for a newer processor would crash an older one."""

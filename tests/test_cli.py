@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import fastpeft
 from fastpeft import cli, dispatch
-from fastpeft.backends import cuda, reference
+from fastpeft.backends.gpu.cuda import CudaBackend
 from fastpeft.ops import Forward
 from fastpeft.selfcheck import DTYPES, self_check
 
@@ -91,9 +91,9 @@ def test_info_shows_versions_backends_and_the_check() -> None:
     assert fastpeft.__version__ in output
     assert torch.__version__ in output
     for backend in dispatch.BACKENDS:
-        assert backend.NAME in output
+        assert backend.name in output
         reason = backend.unavailable()
-        passed = output.count(f"{backend.NAME}, ")
+        passed = output.count(f"{backend.name}, ")
         assert passed >= len(DTYPES) if reason is None else squeezed(reason) in squeezed(output)
     assert "FAILED" not in output
 
@@ -105,8 +105,8 @@ def squeezed(text: str) -> str:
 
 def test_a_gpus_backend_is_shown_and_checked_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_emulation.use(monkeypatch)
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(CudaBackend, "unavailable", lambda self: None)
+    monkeypatch.setattr(CudaBackend, "device", "cpu")
     code, output = run("info")
     assert code == 0
     assert "cudaavailable" in squeezed(output)
@@ -114,6 +114,7 @@ def test_a_gpus_backend_is_shown_and_checked_where_it_runs(monkeypatch: pytest.M
 
 
 def test_info_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = dispatch.named("reference")
     right = reference.lora_linear
 
     def wrong(x: torch.Tensor, *args: object) -> Forward:
@@ -128,6 +129,7 @@ def test_info_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_check_reports_a_backend_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = dispatch.named("reference")
     right = reference.lora_linear
 
     def breaks(x: torch.Tensor, *args: object) -> Forward:

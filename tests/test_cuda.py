@@ -17,16 +17,18 @@ from oracle import LoraInputs, assert_close_as_eager, make_inputs
 from test_dora_norm import eager as eager_norm
 
 import fastpeft
-from fastpeft import nf4, ops
-from fastpeft.backends import cuda as backend
-from fastpeft.backends import gpu
+from fastpeft import dispatch, extension, four_bit, ops
+from fastpeft.backends.gpu import cuda as backend
+from fastpeft.backends.gpu.cuda_kernels import CudaKernels
+from fastpeft.backends.gpu.kernel_set import Mask, Tail
+from fastpeft.call import Weight
 from fastpeft.dropout import dropout_threshold
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> backend.CudaKernels:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> CudaKernels:
     """Without a GPU the backend takes calls on CPU tensors."""
-    return cuda_emulation.use(monkeypatch) if DEVICE == "cpu" else backend.CudaKernels(backend.library())
+    return cuda_emulation.use(monkeypatch) if DEVICE == "cpu" else CudaKernels(extension.cuda())
 
 
 without_gpu = pytest.mark.skipif(DEVICE == "cuda", reason="about the emulation")
@@ -46,7 +48,7 @@ def by_cuda(inputs: LoraInputs) -> dict[str, torch.Tensor]:
 def test_the_norm_of_any_strides_is_as_close_as_eager(shape: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
     made = make_inputs((1, shape[1]), shape[0], (16,), dtype)
     weight, A, B = moved_to(DEVICE, (in_layout(made.weight, layout), made.A[0], made.B[0]))
-    norm = ops.dora_norm(weight, [], 0, A, B, 0.75, dtype, "cuda").cpu()
+    norm = ops.dora_norm(*Weight.of(weight), A, B, 0.75, dtype, "cuda").cpu()
     exact = eager_norm(made.weight.double(), made.A[0].double(), made.B[0].double(), 0.75)
     assert_close_as_eager(norm, exact, eager_norm(made.weight, made.A[0], made.B[0], 0.75))
 
@@ -58,9 +60,9 @@ def test_the_norm_over_4_bits_is_as_close_as_eager(
     shape: tuple[int, int], form: tuple[str, int, bool], dtype: torch.dtype
 ) -> None:
     made = make_inputs((1, shape[1]), shape[0], (8,), dtype)
-    packed = nf4.quantize(made.weight, *form)
-    A, B, operands = moved_to(DEVICE, (made.A[0], made.B[0], nf4.weight_operands(packed)))
-    norm = ops.dora_norm(*operands, A, B, 0.75, dtype, "cuda").cpu()
+    packed = four_bit.quantize(made.weight, *form)
+    A, B, weight = moved_to(DEVICE, (made.A[0], made.B[0], packed))
+    norm = ops.dora_norm(*Weight.of(weight), A, B, 0.75, dtype, "cuda").cpu()
     weight = packed.dequantize(dtype)
     exact = eager_norm(weight.double(), made.A[0].double(), made.B[0].double(), 0.75)
     assert_close_as_eager(norm, exact, eager_norm(weight, made.A[0], made.B[0], 0.75))
@@ -74,8 +76,8 @@ def calls(dtype: torch.dtype, device: str = DEVICE) -> dict[str, tuple[str, list
         return torch.rand(shape, generator=draw).to(device, of)
 
     f32, half = torch.float32, torch.float16 if dtype == torch.float16 else torch.bfloat16
-    packed = nf4.quantize(torch.randn(66, 192, generator=draw), "nf4", 64, True)
-    four_bit = [packed.packed.to(device), *(t.to(device) for t in packed.quant)]
+    packed = four_bit.quantize(torch.randn(66, 192, generator=draw), "nf4", 64, True)
+    codes = [packed.packed.to(device), *(t.to(device) for t in packed.quant)]
     return {
         "lora_down": ("lora_down", [drawn(11, 190), drawn(5, 190, of=f32), drawn(11, 5, of=f32)]),
         "lora_down_many": ("lora_down_many", [drawn(70, 190, of=half), drawn(5, 190, of=f32), drawn(70, 5, of=f32)]),
@@ -83,45 +85,43 @@ def calls(dtype: torch.dtype, device: str = DEVICE) -> dict[str, tuple[str, list
         "lora_up": ("lora_up", [drawn(70, 90), drawn(70, 6, of=f32), drawn(90, 6), drawn(90, of=f32), drawn(90)]),
         "dropout": ("dropout", [drawn(70, 90), torch.tensor(7, device=device)]),
         "dora_norm": ("dora_norm", [drawn(66, 192), drawn(6, 192), drawn(66, 6, of=f32)]),
-        "dora_norm, 4 bits": ("dora_norm", [drawn(0), drawn(6, 192), drawn(66, 6, of=f32), *four_bit]),
-        "four_bit_decode": ("four_bit_decode", four_bit),
-        "four_bit_linear": ("four_bit_linear", [drawn(5, 192), drawn(5, 6, of=f32), drawn(66, 6), *four_bit]),
+        "dora_norm, 4 bits": ("dora_norm", [drawn(0), drawn(6, 192), drawn(66, 6, of=f32), *codes]),
+        "four_bit_decode": ("four_bit_decode", codes),
+        "four_bit_linear": ("four_bit_linear", [drawn(5, 192), drawn(5, 6, of=f32), drawn(66, 6), *codes]),
     }
 
 
-def launched(
-    kernels: backend.CudaKernels, method: str, tensors: list[torch.Tensor], dtype: torch.dtype
-) -> torch.Tensor:
+def launched(kernels: CudaKernels, method: str, tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """What the kernel writes; memory that it leaves out stays NaN."""
     first, *rest = tensors
     match method:
         case "lora_down":
             A, u = rest
-            kernels.lora_down(first, [A], u.fill_(torch.nan), [gpu.Mask(0, 1.0, None)], None)
+            kernels.lora_down(first, [A], u.fill_(torch.nan), [Mask(0, 1.0, None)], None)
             return u
         case "lora_down_many" | "lora_gradient":
             other, result = rest
-            mask = gpu.Mask(dropout_threshold(0.3), 1.0, torch.tensor(7, device=first.device))
+            mask = Mask(dropout_threshold(0.3), 1.0, torch.tensor(7, device=first.device))
             getattr(kernels, method)(first, other, result.fill_(torch.nan), mask)
             return result
         case "lora_up":
             q, right, c, bias = rest
             y, z = (first.new_empty(first.shape).fill_(torch.nan) for _ in range(2))
-            kernels.lora_up(first, first, y, gpu.Tail(q, right, 1.5, c=c, z=z, bias=bias))
+            kernels.lora_up(first, first, y, Tail(q, right, 1.5, c=c, z=z, bias=bias))
             return torch.stack((y, z))
         case "dropout":
-            return kernels.dropout(first, gpu.Mask(dropout_threshold(0.3), 1.5, rest[0]))
+            return kernels.dropout(first, Mask(dropout_threshold(0.3), 1.5, rest[0]))
         case "dora_norm" if len(rest) == 2:
-            return kernels.dora_norm(first, [], 0, *rest, 0.75, dtype)
+            return kernels.dora_norm(Weight.of(first), *rest, 0.75, dtype)
         case "dora_norm":
             A, B, packed, *quant = rest
-            return kernels.dora_norm(packed, quant, 64, A, B, 0.75, dtype)
+            return kernels.dora_norm(Weight(packed, quant, 64), A, B, 0.75, dtype)
         case "four_bit_decode":
-            return kernels.four_bit_decode(first, rest, 64, 66, 192, dtype)
+            return kernels.four_bit_decode(Weight(first, rest, 64), 66, 192, dtype)
         case "four_bit_linear":
             q, right, packed, *quant = rest
             y = first.new_empty((first.shape[0], 66)).fill_(torch.nan)
-            kernels.four_bit_linear(first, packed, quant, 64, y, gpu.Tail(q, right, 1.5))
+            kernels.four_bit_linear(first, Weight(packed, quant, 64), y, Tail(q, right, 1.5))
             return y
     raise ValueError(method)
 
@@ -129,7 +129,7 @@ def launched(
 @without_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", calls(torch.float32, "cpu"))
-def test_the_order_of_the_threads_changes_no_bit(name: str, dtype: torch.dtype, kernels: backend.CudaKernels) -> None:
+def test_the_order_of_the_threads_changes_no_bit(name: str, dtype: torch.dtype, kernels: CudaKernels) -> None:
     """Where one thread reads what another one writes without a barrier, it does."""
     method, tensors = calls(dtype)[name]
     forwards = launched(kernels, method, tensors, dtype).clone()
@@ -146,7 +146,7 @@ def test_the_order_of_the_threads_changes_no_bit(name: str, dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", calls(torch.float32, "cpu"))
 def test_nothing_beyond_a_tensor_is_touched(
-    name: str, dtype: torch.dtype, kernels: backend.CudaKernels, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each tensor, read or written, ends where memory does: one byte more (up to its alignment) would end the
     process."""
@@ -165,20 +165,20 @@ def test_nothing_beyond_a_tensor_is_touched(
         assert torch.equal(result, outside)
 
 
-def test_a_launch_that_fails_raises_and_leaves_no_error_pending(kernels: backend.CudaKernels) -> None:
+def test_a_launch_that_fails_raises_and_leaves_no_error_pending(kernels: CudaKernels) -> None:
     seed = torch.tensor(7, device=DEVICE)
     x, nowhere = torch.ones(2, 3, device=DEVICE), 1000
     library = kernels.library
     with pytest.raises(RuntimeError, match="dropout on GPU 1000: invalid device ordinal"):
         library.dropout(kernels._matrix(x), x.data_ptr(), 2, 3, 9, 1.0, seed.data_ptr(), nowhere, 0)
-    assert kernels.dropout(x, gpu.Mask(9, 1.0, seed)).isfinite().all()
+    assert kernels.dropout(x, Mask(9, 1.0, seed)).isfinite().all()
 
 
 @without_gpu
 def test_info_says_how_each_gpu_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (8, 0)][device])
-    assert backend.detail() == (
+    assert dispatch.named("cuda").detail() == (
         "x Wᵀ with the low-rank part in the same sums, from 129 tokens on, "
         "the vendor's x Wᵀ, the low-rank part added in one pass"
     )
@@ -195,14 +195,14 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> ModuleType:
         raise ImportError("No module named 'fastpeft._cuda'")
 
-    monkeypatch.setattr(backend, "library", missing)
-    monkeypatch.setattr(backend, "_not_built", backend._not_built.__wrapped__)
+    monkeypatch.setattr(extension, "cuda", missing)
+    monkeypatch.setattr(extension, "cuda_missing", extension.cuda_missing.__wrapped__)
     reason = "the CUDA extension is not built (No module named 'fastpeft._cuda'); `python -m fastpeft build` builds it"
-    assert backend.unavailable() == f"{reason} where nvcc is found"
+    assert dispatch.named("cuda").unavailable() == f"{reason} where nvcc is found"
 
 
 def test_a_table_of_launchers_from_other_sources_is_refused(
-    kernels: backend.CudaKernels, monkeypatch: pytest.MonkeyPatch
+    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = (ctypes.c_int64 * 8)(0)
     monkeypatch.setattr(backend, "launchers", lambda: ctypes.addressof(other))

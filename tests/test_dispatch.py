@@ -11,9 +11,10 @@ import torch
 
 import fastpeft
 from fastpeft import dispatch, ops
-from fastpeft.backends import native, reference
+from fastpeft.call import Adapters, BackwardCall, Kept, Needs, Weight
 
 PASSES = ("lora_linear", "lora_linear_backward")
+CPU, REFERENCE = dispatch.named("cpu"), dispatch.named("reference")
 ON_CPU = "it runs on NVIDIA GPUs, and x is on cpu"
 
 
@@ -26,17 +27,17 @@ def operands(dtype: torch.dtype, adapter_dtype: torch.dtype | None = None) -> tu
 @pytest.mark.parametrize("op", PASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_native_takes_what_it_computes_in(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+def test_the_cpus_takes_what_it_computes_in(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     x, weight, A, B = operands(dtype, adapter_dtype)
-    assert dispatch.refusals(op, x, weight, [A], [B]) == {
-        "native": None,
+    assert dispatch.refusals(x, weight, [A, B]) == {
+        "cpu": None,
         "cuda": ON_CPU,
         "triton": ON_CPU,
         "reference": None,
     }
-    assert dispatch.choose(op, x, weight, [A], [B], None) is native
-    assert dispatch.choose(op, x, weight, [A], [B], "native") is native
-    assert dispatch.choose(op, x, weight, [A], [B], "reference") is reference
+    assert dispatch.choose(op, x, weight, [A, B], None) is CPU
+    assert dispatch.choose(op, x, weight, [A, B], "cpu") is CPU
+    assert dispatch.choose(op, x, weight, [A, B], "reference") is REFERENCE
 
 
 @pytest.mark.parametrize("op", PASSES)
@@ -49,40 +50,27 @@ def test_each_refusal_says_what_was_expected_and_what_it_was(op: str) -> None:
         r"\[0, 5\]": (x, weight[:0], A, B[:0]),
     }
     for words, (x, weight, A, B) in calls.items():
-        assert dispatch.choose(op, x, weight, [A], [B], None) is reference
-        with pytest.raises(fastpeft.BackendRefusal, match=rf"backend='native' cannot run {op}: .*{words}"):
-            dispatch.choose(op, x, weight, [A], [B], "native")
+        assert dispatch.choose(op, x, weight, [A, B], None) is REFERENCE
+        with pytest.raises(fastpeft.BackendRefusal, match=rf"backend='cpu' cannot run {op}: .*{words}"):
+            dispatch.choose(op, x, weight, [A, B], "cpu")
 
 
-def test_a_backend_refuses_an_op_that_it_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_a_backend_had_before_is_understood() -> None:
     x, weight, A, B = operands(torch.float32)
-    monkeypatch.setattr(reference, "other_linear", reference.lora_linear, raising=False)
-    refusals = dispatch.refusals("other_linear", x, weight, [A], [B])
-    assert refusals == {"native": "it has no other_linear", "cuda": ON_CPU, "triton": ON_CPU, "reference": None}
-    assert dispatch.choose("other_linear", x, weight, [A], [B], None) is reference
+    assert dispatch.choose("lora_linear", x, weight, [A, B], "native") is CPU
+    y = fastpeft.functional.lora_linear(x, weight, None, A, B, 1.0, backend="native")
+    assert torch.equal(y, fastpeft.functional.lora_linear(x, weight, None, A, B, 1.0, backend="cpu"))
+    with pytest.raises(fastpeft.BackendRefusal, match=r"backend='native' cannot run lora_linear: .*float64"):
+        fastpeft.functional.lora_linear(*(t.double() for t in (x, weight)), None, A, B, 1.0, backend="native")
 
 
 def test_an_explicit_backend_is_asked_again_in_the_backward_pass() -> None:
     x, weight, A, B = operands(torch.float64)
     with pytest.raises(fastpeft.BackendRefusal, match="cannot run lora_linear_backward"):
-        ops.lora_linear_backward(
-            x @ weight.t(),
-            x,
-            weight,
-            [],
-            0,
-            [A],
-            [B],
-            [],
-            x @ A.t(),
-            [],
-            [1.0],
-            [0.0],
-            None,
-            None,
-            [True] * 2 + [False] * 3,
-            "native",
-        )
+        adapters = Adapters([A], [B], [], [1.0], [0.0])
+        needs = Needs.of([True] * 2 + [False] * 3, 1)
+        call = BackwardCall(x @ weight.t(), x, Weight.of(weight), adapters, Kept(x @ A.t(), []), needs)
+        ops.lora_linear_backward(*call.flat(), "cpu")
 
 
 def test_an_automatic_choice_of_another_dtype_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
@@ -104,9 +92,9 @@ with warnings.catch_warnings(record=True) as caught:
         y = fastpeft.functional.lora_linear(*operands, 1.0)
 assert torch.equal(y, torch.full((2, 4), 21.0)), y
 said = [str(w.message) for w in caught if "fastpeft" in str(w.message)]
-assert len(said) == 1 and "native" in said[0] and "python -m fastpeft build" in said[0], said
+assert len(said) == 1 and "cpu" in said[0] and "python -m fastpeft build" in said[0], said
 try:
-    fastpeft.functional.lora_linear(*operands, 1.0, backend="native")
+    fastpeft.functional.lora_linear(*operands, 1.0, backend="cpu")
 except fastpeft.BackendRefusal as refusal:
     assert "python -m fastpeft build" in str(refusal)
 else:
@@ -117,4 +105,4 @@ else:
 
 
 def test_the_extension_is_built_here() -> None:
-    assert native.unavailable() is None
+    assert CPU.unavailable() is None

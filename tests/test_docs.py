@@ -9,7 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from fastpeft.bench import page as machine_page
 from fastpeft.bench import readme
+from test_bench_pages import fits_a_page
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,19 +39,51 @@ def test_readmes_numbers_are_the_recorded_ones() -> None:
     assert readme.rewritten(text, readme.block(ROOT)) == text, "`make tables` draws them anew"
 
 
-def test_readmes_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_of_the_machines_hold_the_recorded_numbers() -> None:
+    for path, rows in readme.recorded(ROOT).items():
+        written = (ROOT / path).with_suffix(".md").read_text(encoding="utf-8")
+        assert machine_page.text(rows, path) == written, f"`make tables` draws {path.stem}.md anew"
+
+
+def test_a_stranger_sees_what_it_is_and_gains_on_readmes_first_screen() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 150
+    assert "```python" in lines[:40]
+    table = [line for line in readme.block(ROOT).splitlines() if line.startswith("|")]
+    assert table[0] in lines[:40]
+    assert 1 <= len(table) - 2 <= 8  # the names of the columns and the rule under them are no rows
+    pictures = re.findall(r"!\[[^]]*\]\((.+?)\)", text)
+    assert pictures == [readme.PICTURE.as_posix()]
+    assert fits_a_page(ROOT / readme.PICTURE)
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def adapters() -> peft.LoraConfig:
+    return peft.LoraConfig(target_modules="all-linear")
+
+
+def test_readmes_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = snippets(ROOT / "README.md")
+    exec(compile(snippet, "README.md", "exec"), {"peft": peft, "base_model": tiny_model(), "config": adapters()})
+    assert re.fullmatch(r"fused: [1-9]\d*, left to PEFT: 0\n", capsys.readouterr().out)
+
+
+def test_the_snippets_of_usage_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, with the names that a reader brings along."""
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     tokens = torch.randint(32, (8,)).tolist()
     names: dict[str, Any] = {
-        "peft_model": peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear")),
+        "peft_model": peft.get_peft_model(tiny_model(), adapters()),
         "base_model": tiny_model(),
         "another_base_model": tiny_model(),
         "dataset": [{"input_ids": tokens, "labels": tokens}] * 2,
     }
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
+    for snippet in snippets(ROOT / "docs/usage.md"):
+        exec(compile(snippet, "usage.md", "exec"), names)
     assert names["report"].fused and not names["report"].left_to_peft
     assert (tmp_path / "runs/lora/adapter/adapter_model.safetensors").is_file()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import in_layout
 from oracle import POOL, assert_close_as_eager
-from test_native import ISAS, PAIRS, extension
+from test_cpu import ISAS, PAIRS, extension
 from torch import Tensor
 
 from fastpeft import ops
@@ -50,9 +50,9 @@ def assert_as_close_as_eager(backend: str, N: int, K: int, r: int, dtype: torch.
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K", "r"), SHAPES)
-def test_native_is_as_close_as_eager(isa: str, N: int, K: int, r: int, dtype: torch.dtype, layout: str) -> None:
+def test_the_cpus_is_as_close_as_eager(isa: str, N: int, K: int, r: int, dtype: torch.dtype, layout: str) -> None:
     torch.manual_seed(0)
-    assert_as_close_as_eager("native", N, K, r, dtype, layout)
+    assert_as_close_as_eager("cpu", N, K, r, dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +69,7 @@ def test_whole_numbers_come_out_exactly(isa: str, N: int, K: int, r: int, dtype:
     torch.manual_seed(0)
     W, A, B = (torch.randint(-2, 3, shape).to(dtype) for shape in ((N, K), (r, K), (N, r)))
     W[W.shape[0] // 2] = 0
-    norm = ops.dora_norm(in_layout(W, layout), [], 0, A, B, -1.0, dtype, "native")
+    norm = ops.dora_norm(in_layout(W, layout), [], 0, A, B, -1.0, dtype, "cpu")
     squares = (W.double() - B.double() @ A.double()).square().sum(1)
     assert torch.equal(norm, squares.float().sqrt())
 
@@ -82,13 +82,13 @@ def test_the_number_of_threads_changes_nothing(isa: str) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(ops.dora_norm(W, [], 0, *adapter, 1.0, torch.bfloat16, "native"))
+            results.append(ops.dora_norm(W, [], 0, *adapter, 1.0, torch.bfloat16, "cpu"))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_opcheck(backend: str, layout: str) -> None:
     W, A, B = draw(9, 12, 3, torch.float32, torch.float32)

@@ -12,6 +12,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft import dispatch
+from fastpeft.call import Adapters, Weight
 from fastpeft.nn import DoRALinear, LoRALinear
 
 
@@ -19,12 +20,15 @@ def expected_verdict(weight: torch.Tensor) -> str:
     """Put together from what the backends themselves answer for this weight."""
     one = torch.empty(1, weight.shape[1], dtype=weight.dtype)
     A, B = torch.empty(2, weight.shape[1]), torch.empty(weight.shape[0], 2)
-    reasons = dispatch.refusals("lora_linear", one, weight, [A], [B])
+    reasons = dispatch.refusals(one, weight, [A, B])
     chosen = next(name for name, reason in reasons.items() if reason is None)
     words = {
         name: f"refuses: {why}" if why else "comes later in the order of preference" for name, why in reasons.items()
     }
-    return f"{chosen} runs it; " + "; ".join(f"{name} {word}" for name, word in words.items() if name != chosen)
+    text = f"{chosen} runs it; " + "; ".join(f"{name} {word}" for name, word in words.items() if name != chosen)
+    adapters = Adapters([A], [B], [], [1.0], [0.0])
+    how = dispatch.named(chosen).describe(Weight.of(weight), adapters, weight.dtype)
+    return f"{text}; {how}" if how else text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -36,14 +40,14 @@ def test_layer_without_peft(kind: type[LoRALinear], dtype: torch.dtype) -> None:
     assert str(explanation) == f"1 × {expected_verdict(layer.weight)}\n    {kind.__name__}"
 
 
-def test_native_refuses_float64_and_reference_takes_it() -> None:
+def test_the_cpus_refuses_float64_and_reference_takes_it() -> None:
     layer = LoRALinear.from_linear(nn.Linear(8, 12, dtype=torch.float64), r=2)
-    assert str(fastpeft.explain(layer)).startswith("1 × reference runs it; native refuses: ")
+    assert str(fastpeft.explain(layer)).startswith("1 × reference runs it; cpu refuses: ")
 
 
 def test_backend_asked_for_by_name() -> None:
-    layer = LoRALinear.from_linear(nn.Linear(8, 12, dtype=torch.float64), r=2, backend="native")
-    assert fastpeft.explain(layer).verdicts["LoRALinear"].startswith("native: asked for by name, and raises: ")
+    layer = LoRALinear.from_linear(nn.Linear(8, 12, dtype=torch.float64), r=2, backend="cpu")
+    assert fastpeft.explain(layer).verdicts["LoRALinear"].startswith("cpu: asked for by name, and raises: ")
     layer.backend = "reference"
     assert fastpeft.explain(layer).verdicts["LoRALinear"] == "reference: asked for by name"
 

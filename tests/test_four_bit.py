@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import Expected, LoraInputs, assert_close_as_eager, fused, make_inputs
+from test_cpu import ISAS, extension
 from test_dora_norm import eager as eager_norm
-from test_native import ISAS, extension
 from torch import nn
 
 import fastpeft
-from fastpeft import nf4, ops
-from fastpeft.backends import native
+from fastpeft import four_bit, ops
+from fastpeft.call import Adapters, BackwardCall, ForwardCall, Kept, Needs, Weight
 from fastpeft.nn import QDoRALinear, QLoRALinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,12 +29,12 @@ FORMATS = [("nf4", 64, True), ("fp4", 32, False), ("nf4", 4096, False), ("fp4", 
 
 @pytest.fixture(params=(*ISAS, "reference"))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The native backend on each instruction set in turn, and the reference."""
+    """The CPU's backend on each instruction set in turn, and the reference."""
     if request.param == "reference":
         yield "reference"
         return
     extension().set_isa(request.param)
-    yield "native"
+    yield "cpu"
     extension().set_isa("auto")
 
 
@@ -48,7 +48,7 @@ def inputs(
     """``weight`` is what ``packed`` stands for in ``dtype``."""
     M, K, N = shape
     made = make_inputs((M, K), N, (8, 3) if dropout_p else (4,), dtype, torch.float32, dropout_p=dropout_p, dora=dora)
-    packed = nf4.quantize(made.weight, *form)
+    packed = four_bit.quantize(made.weight, *form)
     return replace(made, weight=packed.dequantize(dtype), packed=packed)
 
 
@@ -80,7 +80,7 @@ def test_the_norm_is_as_close_as_eager(
     made = inputs(shape, dtype, form)
     A, B = made.A[0], made.B[0]
     assert made.packed is not None
-    norm = ops.dora_norm(*nf4.weight_operands(made.packed), A, B, 0.75, dtype, backend)
+    norm = ops.dora_norm(*Weight.of(made.packed), A, B, 0.75, dtype, backend)
     exact = eager_norm(made.weight.double(), A.double(), B.double(), 0.75)
     assert_close_as_eager(norm, exact, eager_norm(made.weight, A, B, 0.75))
 
@@ -92,17 +92,16 @@ def test_with_a_unit_input_the_output_is_the_dequantized_weight_bit_by_bit(
     backend: str, shape: tuple[int, int, int], form: tuple[str, int, bool], dtype: torch.dtype
 ) -> None:
     _, K, N = shape
-    packed = nf4.quantize(torch.randn(N, K), *form)
-    zeros = [torch.zeros(2, K)], [torch.zeros(N, 2)], [], [1.0], [0.0], None, None
-    weight = nf4.weight_operands(packed)
-    y, *_ = ops.lora_linear(torch.eye(K, dtype=dtype), *weight, None, *zeros, False, backend)
-    assert torch.equal(y, packed.dequantize(dtype).t())
-    one, *_ = ops.lora_linear(torch.eye(K, dtype=dtype)[:1], *weight, None, *zeros, False, backend)
-    assert torch.equal(one, packed.dequantize(dtype).t()[:1])
-    A, B, c, *settings = zeros
-    (dx,) = ops.lora_linear_backward(
-        torch.eye(N, dtype=dtype), None, *weight, A, B, c, None, [], *settings, [True] + [False] * 4, backend
-    )
+    packed = four_bit.quantize(torch.randn(N, K), *form)
+    weight = Weight.of(packed)
+    zeros = Adapters([torch.zeros(2, K)], [torch.zeros(N, 2)], [], [1.0], [0.0])
+    for tokens in (K, 1):
+        x = torch.eye(K, dtype=dtype)[:tokens]
+        y, *_ = ops.lora_linear(*ForwardCall(x, weight, None, zeros, False).flat(), backend)
+        assert torch.equal(y, packed.dequantize(dtype).t()[:tokens])
+    needs = Needs.of([True] + [False] * 4, 1)
+    call = BackwardCall(torch.eye(N, dtype=dtype), None, weight, zeros, Kept(None, []), needs)
+    (dx,) = ops.lora_linear_backward(*call.flat(), backend)
     assert torch.equal(dx, packed.dequantize(dtype))
 
 
@@ -111,9 +110,8 @@ def test_opcheck(backend: str) -> None:
     assert made.packed is not None
     for tensor in (made.x, *made.A, *made.B):
         tensor.requires_grad_()
-    weight = nf4.weight_operands(made.packed)
-    args = made.x, *weight, made.bias, made.A, made.B, [], made.scaling, [0.0], None, None, False, backend
-    torch.library.opcheck(ops.lora_linear, args)
+    torch.library.opcheck(ops.lora_linear, (*made.call(keep_z=False).flat(), backend))
+    weight = Weight.of(made.packed)
     torch.library.opcheck(ops.dora_norm, (*weight, made.A[0].detach(), made.B[0].detach(), 1.0, torch.float32, backend))
 
 
@@ -141,7 +139,7 @@ def test_a_modules_statistics_keep_their_dtypes_and_survive_a_state_dict() -> No
     other = QLoRALinear.from_linear(nn.Linear(64, 48), r=4)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.matrix().dequantize(), before)
-    assert "native" in str(fastpeft.explain(layer))
+    assert "cpu runs it" in str(fastpeft.explain(layer))
 
 
 def test_the_layer_of_a_dense_weight_s_size_never_exists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +149,4 @@ def test_the_layer_of_a_dense_weight_s_size_never_exists(monkeypatch: pytest.Mon
     with torch.profiler.profile(profile_memory=True) as profile:
         layer(x.requires_grad_()).sum().backward()
     sizes = [event.cpu_memory_usage for event in profile.events()]
-    assert native._C is not None and 0 < max(sizes) < 2048 * 2048
+    assert 0 < max(sizes) < 2048 * 2048

@@ -150,7 +150,7 @@ def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "rows failed" not in printed and "package failed" not in printed
     assert not (out / "package.log").read_text().startswith(str(HERE.parent))  # put together elsewhere
     with tarfile.open(out / ARCHIVE) as archive:
-        names = {"slow.log", "rows.log", "package.log", "some-gpu.jsonl", "gpu_plans.json", "summary.txt"}
+        names = {"slow.log", "rows.log", "package.log", "some-gpu.jsonl", "plans.json", "summary.txt"}
         assert set(archive.getnames()) == names
         summary = archive.extractfile("summary.txt")
         assert summary is not None and "parity fails" in summary.read().decode()

@@ -13,8 +13,8 @@ import triton_interpreter
 from torch import nn
 
 import fastpeft
-from fastpeft.backends import gpu_plans
-from fastpeft.backends.gpu_plans import ENDINGS, FUSED, MeasuredGpu, Plan, Product
+from fastpeft.backends.gpu import plans as gpu_plans
+from fastpeft.backends.gpu.plans import ENDINGS, SHARED, MeasuredGpu, Plan, Product
 
 HERE = torch.device("cuda", 0)
 
@@ -26,10 +26,15 @@ def entry(M: int, plan: str, ending: str = "plain", dtype: str = "bfloat16", K: 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two GPUs were measured, and this machine has the second."""
-    plans = [entry(512, "fused"), entry(4096, "accumulate"), entry(512, "fused", "masked"), entry(64, "epilogue")]
-    plans += [entry(8192, "persistent")]
+    plans = [
+        entry(512, "one_accumulator"),
+        entry(4096, "low_rank_first"),
+        entry(512, "one_accumulator", "masked"),
+        entry(64, "base_first"),
+    ]
+    plans += [entry(8192, "one_accumulator_persistent")]
     gpus = [
-        {"name": "Small", "capability": [8, 6], "multiprocessors": 20, "plans": [entry(1, "epilogue")]},
+        {"name": "Small", "capability": [8, 6], "multiprocessors": 20, "plans": [entry(1, "base_first")]},
         {"name": "Large", "capability": [9, 0], "multiprocessors": 132, "plans": plans},
     ]
     (tmp_path / "plans.json").write_text(json.dumps(gpus))
@@ -47,29 +52,29 @@ def forget() -> None:
 
 
 def chosen(
-    M: int, ending: str = "plain", dtype: str = "bfloat16", fused: tuple[Plan, ...] = FUSED, K: int = 4096
+    M: int, ending: str = "plain", dtype: str = "bfloat16", shared: tuple[Plan, ...] = SHARED, K: int = 4096
 ) -> Plan:
-    return gpu_plans.choose(Product(M, K, 4096, dtype, ending), HERE, fused)
+    return gpu_plans.choose(Product(M, K, 4096, dtype, ending), HERE, shared)
 
 
 @pytest.mark.usefixtures("table")
 def test_the_nearest_entry_that_can_run_counts() -> None:
-    assert chosen(512) is Plan.fused
-    assert chosen(1000, K=5000) is Plan.fused
-    assert chosen(3000) is Plan.accumulate
-    assert chosen(80) is Plan.epilogue
-    assert chosen(512, "masked") is Plan.fused
-    assert chosen(512, fused=()) is Plan.accumulate  # the nearest without the fused kernel
-    assert chosen(7000) is Plan.persistent
-    assert chosen(7000, fused=(Plan.fused,)) is Plan.accumulate  # operands that have no descriptors
+    assert chosen(512) is Plan.one_accumulator
+    assert chosen(1000, K=5000) is Plan.one_accumulator
+    assert chosen(3000) is Plan.low_rank_first
+    assert chosen(80) is Plan.base_first
+    assert chosen(512, "masked") is Plan.one_accumulator
+    assert chosen(512, shared=()) is Plan.low_rank_first  # the nearest without the shared sums
+    assert chosen(7000) is Plan.one_accumulator_persistent
+    assert chosen(7000, shared=(Plan.one_accumulator,)) is Plan.low_rank_first  # operands that have no descriptors
 
 
 @pytest.mark.usefixtures("table")
 def test_what_was_not_measured_goes_by_the_equations() -> None:
-    assert chosen(512, "scaled") is Plan.epilogue
-    assert chosen(512, dtype="float32") is Plan.accumulate
-    assert chosen(1, dtype="float32") is Plan.epilogue
-    assert chosen(512, "masked", fused=()) is Plan.epilogue
+    assert chosen(512, "scaled") is Plan.base_first
+    assert chosen(512, dtype="float32") is Plan.low_rank_first
+    assert chosen(1, dtype="float32") is Plan.base_first
+    assert chosen(512, "masked", shared=()) is Plan.base_first
 
 
 def test_an_unknown_gpu_takes_the_one_most_like_it() -> None:
@@ -96,7 +101,7 @@ def test_the_shipped_table_can_be_read() -> None:
     for gpu in gpu_plans.measured_gpus():
         assert gpu.multiprocessors > 0
         for product, plan in gpu.plans:
-            assert product.ending in ENDINGS and plan in gpu_plans.plans_for(product.ending, FUSED)
+            assert product.ending in ENDINGS and plan in gpu_plans.plans_for(product.ending, SHARED)
 
 
 def test_explain_names_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +109,9 @@ def test_explain_names_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_interpreter.use(monkeypatch)
     assert str(fastpeft.explain(layer)).startswith(
         "1 × triton: asked for by name; plans by the equations, no GPU was measured: "
-        "1 token: epilogue (plain), epilogue (masked), epilogue (scaled), epilogue (scaled, masked); "
-        "512 tokens: accumulate (plain), epilogue (masked)"
+        "1 token: base_first (plain), base_first (masked), base_first (scaled), base_first (scaled, masked); "
+        "512 tokens: low_rank_first (plain), base_first (masked)"
     )
     monkeypatch.undo()
     layer.backend = None
-    assert "plans" not in str(fastpeft.explain(layer))  # the native backend takes it
+    assert "no GPU was measured" not in str(fastpeft.explain(layer))  # the CPU's backend takes it

@@ -18,9 +18,11 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import fastpeft
-from fastpeft import functional
-from fastpeft.backends import gpu, gpu_plans
-from fastpeft.peft import operands
+from fastpeft import checks, functional
+from fastpeft.backends.gpu import compose, plans
+from fastpeft.backends.gpu.kernel_set import DyGradients, DyOperands, Mask
+from fastpeft.call import Kept, Needs
+from fastpeft.peft import readers
 
 CASES = {
     "lora": Case(ranks=(8, 3), dropout_p=0.1),
@@ -37,20 +39,20 @@ class ValuelessKernels:
     def lora_down(self, *args: Any) -> None:
         pass
 
-    def lora_dy(self, dy: Tensor, B: Tensor, *args: Any) -> gpu.DyGradients:
-        dB, dc = dy.new_empty(B.shape, dtype=torch.float32), dy.new_empty(dy.shape[1], dtype=torch.float32)
-        return gpu.DyGradients(*(made if need else None for made, need in zip((dB, dc, dy), args[-1], strict=True)))
+    def lora_dy(self, dy: Tensor, operands: DyOperands, *args: Any) -> DyGradients:
+        dB, dc = dy.new_empty(operands.B.shape, dtype=torch.float32), dy.new_empty(dy.shape[1], dtype=torch.float32)
+        return DyGradients(*(made if need else None for made, need in zip((dB, dc, dy), args[-1], strict=True)))
 
-    def lora_dA(self, x: Tensor, v: Tensor, mask: gpu.Mask) -> Tensor:
+    def lora_dA(self, x: Tensor, v: Tensor, mask: Mask) -> Tensor:
         return v.new_empty((v.shape[1], x.shape[1]))
 
     def lora_up(self, *args: Any) -> None:
         pass
 
-    def dropout(self, x: Tensor, mask: gpu.Mask) -> Tensor:
+    def dropout(self, x: Tensor, mask: Mask) -> Tensor:
         return x.new_empty(x.shape)
 
-    def fused_plans(self, *args: Any) -> tuple[()]:
+    def shared_plans(self, *args: Any) -> tuple[()]:
         return ()
 
 
@@ -58,7 +60,7 @@ class ValuelessKernels:
 def valueless(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """A torch without CUDA has no GPU's facts, context and random numbers; nothing else is left out."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(gpu_plans, "_nearest_gpu", lambda index: None)
+    monkeypatch.setattr(plans, "_nearest_gpu", lambda index: None)
     monkeypatch.setattr(
         functional, "dropout_seeds", lambda count, device: torch.empty(count, dtype=torch.int64, device=device)
     )
@@ -83,11 +85,11 @@ def test_a_value_asked_for_is_noticed(valueless: FakeTensorMode) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_composition_asks_for_no_value(valueless: FakeTensorMode, case: Case) -> None:
     i, kernels = on_cuda(case.inputs()), ValuelessKernels()
-    settings = i.scaling, i.dropout_p, i.seed, i.adapter_index
-    y, u, z = gpu.lora_linear(kernels, i.x, i.weight, [], 0, i.bias, i.A, i.B, i.c, *settings, True)
+    call = i.call()
+    y, u, z = compose.lora_linear(kernels, *call)
     assert y.device.type == "cuda" and y.shape == i.dy.shape
-    needs = [True] * (3 + 2 * len(i.A) + len(i.c))
-    grads = gpu.lora_linear_backward(kernels, i.dy, i.x, i.weight, [], 0, i.A, i.B, i.c, u, z, *settings, needs)
+    needs = Needs.of([True] * (3 + 2 * len(i.A) + len(i.c)), len(i.A))
+    grads = compose.lora_linear_backward(kernels, i.dy, i.x, call.weight, call.adapters, Kept(u, z), needs)
     assert [g.shape for g in grads] == [t.shape for t in (i.x, i.weight, i.bias, *i.A, *i.B, *i.c)]
 
 
@@ -118,8 +120,8 @@ def test_a_scaling_that_is_a_tensor_is_not_read(monkeypatch: pytest.MonkeyPatch)
     def waits(tensor: Tensor) -> float:
         raise AssertionError("a value is asked for")
 
-    monkeypatch.setattr(operands, "is_readable", lambda tensor: False)
-    monkeypatch.setattr(functional, "is_readable", lambda tensor: False)
+    for module in (checks, readers):
+        monkeypatch.setattr(module, "is_readable", lambda tensor: False)
     for name in ("__float__", "item"):
         monkeypatch.setattr(Tensor, name, waits)
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)

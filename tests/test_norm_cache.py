@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastpeft import ops
-from fastpeft.backends import native
+from fastpeft import dispatch, four_bit, ops
+from fastpeft.backends.base import PARTS
+from fastpeft.call import Weight
 from fastpeft.norm_cache import NormCache
 
 N, K, R = 40, 72, 4
@@ -33,9 +34,8 @@ class Adapted(nn.Module):
         return self.cache.get(self.weight, self.A, self.B, self.scaling, torch.float32, None)
 
     def fresh(self) -> torch.Tensor:
-        return ops.dora_norm(
-            self.weight.detach(), [], 0, self.A.detach(), self.B.detach(), self.scaling, torch.float32, None
-        )
+        W, A, B = self.weight.detach(), self.A.detach(), self.B.detach()
+        return ops.dora_norm(*Weight.of(W), A, B, self.scaling, torch.float32, None)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[None]:
         calls.append(None)
         return compute(*args)
 
-    monkeypatch.setattr("fastpeft.norm_cache.ops", type("ops", (), {"call_dora_norm": staticmethod(counted)}))
+    monkeypatch.setattr(ops, "call_dora_norm", counted)
     return calls
 
 
@@ -80,6 +80,23 @@ def through_data(layer: Adapted, name: str) -> None:
 
 def one_row_through_data(layer: Adapted) -> None:
     layer.weight.data[7] += 1
+
+
+def one_element_through_data(layer: Adapted) -> None:
+    layer.weight.data[9, 1] += 3
+
+
+def outliers_through_data(layer: Adapted) -> None:
+    weight = layer.weight.data
+    weight[weight.abs() >= weight.abs().flatten().topk(16).values[-1]] = 0
+
+
+def half_a_row_through_data(layer: Adapted) -> None:
+    layer.weight.data[20, K // 2 :].mul_(3)
+
+
+def columns_through_data(layer: Adapted) -> None:
+    layer.weight.data[:, 3:5] *= 2
 
 
 def swapped_rows_through_data(layer: Adapted) -> None:
@@ -121,6 +138,10 @@ CHANGES: dict[str, Callable[[Adapted], object]] = {
     "A.data in place": lambda layer: through_data(layer, "A"),
     "B.data in place": lambda layer: through_data(layer, "B"),
     "a row of weight.data": one_row_through_data,
+    "an element of weight.data": one_element_through_data,
+    "outliers of weight.data": outliers_through_data,
+    "half a row of weight.data": half_a_row_through_data,
+    "columns of weight.data": columns_through_data,
     "rows of B.data swapped": swapped_rows_through_data,
     "weight.data assigned": lambda layer: assigned_data(layer, "weight"),
     "A.data assigned": lambda layer: assigned_data(layer, "A"),
@@ -159,7 +180,7 @@ def test_a_transposed_weight_is_watched_too(computed: list[None]) -> None:
     stored.data[3] *= 2
     assert torch.equal(
         cache.get(stored.t(), A, B, 1.0, torch.float32, None),
-        ops.dora_norm(stored.t(), [], 0, A, B, 1.0, torch.float32, None),
+        ops.dora_norm(*Weight.of(stored.t()), A, B, 1.0, torch.float32, None),
     )
     assert len(computed) == 2
 
@@ -203,22 +224,116 @@ def test_an_error_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastpeft.norm_cache.ops", type("ops", (), {"call_dora_norm": staticmethod(breaks)}))
+        patch.setattr(ops, "call_dora_norm", breaks)
         with pytest.raises(RuntimeError, match="no luck"):
             layer.norm()
     assert torch.equal(layer.norm(), layer.fresh())
 
 
+def large_layer() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """So large that a call of one token reads a part of W alone."""
+    torch.manual_seed(0)
+    return torch.randn(512, 256), torch.randn(R, 256), torch.randn(512, R)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 17), (255, 128), (511, 255)])
+def test_a_call_of_many_tokens_sees_one_element_of_a_large_weight_at_once(place: tuple[int, int]) -> None:
+    W, A, B = large_layer()
+    cache = NormCache()
+    before = cache.get(W, A, B, 1.0, torch.float32, None, tokens=512)
+    assert cache.get(W, A, B, 1.0, torch.float32, None, tokens=512) is before
+    W.data[place] += 3
+    after = cache.get(W, A, B, 1.0, torch.float32, None, tokens=512)
+    assert torch.equal(after, ops.dora_norm(*Weight.of(W), A, B, 1.0, torch.float32, None))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 17), (255, 128), (511, 255)])
+def test_calls_of_one_token_see_it_within_a_round_of_parts(place: tuple[int, int]) -> None:
+    W, A, B = large_layer()
+    cache = NormCache()
+    before = cache.get(W, A, B, 1.0, torch.float32, None)
+    W.data[place] += 3
+    found = [cache.get(W, A, B, 1.0, torch.float32, None) for _ in range(PARTS)]
+    assert all(norm is before or norm is found[-1] for norm in found)
+    assert torch.equal(found[-1], ops.dora_norm(*Weight.of(W), A, B, 1.0, torch.float32, None))
+
+
+@pytest.mark.parametrize("part", ["packed", "code", "absmax", "code2", "absmax2", "offset"])
+def test_every_part_of_a_4_bit_weight_is_watched(part: str) -> None:
+    W, A, B = large_layer()
+    weight, cache = four_bit.quantize(W), NormCache()
+    before = cache.get(weight, A, B, 1.0, torch.float32, None, tokens=512)
+    nested = dict(zip(("code2", "absmax2", "offset"), weight.nested or (), strict=True))
+    tensor = nested[part] if part in nested else getattr(weight, part)
+    tensor.data.flatten()[-1:].add_(1)
+    after = cache.get(weight, A, B, 1.0, torch.float32, None, tokens=512)
+    assert after is not before
+    assert torch.equal(after, ops.dora_norm(*Weight.of(weight), A, B, 1.0, torch.float32, None))
+
+
+def test_a_thread_gets_the_norm_of_its_own_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's call with other settings, in the middle of this one's, leaves this one's norm alone."""
+    torch.manual_seed(0)
+    layer = Adapted()
+    compute, inside = ops.call_dora_norm, []
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        found = compute(*args)
+        if not inside:
+            inside.append(None)
+            inside[0] = layer.cache.get(layer.weight, layer.A, layer.B, 3.0, torch.float32, None)
+        return found
+
+    monkeypatch.setattr(ops, "call_dora_norm", interrupted)
+    assert torch.equal(layer.norm(), layer.fresh())
+    assert torch.equal(
+        inside[0],
+        ops.dora_norm(*Weight.of(layer.weight.detach()), layer.A.detach(), layer.B.detach(), 3.0, torch.float32, None),
+    )
+    assert torch.equal(layer.norm(), layer.fresh())
+
+
+def test_what_an_evaluation_left_serves_training() -> None:
+    torch.manual_seed(0)
+    layer = Adapted()
+    with torch.inference_mode():
+        kept = layer.norm()
+    assert not kept.is_inference()
+    assert layer.norm() is kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 1000])
-def test_a_fingerprint_depends_on_every_element_and_its_place(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 1000, 5000])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_fingerprint_depends_on_every_element_and_its_place(large: bool, size: int, dtype: torch.dtype) -> None:
+    def taken(values: torch.Tensor) -> bytes:
+        return dispatch.named("cpu").fingerprint(*(([], [values]) if large else ([values], [])))
+
     values = torch.arange(size).to(dtype)
-    prints = {native.fingerprint(values)}
-    for place in {0, size // 2, size - 1}:
+    prints = {taken(values)}
+    places = {0, size // 2, size - 1}
+    for place in places:
         changed = values.clone()
-        changed[place] += 3
-        prints.add(native.fingerprint(changed))
-    prints.add(native.fingerprint(torch.cat([values, values[:1]])))
-    assert len(prints) == 2 + len({0, size // 2, size - 1})
+        changed[place] = 3 - changed[place]
+        prints.add(taken(changed))
+    prints.add(taken(torch.cat([values, values[:1]])))
+    assert len(prints) == 2 + len(places)
     if size > 1:
-        assert native.fingerprint(values.flip(0)) not in prints
+        assert taken(values.flip(0)) not in prints
+
+
+def test_the_prints_of_the_parts_are_those_of_the_whole() -> None:
+    cpu, values, other = dispatch.named("cpu"), torch.randn(20_000), torch.randn(30)
+    whole = cpu.fingerprint([other], [values, other])
+    assert len(whole) == 8 * (1 + 2 * PARTS)
+    first = [whole[8 * i : 8 * i + 8] for i in range(1, 1 + PARTS)]
+    assert len(set(first)) == PARTS
+    for at, count in ((0, 1), (31, 1), (5, 7), (0, PARTS)):
+        some = cpu.fingerprint([other], [values, other], at, count)
+        assert some[:8] == whole[:8] and some[8 : 8 + 8 * count] == b"".join(first[at : at + count])
+    changed = values.clone()
+    changed[12_345] += 1
+    assert sum(a != b for a, b in zip(whole, cpu.fingerprint([other], [changed, other]), strict=True)) <= 8
+    with pytest.raises(ValueError, match="there are 32 parts, got first 30 and count 4"):
+        cpu.fingerprint([], [values], 30, 4)

@@ -70,17 +70,15 @@ def test_gradcheck_in_float64(name: str) -> None:
         x, weight, *rest = leaves
         bias = rest.pop(0) if i.bias is not None else None
         A, B, c = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        settings = i.scaling, i.dropout_p, i.seed, i.adapter_index
-        return ops.lora_linear(x, weight, [], 0, bias, A, B, c, *settings, True, "reference")[0]
+        made = replace(i, x=x, weight=weight, bias=bias, A=A, B=B, c=c)
+        return ops.lora_linear(*made.call().flat(), "reference")[0]
 
     assert torch.autograd.gradcheck(lora_linear, [t.requires_grad_() for t in tensors])
 
 
 def test_u_is_the_dropped_input_times_A() -> None:
     i = integers(float64_inputs((7, 9), 4, "adapters"))
-    _, u, _ = ops.lora_linear(
-        i.x, i.weight, [], 0, i.bias, i.A, i.B, [], i.scaling, i.dropout_p, i.seed, i.adapter_index, False, "reference"
-    )
+    _, u, _ = ops.lora_linear(*i.call().flat(), "reference")
     dropped = [i.x if keep is None else i.x * keep for keep in i.keep()]
     assert torch.equal(u, torch.cat([x @ A.t() for x, A in zip(dropped, i.A, strict=True)], dim=1))
 
@@ -91,9 +89,8 @@ def test_no_product_is_spent_on_gradients_nobody_asked_for(needed: str, products
     u = i.x @ i.A[0].t()
     needs = [name == needed for name in i.differentiable()]
     with MatrixProducts() as counter:
-        lora_linear_backward_reference(
-            i.dy, i.x, i.weight, i.A, i.B, [], u, [], i.scaling, [None], [1.0], [None], needs
-        )
+        adapter = reference.Adapter(i.A[0], i.B[0], i.scaling[0])
+        lora_linear_backward_reference(i.dy, i.x, i.weight, u, [], [adapter], needs)
     assert counter.count == products
 
 
@@ -132,7 +129,8 @@ def test_a_token_is_untouched_by_the_overflow_of_an_adapter_that_does_not_serve_
     x = torch.full((2, 4), 1.0, dtype=dtype)
     A = torch.full((2, 4), huge, dtype=dtype)
     index = torch.tensor([0, -1])
-    y, _, _ = ops.lora_linear(x, i.weight, [], 0, None, [A], i.B, [], [1.0], [0.0], None, index, False, "reference")
+    made = replace(i, x=x, bias=None, A=[A], scaling=[1.0], adapter_index=index)
+    y, _, _ = ops.lora_linear(*made.call().flat(), "reference")
     assert not y[0].isfinite().all()
     assert torch.equal(y[1], (x @ i.weight.t())[1])
 
@@ -141,4 +139,4 @@ def test_reference_imports_torch_alone() -> None:
     tree = ast.parse(inspect.getsource(reference))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= {"__future__", "collections.abc", "torch"}
+    assert imported <= {"__future__", "collections.abc", "typing", "torch"}

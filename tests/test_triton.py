@@ -17,12 +17,12 @@ from oracle import Expected, LoraInputs, Results, assert_close_as_eager
 from triton.runtime.interpreter import InterpretedFunction
 
 import fastpeft
+from fastpeft import dispatch, ops
 from fastpeft import kernels as launchers
-from fastpeft import ops
-from fastpeft.backends import gpu_plans
-from fastpeft.backends import triton as backend
-from fastpeft.backends.gpu import Tail
-from fastpeft.backends.gpu_plans import Plan, Product, plans_for
+from fastpeft.backends.gpu import plans
+from fastpeft.backends.gpu import triton as backend
+from fastpeft.backends.gpu.kernel_set import DyNeeds, DyOperands, Tail
+from fastpeft.backends.gpu.plans import Plan, Product, plans_for
 from fastpeft.dropout import dropout_keep, dropout_threshold
 
 PLANNED = {
@@ -85,10 +85,10 @@ def test_the_interpreters_product_and_its_rounding_are_right(dtype: torch.dtype)
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each plan in turn, where it can run at all."""
 
-    def planned(product: Product, device: torch.device, fused: tuple[Plan, ...]) -> Plan:
-        return request.param if request.param in plans_for(product.ending, fused) else Plan.epilogue
+    def planned(product: Product, device: torch.device, shared: tuple[Plan, ...]) -> Plan:
+        return request.param if request.param in plans_for(product.ending, shared) else Plan.base_first
 
-    monkeypatch.setattr(gpu_plans, "choose", planned)
+    monkeypatch.setattr(plans, "choose", planned)
     yield
 
 
@@ -104,7 +104,7 @@ def test_where_the_copy_engine_can_move_the_tiles(
     monkeypatch.setattr(backend, "_architecture", lambda device: 90)
 
     def persistent(x: torch.Tensor = x, weight: torch.Tensor = weight, rank: int = 64) -> bool:
-        return Plan.persistent in kernels.fused_plans(x, weight, rank)
+        return Plan.one_accumulator_persistent in kernels.shared_plans(x, weight, rank)
 
     assert persistent()
     assert persistent(weight=weight.t().contiguous().t())
@@ -127,14 +127,14 @@ def test_the_persistent_programs_share_the_tiles(
     programs: int, kernels: backend.TritonKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 tiles; the kernel of that plan is what ran."""
-    if DEVICE == "cuda" and not backend.fused_plans(torch.device("cuda"), torch.bfloat16)[1:]:
+    if DEVICE == "cuda" and not backend.shared_plans(torch.device("cuda"), torch.bfloat16)[1:]:
         pytest.skip("this GPU has no such copy engine")
     monkeypatch.setattr(backend, "multiprocessors", lambda device: programs)
     with torch.device(DEVICE):
         x, weight = torch.randn(130, 72).half(), torch.randn(904, 72).half()
         u, B, bias, y = torch.randn(130, 4), torch.randn(904, 4), torch.randn(904), torch.full((130, 904), torch.nan)
     y = y.half()
-    kernels.lora_linear(Plan.persistent, x, weight, y, Tail(u, B, 1.5, bias=bias))
+    kernels.lora_linear(Plan.one_accumulator_persistent, x, weight, y, Tail(u, B, 1.5, bias=bias))
 
     def formula(dtype: torch.dtype) -> torch.Tensor:
         low_rank = (1.5 * u).to(dtype) @ B.to(dtype).t()
@@ -185,7 +185,7 @@ def test_partial_sums_of_v_are_bounded(
     with torch.device("meta"):
         dy, B, u, v = torch.empty(M, N, dtype=torch.bfloat16), torch.empty(N, r), torch.empty(M, r), torch.empty(M, r)
         c, z = (torch.empty(N), torch.empty_like(dy)) if scaled else (None, None)
-    kernels.lora_dy(dy, B, u, 1.0, None, 0, c, z, v, (True, scaled, scaled))
+    kernels.lora_dy(dy, DyOperands(B, u, 1.0, c=c, z=z), v, DyNeeds(True, scaled, scaled))
     ((*_, out, _, _, config),) = taken
     assert out.v.nbytes <= max(backend.MOST_BYTES_OF_V, v.nbytes)
     assert out.v.shape[0] * config.SLABS * config.BLOCK_N >= N
@@ -194,14 +194,12 @@ def test_partial_sums_of_v_are_bounded(
 @pytest.mark.parametrize("case", [Case(), Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(dora=True)], ids=str)
 def test_only_the_gradients_asked_for(case: Case) -> None:
     i = on_device(case.inputs())
-    settings = i.scaling, i.dropout_p, i.seed, i.adapter_index
-    _, u, z = ops.lora_linear(i.x, i.weight, [], 0, i.bias, i.A, i.B, i.c, *settings, True, "triton")
+    _, u, z = ops.lora_linear(*i.call().flat(), "triton")
     count = 3 + len(i.A) + len(i.B) + len(i.c)
-    operands = i.dy, i.x, i.weight, [], 0, i.A, i.B, i.c, u, z
-    every = ops.lora_linear_backward(*operands, *settings, [True] * count, "triton")
+    every = ops.lora_linear_backward(*i.backward_call(u, z, [True] * count).flat(), "triton")
     for n in range(count):
         needs = [k == n for k in range(count)]
-        (one,) = ops.lora_linear_backward(*operands, *settings, needs, "triton")
+        (one,) = ops.lora_linear_backward(*i.backward_call(u, z, needs).flat(), "triton")
         assert torch.equal(one, every[n])
 
 
@@ -210,7 +208,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, A, B = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
 
     def reason(x: torch.Tensor, weight: torch.Tensor = weight) -> str | None:
-        return backend.refuses("lora_linear", x, weight, [A], [B])
+        return dispatch.named("triton").refuses(x, weight, [A, B])
 
     assert reason(torch.randn(3, 6)) is None
     assert reason(torch.randn(3, 6).double()) == "it computes in float32, bfloat16 or float16, and x is torch.float64"

@@ -10,6 +10,7 @@ import triton_aot
 from occupancy import blocks_a_multiprocessor
 from triton_resources import FOLDERS, RECORD, Kernels, compiled_by
 
+pytestmark = pytest.mark.xdist_group("triton_aot")  # one process compiles for all of them
 WITHOUT_PRODUCT = ("dropout", "four_bit_decode")
 # Blocks that a multiprocessor of sm_90 and sm_100 holds at least. Kernels that go at the memory's speed need more than
 # one: the loads of others are on their way while one computes or ends. Those not named here need one.

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 import fastpeft
-from fastpeft import nf4, ops
+from fastpeft import four_bit, ops
+from fastpeft.call import Weight
 from fastpeft.functional import dora_linear, lora_linear
 
-BACKENDS = ["native", "reference"]
+BACKENDS = ["cpu", "reference"]
 
 
 def operands(N: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,7 +58,7 @@ def test_data_replaced_by_less_raises(which: int, learned: tuple[int, ...]) -> N
     tensors = operands()
     tensors[0].requires_grad_(0 in learned)
     x, W, A, B = tensors
-    y = lora_linear(x, W, None, A, B, 1.0, backend="native")
+    y = lora_linear(x, W, None, A, B, 1.0, backend="cpu")
     tensors[which].data = torch.zeros(1, 1)
     with pytest.raises(RuntimeError, match="must have"):
         torch.autograd.grad(y.sum(), [tensors[i] for i in learned])
@@ -67,7 +68,7 @@ def test_memory_that_was_freed_raises() -> None:
     x, W, A, B = operands()
     W.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="its data was freed or replaced"):
-        lora_linear(x, W, None, A, B, 1.0, backend="native")
+        lora_linear(x, W, None, A, B, 1.0, backend="cpu")
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -76,7 +77,7 @@ def test_a_norm_of_memory_that_was_freed_raises(which: int) -> None:
     W, A, B = tensors = torch.randn(64, 32), torch.randn(3, 32), torch.randn(64, 3)
     tensors[which].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="its data was freed or replaced"):
-        ops.call_dora_norm(W, [], 0, A, B, 1.0, torch.float32, "native")
+        ops.call_dora_norm(Weight.of(W), A, B, 1.0, torch.float32, "cpu")
     layer = fastpeft.nn.DoRALinear.from_linear(torch.nn.Linear(32, 64), r=3)
     (layer.weight, layer.lora_A, layer.lora_B)[which].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="its data was freed or replaced"):
@@ -87,7 +88,7 @@ def test_a_norm_of_lazily_negated_tensors_has_their_sign() -> None:
     W, A, B = torch.randn(64, 32), torch.randn(3, 32), torch.randn(64, 3)
     lazy = [torch._neg_view(-t) for t in (W, A, B)]
     norms = [
-        ops.call_dora_norm(w, [], 0, a, b, 1.0, torch.float32, "native")
+        ops.call_dora_norm(Weight.of(w), a, b, 1.0, torch.float32, "cpu")
         for w, a, b in ((W, A, B), (lazy[0], A, lazy[2]))
     ]
     assert torch.equal(*norms)
@@ -106,7 +107,7 @@ def test_a_second_derivative_raises_where_unused_inputs_may_be_zeros(backend: st
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_4_bit_statistics_changed_in_place_are_noticed(backend: str) -> None:
     x, _, A, B = operands()
-    weight = nf4.quantize(torch.randn(10, 16), nested=False)
+    weight = four_bit.quantize(torch.randn(10, 16), nested=False)
     y = lora_linear(x, weight, None, A, B, 1.0, backend=backend)
     weight.absmax.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -120,6 +121,6 @@ def test_a_tiny_dropout_takes_the_formula_of_dropout_everywhere() -> None:
     A, B = [torch.randn(3, 16) for _ in range(2)], [torch.randn(10, 3) for _ in range(2)]
     m = [torch.rand(10) + 1 for _ in range(2)]
     torch.manual_seed(1)
-    native = dora_linear(x, W, None, A, B, m, 1.0, dropout_p=1e-7, backend="native")
+    by_cpu = dora_linear(x, W, None, A, B, m, 1.0, dropout_p=1e-7, backend="cpu")
     torch.manual_seed(1)
-    torch.testing.assert_close(native, dora_linear(x, W, None, A, B, m, 1.0, dropout_p=1e-7, backend="reference"))
+    torch.testing.assert_close(by_cpu, dora_linear(x, W, None, A, B, m, 1.0, dropout_p=1e-7, backend="reference"))

@@ -27,8 +27,8 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpeft import kernels
-from fastpeft.backends.gpu import Tail
-from fastpeft.backends.triton import COPY_TILES
+from fastpeft.backends.gpu.kernel_set import DyOperands, Tail
+from fastpeft.backends.gpu.triton import COPY_TILES
 
 ARCHITECTURES = (80, 90, 100)
 PERFORMANCE_WARNING = r"\(C75\d\d\).*"  # of ptxas, such as that wgmma instructions wait for one another
@@ -74,11 +74,12 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
     by_x = replace(kernels.lora_dA_config(*kind), TILES=8)
     persistent = rank, 132, kernels.lora_linear_persistent_config(rank)
     norm = kernels.dora_norm_config(*kind)
+    by_dy, by_scaled_dy = DyOperands(B, u, 2.0), DyOperands(B, u, 2.0, c=c, z=z)
     every = {
-        "lora_down": lambda: kernels.lora_down(x, [A], [u_sums], [0], [None], None, *common, down),
-        "lora_down, dropout": lambda: kernels.lora_down(x, [A], [u_sums], [3277], [seed], None, *common, down),
+        "lora_down": lambda: kernels.lora_down(x, [A], [u_sums], [(0, None)], None, *common, down),
+        "lora_down, dropout": lambda: kernels.lora_down(x, [A], [u_sums], [(3277, seed)], None, *common, down),
         "lora_down, three adapters": lambda: kernels.lora_down(
-            x, [A] * 3, [u_sums] * 3, [3277, 0, 3277], [seed] * 3, None, *common, down
+            x, [A] * 3, [u_sums] * 3, [(3277, seed), (0, seed), (3277, seed)], None, *common, down
         ),
         "lora_linear": lambda: kernels.lora_linear(x, weight, y, plain, 0.0, *common, linear),
         "lora_linear, dx with dropout": lambda: kernels.lora_linear(y, weight.t(), x, masked, 0.0, *common, linear),
@@ -89,12 +90,10 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
         "lora_up": lambda: kernels.lora_up(y, None, y, plain, *common, up),
         "lora_up, dx with dropout": lambda: kernels.lora_up(x, None, x, masked, *common, up),
         "lora_up, dora with dropout": lambda: kernels.lora_up(y, z, y, dora, *common, up),
-        "lora_dy": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, None, None, gradients, *common, dy),
-        "lora_dy, dora": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, c, z, all_gradients, *common, scaled_dy),
-        "lora_dy, four slabs": lambda: kernels.lora_dy(y, B, u, 2.0, None, 0, None, None, gradients, *common, wide_dy),
-        "lora_dy, dora, four slabs": lambda: kernels.lora_dy(
-            y, B, u, 2.0, None, 0, c, z, all_gradients, *common, wide_scaled_dy
-        ),
+        "lora_dy": lambda: kernels.lora_dy(y, by_dy, gradients, *common, dy),
+        "lora_dy, dora": lambda: kernels.lora_dy(y, by_scaled_dy, all_gradients, *common, scaled_dy),
+        "lora_dy, four slabs": lambda: kernels.lora_dy(y, by_dy, gradients, *common, wide_dy),
+        "lora_dy, dora, four slabs": lambda: kernels.lora_dy(y, by_scaled_dy, all_gradients, *common, wide_scaled_dy),
         "lora_dA": lambda: kernels.lora_dA(x, u, dA, 0, None, *common, by_x),
         "lora_dA, dropout": lambda: kernels.lora_dA(x, u, dA, 3277, seed, *common, by_x),
         "dropout": lambda: kernels.dropout(x, x, 3277, 1.05, seed, kernels.DropoutConfig()),

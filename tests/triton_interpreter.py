@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from fastpeft.backends import triton
+from fastpeft.backends.gpu import triton
 
 
 def exact(handle: Any) -> np.ndarray[Any, Any]:
@@ -48,4 +48,4 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
-    monkeypatch.setattr("fastpeft.backends.triton.INTERPRETED_DTYPES", triton.DTYPES)
+    monkeypatch.setattr("fastpeft.backends.gpu.triton.INTERPRETED_DTYPES", triton.DTYPES)

@@ -16,7 +16,7 @@ from fastpeft.dispatch import BACKENDS
 
 RANK = 16
 SHAPES = ((1, 2048, 2048), (512, 1024, 1024), (512, 2048, 2048))
-AVAILABLE = [backend.NAME for backend in BACKENDS if backend.unavailable() is None]
+AVAILABLE = [backend.name for backend in BACKENDS if backend.unavailable() is None]
 
 pytestmark = [
     pytest.mark.parametrize("backend", AVAILABLE),

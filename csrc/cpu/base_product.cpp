@@ -118,7 +118,7 @@ class Task {
         uint64_t words[kRows * kKeepWords];
         if (g.threshold) k_.keep(g.seed, g.threshold, m, column, rows, columns, words);
         k_.left(sweep_.q + m * sweep_.ranks + g.first_rank, sweep_.ranks, rows, g.ranks, true, left_);
-        Epilogue target{.keep = g.threshold ? words : nullptr, .from = {sums(0) + offset, DType::f32, kStripe}};
+        Tail target{.keep = g.threshold ? words : nullptr, .from = {sums(0) + offset, DType::f32, kStripe}};
         if (g.operand) target.second = {sums(g.operand) + offset, DType::f32, kStripe};
         if (g.scale) target.scale = g.scale + column;
         if (g.z) {

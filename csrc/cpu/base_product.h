@@ -1,4 +1,4 @@
-// The base product and its low-rank part in one: float32 sums that are rounded once.
+// The product with the frozen weight W and the adapter's low-rank part in the same float32 sums, rounded once.
 #pragma once
 #include "skinny.h"
 

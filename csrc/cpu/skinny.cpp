@@ -115,7 +115,7 @@ class Task {
         const auto contiguous = [&](const void* p) {
             return static_cast<const char*>(p) + (m * s_.columns + c) * size;
         };
-        Epilogue target{.keep = keep, .dtype = s_.dtype, .ld_y = s_.ld_output};
+        Tail target{.keep = keep, .dtype = s_.dtype, .ld_y = s_.ld_output};
         target.y = static_cast<char*>(s_.output) + (m * s_.ld_output + c) * size;
         if (s_.add || &g != &s_.groups.front()) target.from = {target.y, s_.dtype, s_.ld_output};
         if (g.operand) target.second = {contiguous(s_.seconds[g.operand - 1]), s_.dtype, s_.columns};

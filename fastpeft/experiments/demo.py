@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,16 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 import fastpeft
 
 from .data import Encoded, Review, data_order, encode, read_reviews, split_reviews
-from .models import METHODS, MODELS, add_adapters, faster_dtype
-from .packages import MissingPackage
+from .models import FOUR_BIT_METHODS, METHODS, MODELS, add_adapters, faster_dtype
+from .options import Probability
+from .output import try_out, write_together
+from .pace import TRIAL_STEPS, reason, steps_that_fit
+from .packages import MissingPackage, require_package
 from .report import Result, draw_losses, results_table, write_json
 from .training import Run, evaluate, measure_memory, new_run, train_together
 
@@ -30,7 +35,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLOT, NUMBERS = "loss.png", "results.json"
 _EVALUATION_BATCH = 64
+_TESTING_COST = 1 / 3  # of training on as many sentences: no backward pass, less padding
+_MEMORY_STEPS = 2
 _QUIET_AND_OFFLINE = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -45,7 +53,7 @@ class Settings:
 
     model: str
     method: str
-    steps: int
+    steps: int | None
     dtype: str
     rank: int
     dropout: float
@@ -60,23 +68,33 @@ class Settings:
 @click.command(context_settings={"show_default": True})
 @click.option("--model", type=click.Choice(list(MODELS)), default="minilm", help="What to fine-tune.")
 @click.option("--method", type=click.Choice(list(METHODS)), default="lora", help="What kind of adapters.")
-@click.option("--steps", type=click.IntRange(1), default=100, help="Training steps of each of the two.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 10_000),
+    show_default="as many as fit about three minutes",
+    help="Training steps of each of the two.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", *DTYPES]),
     default="auto",
     help="Of the frozen model; adapters are float32. auto: the one in which this machine multiplies faster.",
 )
-@click.option("--rank", type=click.IntRange(1), default=16, help="Of the adapters.")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, help="Of the adapters.")
 @click.option(
     "--dropout",
-    type=click.FloatRange(0.0, 1.0, max_open=True),
+    type=Probability(),
     default=0.05,
     help="Of the adapters' inputs. With 0 the two losses differ by rounding alone.",
 )
-@click.option("--seed", type=int, default=0, help="Of the split, the order of the data, the new weights, the dropout.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, help="Sentences in a step.")
-@click.option("--length", type=click.IntRange(8), default=48, help="Tokens of a sentence; longer ones are cut.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    help="Of the split, the order of the data, the new weights, the dropout.",
+)
+@click.option("--batch-size", type=click.IntRange(1, 256), default=32, help="Sentences in a step.")
+@click.option("--length", type=click.IntRange(8, 512), default=48, help="Tokens of a sentence; longer ones are cut.")
 @click.option("--test-size", type=click.IntRange(1), default=1000, help="Sentences held out to measure the accuracy.")
 @click.option(
     "--data",
@@ -97,49 +115,93 @@ def command(**options: Any) -> None:
     Face PEFT and once by fastpeft: from the same weights, on the same batches, step by step in turn. A table and a
     plot then compare loss, time and memory.
     """
+    started = time.perf_counter()
     settings = Settings(**options)
     _quieten_libraries()
-    try:
-        train, test = split_reviews(read_reviews(settings.data), settings.test_size, settings.seed)
-    except MissingPackage as error:
-        raise click.ClickException(str(error)) from error
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--test-size") from error
+    train, test, model_folder = _checked(settings)
     console = Console(highlight=False)
     dtype = faster_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
+    source = MODELS[settings.model]
     with console.status("loading the model"):
         torch.manual_seed(settings.seed)
-        source = MODELS[settings.model]
-        try:
-            model, tokenizer = source.load()
-        except MissingPackage as error:
-            raise click.ClickException(str(error)) from error
+        model, tokenizer = source.load(model_folder)
+        model.to(dtype)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        adapted = add_adapters(model.to(dtype), settings.method, settings.rank, settings.dropout, settings.steps)
-        runs = side_by_side(adapted, source.learning_rate(settings.method))
         train_data, test_data = (encode(reviews, tokenizer, settings.length) for reviews in (train, test))
-
     title = f"{source.title} ({parameters / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})"
     console.print(f"[bold]{title}[/bold]\n{_introduction(settings, train, test)}")
+
+    steps = settings.steps
+    if steps is not None:
+        console.print(f"{steps} steps each, as --steps says.")
+    else:
+        with console.status("measuring the pace of both"):
+            paces = trial_paces(model, settings, train_data)
+        after = _MEMORY_STEPS + _TESTING_COST * settings.test_size / settings.batch_size
+        steps = steps_that_fit(paces, time.perf_counter() - started, after)
+        console.print(reason(steps, paces))
+    runs = contenders(model, settings, steps)
     for verdict, count in Counter(fastpeft.explain(runs[1].model).verdicts.values()).items():
         console.print(f"Adapted layers of the fastpeft run: {count} × {verdict}", markup=False)
     console.print()
-    order = data_order(len(train_data), settings.batch_size, settings.steps, settings.seed)
+    order = data_order(len(train_data), settings.batch_size, steps, settings.seed)
     train_with_progress(console, runs, train_data, order, settings.seed)
     with console.status("testing both, and counting the memory of one step"):
         results = [measured(run, test_data, train_data.take(order[0])) for run in runs]
 
     console.print(results_table(results), _notes(settings, results), "", sep="\n")
-    settings.out.mkdir(parents=True, exist_ok=True)
-    plot, numbers = settings.out / "loss.png", settings.out / "results.json"
-    draw_losses(plot, title, results)
-    facts = {"torch": torch.__version__, "peft": version("peft"), "fastpeft": fastpeft.__version__}
-    write_json(numbers, {key: str(value) for key, value in asdict(settings).items()} | facts, results)
+    _write_report(replace(settings, steps=steps), title, results)
     console.print(
-        f"{plot} shows both loss curves: on the left by step, where they should lie on each other; on the right by the "
-        f"seconds that the steps took, where the faster one ends first.\n{numbers} holds the numbers of every step.",
+        f"{settings.out / PLOT} shows both loss curves: on the left by step, where they should lie on each other; on "
+        "the right by the seconds that the steps took, where the faster one ends first.\n"
+        f"{settings.out / NUMBERS} holds the numbers of every step.",
         soft_wrap=True,
     )
+
+
+def _checked(settings: Settings) -> tuple[list[Review], list[Review], Path]:
+    """The reviews to train on and to test on, and the folder of the model; the output folder is there afterwards.
+
+    Raises:
+        click.ClickException: something that the demo needs sooner or later is missing or cannot be used.
+    """
+    try:
+        train, test = split_reviews(read_reviews(settings.data), settings.test_size, settings.seed)
+        for package in ("matplotlib", "peft", "transformers"):
+            require_package(package, "pip install 'fastpeft[demo]'")
+        if settings.method in FOUR_BIT_METHODS:
+            require_package("bitsandbytes", "pip install bitsandbytes")
+        model_folder = MODELS[settings.model].find()
+    except MissingPackage as error:
+        raise click.ClickException(str(error)) from error
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--test-size'") from error
+    try:
+        try_out(settings.out, (PLOT, NUMBERS))
+    except OSError as error:
+        raise click.BadParameter(
+            f"no report can be written there ({error}); allowed is a folder, or a path where one can be made.",
+            param_hint="'--out'",
+        ) from error
+    return train, test, model_folder
+
+
+def contenders(model: nn.Module, settings: Settings, steps: int) -> list[Run]:
+    """``model`` with new adapters, about to be trained for ``steps`` steps by PEFT and by fastpeft."""
+    adapted = add_adapters(model, settings.method, settings.rank, settings.dropout, steps)
+    return side_by_side(adapted, MODELS[settings.model].learning_rate(settings.method))
+
+
+def trial_paces(model: nn.Module, settings: Settings, data: Encoded) -> dict[str, float]:
+    """The seconds that a step of each contender takes, tried on a copy of ``model``.
+
+    What is trained afterwards does not depend on the trial: it leaves torch's generator as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        runs = contenders(copy.deepcopy(model), settings, TRIAL_STEPS)
+        order = data_order(len(data), settings.batch_size, TRIAL_STEPS, settings.seed)
+        train_together(runs, data, order, settings.seed, lambda run: None)
+    return {run.name: run.seconds_per_step() for run in runs}
 
 
 def side_by_side(model: PeftModel, learning_rate: float) -> list[Run]:
@@ -186,9 +248,22 @@ def _introduction(settings: Settings, train: Sequence[Review], test: Sequence[Re
         f"It is frozen and learns through {METHODS[settings.method]} adapters on its linear layers (rank "
         f"{settings.rank}, dropout {settings.dropout:g}): once by PEFT {version('peft')}, once by fastpeft "
         f"{fastpeft.__version__}.\n"
-        f"Both start from the same weights and take turns on the same {settings.steps} batches of "
+        f"Both start from the same weights and take turns on the same batches of "
         f"{settings.batch_size} × {settings.length} tokens (threads: {torch.get_num_threads()})."
     )
+
+
+def _write_report(settings: Settings, title: str, results: Sequence[Result]) -> None:
+    versions = {"torch": torch.__version__, "peft": version("peft"), "fastpeft": fastpeft.__version__}
+    facts = {key: str(value) for key, value in asdict(settings).items()} | versions
+    writers = {
+        PLOT: lambda path: draw_losses(path, title, results),
+        NUMBERS: lambda path: write_json(path, facts, results),
+    }
+    try:
+        write_together(settings.out, writers)
+    except OSError as error:
+        raise click.ClickException(f"the report could not be written to {settings.out}: {error}") from error
 
 
 def _notes(settings: Settings, results: Sequence[Result]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..nf4 import quantize
+from ..four_bit import quantize
 
 
 def to_four_bit(model: nn.Module, wanted: Callable[[str], bool], *, decoded: bool = False) -> nn.Module:

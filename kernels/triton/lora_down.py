@@ -122,23 +122,22 @@ def lora_down(
     x: Tensor,
     A: Sequence[Tensor],
     u: Sequence[Tensor],
-    thresholds: Sequence[int],
-    seeds: Sequence[Tensor | None],
+    masks: Sequence[tuple[int, Tensor | None]],
     index: Tensor | None,
     rank_block: int,
     precision: str,
     config: LoraDownConfig,
 ) -> None:
-    """Writes ``D(x) Aᵀ`` to ``u [splits, M, r]`` (float32, strides alike) for each adapter, with its own mask; 0 where
-    ``index [M]`` names another one. Each split has the sums over ``SPLIT_K`` inputs."""
-    M, K = x.shape
+    """Writes ``D(x) Aᵀ`` to ``u [splits, M, r]`` (float32, strides alike) for each adapter, with its own mask, a
+    threshold and a seed; 0 where ``index [M]`` names another one. Each split has the sums over ``SPLIT_K`` inputs."""
+    (M, K), thresholds, seeds = x.shape, tuple(mask[0] for mask in masks), tuple(mask[1] for mask in masks)
     grid = (
         triton.cdiv(M, config.BLOCK_M),
         sum(triton.cdiv(a.shape[0], rank_block) for a in A),
         triton.cdiv(K, config.SPLIT_K),
     )
     _lora_down_kernel[grid](
-        *(x, tuple(A), tuple(u), tuple(seeds), index, tuple(thresholds), M, K, tuple(a.shape[0] for a in A)),
+        *(x, tuple(A), tuple(u), seeds, index, thresholds, M, K, tuple(a.shape[0] for a in A)),
         *(*x.stride(), u[0].stride(1), u[0].stride(0), tuple(a.stride(0) for a in A), tuple(a.stride(1) for a in A)),
         DROPS=tuple(threshold > 0 for threshold in thresholds),
         HAS_INDEX=index is not None,

@@ -6,6 +6,7 @@ Sums over programs are made of partial sums, one each, which torch adds in order
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import triton
 import triton.language as tl
@@ -193,26 +194,28 @@ class DyOutputs:
     dz: Tensor | None
 
 
+class DyOperands(Protocol):
+    """One adapter's part, see ``fastpeft.backends.gpu.kernel_set.DyOperands``."""
+
+    B: Tensor
+    u: Tensor | None
+    scale: float
+    adapter_index: Tensor | None
+    adapter: int
+    c: Tensor | None
+    z: Tensor | None
+
+
 def lora_dy(
-    dy: Tensor,
-    B: Tensor,
-    u: Tensor | None,
-    scale: float,
-    index: Tensor | None,
-    adapter: int,
-    c: Tensor | None,
-    z: Tensor | None,
-    out: DyOutputs,
-    rank_block: int,
-    precision: str,
-    config: LoraDyConfig,
+    dy: Tensor, operands: DyOperands, out: DyOutputs, rank_block: int, precision: str, config: LoraDyConfig
 ) -> None:
     """One read of ``dy [M, N]``: ``v = scale c∘dy B``, ``dB = scale (c∘dy)ᵀ u``, ``dc = Σ dy∘z`` and ``dz = c∘dy``."""
+    B, u, index, c = operands.B, operands.u, operands.adapter_index, operands.c
     (M, N), rank = dy.shape, B.shape[1]
     parts = triton.cdiv(M, config.BLOCK_M * config.TILES)
     grid = triton.cdiv(N, config.BLOCK_N * config.SLABS), parts, triton.cdiv(rank, rank_block)
     _lora_dy_kernel[grid](
-        *(dy, B, u, index, adapter, c, z, out.v, out.dB, out.dc, out.dz, scale, M, N, rank),
+        *(dy, B, u, index, operands.adapter, c, operands.z, out.v, out.dB, out.dc, out.dz, operands.scale, M, N, rank),
         *(*dy.stride(), *B.stride(), 0 if u is None else u.stride(0)),
         HAS_INDEX=index is not None,
         HAS_C=c is not None,

@@ -175,7 +175,7 @@ def _lora_up_kernel(
 
 
 class Tail(Protocol):
-    """What follows a product, see ``fastpeft.backends.gpu.Tail``."""
+    """What follows a product, see ``fastpeft.backends.gpu.kernel_set.Tail``."""
 
     q: Tensor
     right: Tensor

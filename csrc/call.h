@@ -1,0 +1,65 @@
+// The arguments of an op under names, as in fastpeft/call.py: a weight, adapters, what is kept, which gradients are
+// asked for.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "matrix.h"
+
+namespace fastpeft {
+
+// W [N, K]: a dense tensor, or 4 bits an element.
+struct Weight {
+    at::Tensor data;                // [N, K], any strides; or uint8, flat
+    std::vector<at::Tensor> quant;  // empty; or code [16], absmax; or code, absmax in uint8, code2, absmax2, offset
+    int64_t blocksize;
+    int64_t N, K;
+
+    bool four_bit() const { return !quant.empty(); }
+};
+
+// The adapters, with dropout's factor 1 / (1 - p) made part of `scaling` and p turned into the mask's threshold.
+struct Adapters {
+    std::vector<at::Tensor> A, B;  // [r, K], [N, r]
+    std::vector<at::Tensor> c;     // DoRA: [N], float32, contiguous, one an adapter; empty for LoRA
+    std::vector<double> scaling;
+    std::vector<int64_t> thresholds;  // 0: nothing is dropped
+    std::optional<at::Tensor> seed, index;
+
+    size_t count() const { return A.size(); }
+    bool dora() const { return !c.empty(); }
+    int64_t ranks() const {
+        int64_t sum = 0;
+        for (const at::Tensor& a : A) sum += a.size(0);
+        return sum;
+    }
+};
+
+// The gradients that are asked for.
+struct Needs {
+    bool x, weight, bias;
+    std::vector<bool> A, B, c;
+
+    static bool any(const std::vector<bool>& some) { return std::find(some.begin(), some.end(), true) != some.end(); }
+};
+
+// What the forward pass keeps beside its operands.
+struct Kept {
+    std::optional<at::Tensor> u;  // [M, Σ r], float32
+    std::vector<at::Tensor> z;    // [M, N], one for each c
+};
+
+// y [..., N], u and z.
+using Forward = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+
+// The dtype that a call of so many tokens keeps z in: of a single one, no sum averages z's rounding.
+inline at::ScalarType z_dtype(int64_t tokens, at::ScalarType dtype) { return tokens == 1 ? at::kFloat : dtype; }
+
+// Rows of x [..., columns].
+inline int64_t tokens_of(const at::Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
+
+}  // namespace fastpeft

@@ -1,0 +1,89 @@
+#include "checks.h"
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+
+#include <algorithm>
+
+namespace fastpeft {
+
+using at::Tensor;
+using Tensors = std::vector<Tensor>;
+
+namespace {
+
+void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+    TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must have shape [", rows, ", ",
+                columns, "], got ", t.sizes());
+    check_memory(name, t);
+}
+
+void check_rows(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+    TORCH_CHECK(t.dim() > 0 && t.size(-1) == columns && t.numel() == rows * columns, name, " must have ", rows,
+                " rows of ", columns, ", got ", t.sizes());
+    check_memory(name, t);
+}
+
+}  // namespace
+
+void check_memory(const char* name, const Tensor& t) {
+    if (t._is_zerotensor()) return;
+    const size_t needed = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.dtype().itemsize(),
+                                                           static_cast<size_t>(t.storage_offset()));
+    TORCH_CHECK(t.numel() == 0 || needed <= t.storage().nbytes(), name, " has shape ", t.sizes(), " and takes ", needed,
+                " bytes of memory, and there are ", t.storage().nbytes(), ": its data was freed or replaced");
+}
+
+void check_operands(const std::optional<Tensor>& x, const Weight& weight, const std::optional<Tensor>& bias,
+                    const Adapters& adapters, int64_t tokens) {
+    const int64_t N = weight.N, K = weight.K;
+    if (x) check_rows("x", *x, tokens, K);
+    if (weight.four_bit()) {
+        TORCH_CHECK(weight.data.numel() >= (N * K + 1) / 2, "weight must hold ", N * K, " elements of 4 bits, got ",
+                    weight.data.numel(), " bytes");
+        check_memory("weight", weight.data);
+        for (const Tensor& statistics : weight.quant) check_memory("what describes weight", statistics);
+    } else {
+        check_matrix("weight", weight.data, N, K);
+    }
+    if (bias) check_rows("bias", *bias, 1, N);
+    for (size_t i = 0; i < adapters.A.size(); ++i) {
+        check_matrix("A", adapters.A[i], adapters.A[i].size(0), K);
+        check_matrix("B", adapters.B[i], N, adapters.A[i].size(0));
+    }
+    for (const Tensor& c : adapters.c) check_rows("c", c, 1, N);
+    if (adapters.index) check_rows("adapter_index", adapters.index->reshape({-1}), 1, tokens);
+}
+
+void check_kept(const Tensor& dy, const Weight& weight, const Adapters& adapters, const Kept& kept, int64_t tokens) {
+    check_rows("dy", dy, tokens, weight.N);
+    if (kept.u) check_matrix("u", *kept.u, tokens, adapters.ranks());
+    for (const Tensor& each : kept.z) check_matrix("z", each, tokens, weight.N);
+}
+
+bool is_lazy(const Tensor& t) { return t.is_neg() || t._is_zerotensor(); }
+bool is_lazy(const std::optional<Tensor>& t) { return t && is_lazy(*t); }
+bool is_lazy(const Tensors& some) {
+    return std::any_of(some.begin(), some.end(), [](const Tensor& t) { return is_lazy(t); });
+}
+bool is_lazy(const Weight& weight) { return is_lazy(weight.data) || is_lazy(weight.quant); }
+bool is_lazy(const Adapters& adapters) { return is_lazy(adapters.A) || is_lazy(adapters.B) || is_lazy(adapters.c); }
+
+Tensor in_memory(const Tensor& t) { return t._is_zerotensor() ? at::zeros(t.sizes(), t.options()) : t.resolve_neg(); }
+std::optional<Tensor> in_memory(const std::optional<Tensor>& t) {
+    return t ? std::optional<Tensor>(in_memory(*t)) : std::nullopt;
+}
+Tensors in_memory(const Tensors& some) {
+    Tensors all;
+    for (const Tensor& t : some) all.push_back(in_memory(t));
+    return all;
+}
+Weight in_memory(const Weight& weight) {
+    return {in_memory(weight.data), in_memory(weight.quant), weight.blocksize, weight.N, weight.K};
+}
+Adapters in_memory(const Adapters& adapters) {
+    return {in_memory(adapters.A), in_memory(adapters.B), in_memory(adapters.c), adapters.scaling,
+            adapters.thresholds,   adapters.seed,         adapters.index};
+}
+
+}  // namespace fastpeft

@@ -1,0 +1,15 @@
+// The AMX kernels on processors without AMX, with the tile instructions emulated: for tests, never chosen by itself.
+#if defined(__x86_64__)
+#include "amx_emulation.h"
+#include "vector_avx512.h"
+
+namespace {
+constexpr int kFloatRows = 8, kFloatRanks = 16;
+}
+#include "pair_kernels_amx.inl"
+
+#define PAIR(name) name##_amx
+#include "pair_table.inl"
+
+const fastpeft::cpu::Kernels fastpeft::cpu::kEmulatedAmx = pair_table("emulated_amx", {.low_rank_first = true});
+#endif

@@ -1,0 +1,91 @@
+// Which instruction set's kernels run: the processor is asked once, and an override serves the tests.
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fastpeft::cpu {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+}
+
+bool has_amx() {
+#if defined(__linux__)
+    if (!has_avx512() || !__builtin_cpu_supports("amx-bf16") || !__builtin_cpu_supports("amx-tile")) return false;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+struct Candidates {
+    const Kernels* tables[5] = {};
+    const char* names[5] = {};
+
+    Candidates() {
+        int count = 0;
+        const auto offer = [&](const Kernels& table) {
+            tables[count] = &table;
+            names[count++] = table.name;
+        };
+#if defined(__x86_64__)
+        if (has_amx()) offer(kAmx);
+        if (has_avx512()) offer(kAvx512);
+        if (has_avx2()) offer(kAvx2);
+#endif
+        offer(kPlain);
+    }
+};
+
+const Candidates& candidates() {
+    static const Candidates found;
+    return found;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+    const Kernels* table = chosen.load(std::memory_order_relaxed);
+    return table ? *table : *candidates().tables[0];
+}
+
+bool set_kernels(const char* name) {
+    if (std::strcmp(name, "auto") == 0) {
+        chosen = nullptr;
+        return true;
+    }
+    for (int i = 0; candidates().tables[i]; ++i)
+        if (std::strcmp(candidates().names[i], name) == 0) {
+            chosen = candidates().tables[i];
+            return true;
+        }
+#if defined(__x86_64__)
+    if (has_avx512() && std::strcmp(kEmulatedAmx.name, name) == 0) {
+        chosen = &kEmulatedAmx;
+        return true;
+    }
+#endif
+    return false;
+}
+
+const char* const* available_kernels() { return candidates().names; }
+
+}  // namespace fastpeft::cpu

@@ -1,0 +1,146 @@
+#include "layout.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace fastpeft::cpu {
+
+using at::Tensor;
+
+namespace {
+constexpr int64_t kColumnGrain = 512;  // columns of a gradient a thread should copy, at least
+}
+
+Tensor floats(at::IntArrayRef shape) { return at::empty(shape, at::dtype(at::kFloat)); }
+
+int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// One line more than whole vectors, so that rows do not share a cache set.
+int64_t gradient_stride(int64_t columns) { return padded(columns) + kLanes; }
+
+uint64_t seed_of(const Adapters& adapters, size_t i) {
+    const Tensor& seed = *adapters.seed;
+    return static_cast<uint64_t>(seed.const_data_ptr<int64_t>()[static_cast<int64_t>(i) * seed.stride(0)]);
+}
+
+Tensor panel(const Kernels& kernels, const Tensor& s, bool pairs) {
+    const int64_t elements = panel_elements(s.size(0), s.size(1));
+    Tensor packed = at::empty({elements}, at::dtype(pairs ? at::kBFloat16 : at::kFloat));
+    // One stride must be 1: the packing loads sixteen neighbours at a time.
+    const Tensor rows = s.stride(0) == 1 || s.stride(1) == 1 ? s : s.contiguous();
+    pack(kernels, matrix(rows), pairs, packed.mutable_data_ptr());
+    return packed;
+}
+
+Layout::Layout(const Adapters& adapters) : adapters_(adapters), first_rank(adapters.A.size()) {
+    const auto own_group = [&](size_t i) { return adapters.dora() || adapters.thresholds[i]; };
+    int64_t shared = 0;
+    for (size_t i = 0; i < adapters.A.size(); ++i)
+        if (!own_group(i)) {
+            first_rank[i] = shared;
+            shared += rank(i);
+        }
+    ranks = padded(shared);
+    if (shared) groups.push_back({.first_rank = 0, .ranks = ranks});
+    for (size_t i = 0; i < adapters.A.size(); ++i)
+        if (own_group(i)) {
+            first_rank[i] = ranks;
+            groups.push_back({.first_rank = ranks, .ranks = padded(rank(i))});
+            if (adapters.thresholds[i]) {
+                groups.back().seed = seed_of(adapters, i);
+                groups.back().threshold = static_cast<uint32_t>(adapters.thresholds[i]);
+            }
+            ranks += padded(rank(i));
+        }
+}
+
+// Calls f(an adapter's columns in a row of q, where they lie in the dense layout, how many, its scaling).
+template <typename F>
+void Layout::each_run(const Tensor& q, F f) const {
+    constexpr int64_t kGrainElements = 1 << 14;
+    const int64_t total = adapters_.ranks();
+    float* data = q.mutable_data_ptr<float>();
+    at::parallel_for(0, q.size(0), std::max<int64_t>(1, kGrainElements / ranks), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m) {
+            int64_t offset = 0;
+            for (size_t i = 0; i < first_rank.size(); offset += rank(i), ++i)
+                f(data + m * ranks + first_rank[i], m * total + offset, rank(i),
+                  static_cast<float>(adapters_.scaling[i]));
+        }
+    });
+}
+
+Tensor Layout::stacked(const std::vector<Tensor>& parts, bool transposed) const {
+    if (parts.size() == 1) return transposed ? parts[0].t() : parts[0];
+    const int64_t columns = parts[0].size(transposed ? 0 : 1);
+    at::ScalarType widest = parts[0].scalar_type();
+    for (const Tensor& part : parts) widest = at::promote_types(widest, part.scalar_type());
+    Tensor stack = at::zeros({ranks, columns}, at::dtype(widest));
+    for (size_t i = 0; i < parts.size(); ++i)
+        stack.narrow(0, first_rank[i], rank(i)).copy_(transposed ? parts[i].t() : parts[i]);
+    return stack;
+}
+
+Tensor Layout::dense_then_scale_(const Tensor& q) const {
+    const Tensor u = floats({q.size(0), adapters_.ranks()});
+    float* out = u.mutable_data_ptr<float>();
+    each_run(q, [&](float* run, int64_t at, int64_t n, float scaling) {
+        std::memcpy(out + at, run, n * sizeof(float));
+        for (int64_t r = 0; r < n; ++r) run[r] *= scaling;
+    });
+    return u;
+}
+
+void Layout::scale_(const Tensor& q) const {
+    each_run(q, [](float* run, int64_t, int64_t n, float scaling) {
+        for (int64_t r = 0; r < n; ++r) run[r] *= scaling;
+    });
+}
+
+Tensor Layout::padded_from(const Tensor& u) const {
+    if (adapters_.ranks() == ranks && first_rank.size() == 1) return u.contiguous();
+    const Tensor source = u.contiguous(), q = at::zeros({u.size(0), ranks}, at::dtype(at::kFloat));
+    const float* in = source.const_data_ptr<float>();
+    each_run(q, [&](float* run, int64_t at, int64_t n, float) { std::memcpy(run, in + at, n * sizeof(float)); });
+    return q;
+}
+
+void Layout::select_(const Tensor& q) const {
+    if (!adapters_.index) return;
+    const Tensor index = adapters_.index->reshape({-1, 1});
+    for (size_t i = 0; i < first_rank.size(); ++i)
+        q.narrow(1, first_rank[i], rank(i)).masked_fill_(index.ne(static_cast<int64_t>(i)), 0);
+}
+
+Tensor Layout::rows_of(const Tensor& sums, size_t i, int64_t columns) const {
+    const int64_t n = rank(i), ld = sums.size(1);
+    const Tensor grad = floats({n, columns});
+    const float* in = sums.const_data_ptr<float>() + first_rank[i] * ld;
+    float* out = grad.mutable_data_ptr<float>();
+    at::parallel_for(0, columns, kColumnGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t r = 0; r < n; ++r)
+            std::memcpy(out + r * columns + begin, in + r * ld + begin, (end - begin) * sizeof(float));
+    });
+    return grad.to(adapters_.A[i].scalar_type());
+}
+
+Tensor Layout::scaled_columns_of(const Tensor& sums, size_t i, int64_t columns, const Tensor& factor) const {
+    const int64_t n = rank(i), ld = sums.size(1);
+    const Tensor grad = floats({columns, n});
+    const float* in = sums.const_data_ptr<float>() + first_rank[i] * ld;
+    float* out = grad.mutable_data_ptr<float>();
+    const auto scaling = static_cast<float>(adapters_.scaling[i]);
+    const float* by_column = factor.defined() ? factor.const_data_ptr<float>() : nullptr;
+    at::parallel_for(0, columns, kColumnGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+            const float s = by_column ? scaling * by_column[c] : scaling;
+            for (int64_t r = 0; r < n; ++r) out[c * n + r] = s * in[r * ld + c];
+        }
+    });
+    return grad.to(adapters_.B[i].scalar_type());
+}
+
+}  // namespace fastpeft::cpu

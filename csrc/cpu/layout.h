@@ -1,0 +1,63 @@
+// Where the ranks of each adapter lie in the padded matrices of the CPU's kernels; the buffers of a call.
+#pragma once
+#include "../tensors.h"
+#include "skinny.h"
+
+namespace fastpeft::cpu {
+
+at::Tensor floats(at::IntArrayRef shape);  // uninitialised
+int64_t padded(int64_t n);                 // up to whole vectors
+int64_t gradient_stride(int64_t columns);  // of a [ranks, columns] sum
+uint64_t seed_of(const Adapters& adapters, size_t i);
+at::Tensor panel(const Kernels& kernels, const at::Tensor& s, bool pairs);
+
+// columns.cpp: columns [first, first + count) of W, or of Wᵀ, in float32: [N, count] or [K, count]. Elements of 4 bits
+// are rounded to `dtype` before, as dequantizing to it would.
+at::Tensor columns_of(const Weight& weight, bool transposed, int64_t first, int64_t count, at::ScalarType dtype);
+
+// few_tokens.cpp: u and y = x Wᵀ + s u Bᵀ + bias (float32, may be undefined) for x [tokens, K]; y contiguous, float32
+// or as x.
+void few_tokens_product(const at::Tensor& x, const Weight& weight, const at::Tensor& bias, const Adapters& adapters,
+                        const at::Tensor& u, const at::Tensor& y);
+
+// Where each adapter's ranks lie: those without a mask side by side in the first group, each other in its own; with
+// DoRA each in its own, in order, since one adapter's scale acts on those before it.
+class Layout {
+  public:
+    explicit Layout(const Adapters& adapters);
+
+    int64_t rank(size_t i) const { return adapters_.A[i].size(0); }
+
+    // All adapters as one group: in LoRA, masks are on x and dx alone, not on y and dy.
+    RankGroup unmasked() const { return {.first_rank = 0, .ranks = ranks}; }
+
+    // All A (or Bᵀ) one below the other [ranks, columns], zeros in between; a view where there is one adapter.
+    at::Tensor stacked(const std::vector<at::Tensor>& parts, bool transposed) const;
+
+    // Between the padded layout q [M, ranks] of the kernels and the dense one u [M, Σ r] of the op; every adapter's
+    // columns of q are multiplied with its scaling once u is taken from them.
+    at::Tensor dense_then_scale_(const at::Tensor& q) const;
+    void scale_(const at::Tensor& q) const;
+    at::Tensor padded_from(const at::Tensor& u) const;
+
+    // Clears the tokens that an adapter does not serve.
+    void select_(const at::Tensor& q) const;
+
+    // One adapter's gradient from the sums [ranks, columns + …] of a sweep: dA [r, columns], or dB [columns, r] scaled,
+    // also by `factor` [columns] where it is given. The threads that summed the columns copy them: their caches hold
+    // them.
+    at::Tensor rows_of(const at::Tensor& sums, size_t i, int64_t columns) const;
+    at::Tensor scaled_columns_of(const at::Tensor& sums, size_t i, int64_t columns, const at::Tensor& factor) const;
+
+    std::vector<RankGroup> groups;
+    int64_t ranks = 0;
+
+  private:
+    template <typename F>
+    void each_run(const at::Tensor& q, F f) const;
+
+    const Adapters& adapters_;
+    std::vector<int64_t> first_rank;
+};
+
+}  // namespace fastpeft::cpu

@@ -1,0 +1,334 @@
+// The op on CPU tensors, forward and backward: products with W by the plan (plan.h), skinny ones by sweeps (skinny.h).
+#include "lora_linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "base_product.h"
+#include "layout.h"
+
+namespace fastpeft::cpu {
+namespace {
+
+using at::Tensor;
+
+Sweep sweep_over(const Tensor& wide, const Layout& layout) {
+    return {.dtype = dtype_of(wide),
+            .rows = wide.size(0),
+            .columns = wide.size(1),
+            .ranks = layout.ranks,
+            .groups = layout.groups};
+}
+
+// y = x W, W [K, N]
+void vendor_product(const Tensor& y, const Tensor& x, const Tensor& weight) {
+    Tensor out = y;
+    at::mm_out(out, x, weight);
+}
+
+void vendor_product_onto(const Tensor& y, const Tensor& x, const Tensor& weight) { y.addmm_(x, weight); }
+
+// y = x W, or x Wᵀ, in float32, stripe by stripe of W.
+void product_float32(const Tensor& y, const Tensor& x, const Weight& weight, bool transposed) {
+    constexpr int64_t kColumns = 256;
+    const Tensor wide = x.to(at::kFloat);
+    for (int64_t n = 0; n < y.size(1); n += kColumns) {
+        const int64_t columns = std::min(kColumns, y.size(1) - n);
+        y.narrow(1, n, columns).copy_(at::mm(wide, columns_of(weight, transposed, n, columns, x.scalar_type())));
+    }
+}
+
+// y = x[0] W (or Wᵀ) + the output of the sweep, whose groups find x[i] W as their operand i; what else the sweep does
+// is done too.
+void base_and_low_rank(const Kernels& kernels, Sweep& sweep, const Tensor& y, const std::vector<Tensor>& x,
+                       const Weight& weight, bool transposed, Plan plan) {
+    sweep.output = y.mutable_data_ptr();
+    sweep.ld_output = y.stride(0);
+    if (plan == Plan::one_accumulator) {
+        TORCH_CHECK(
+            has_base_product(kernels) && y.scalar_type() == at::kBFloat16 && x[0].size(1) % 2 == 0,
+            "Plan.one_accumulator needs has_base_product(), bfloat16 and an even number of contracted elements");
+        std::vector<Tensor> rows;
+        std::vector<Operand> operands;
+        for (const Tensor& part : x) {
+            rows.push_back(part.stride(0) >= part.size(1) ? part : part.contiguous());
+            const int64_t ld = part.size(0) > 1 ? rows.back().stride(0) : part.size(1);
+            operands.push_back({rows.back().const_data_ptr(), ld});
+        }
+        RightOperand right{.transposed = transposed};
+        const FourBit packed = weight.four_bit() ? four_bit(weight) : FourBit{};
+        if (weight.four_bit()) {
+            right.packed = &packed;
+            right.s = {nullptr, DType::bf16, x[0].size(1), y.size(1), 0, 0};
+        } else {
+            right.s = matrix(transposed ? weight.data.t() : weight.data);
+        }
+        base_product(kernels, sweep, operands, right);
+        sweep.output = nullptr;
+        if (sweep.product || sweep.gradient) run(kernels, sweep);
+        return;
+    }
+    const bool scales = std::any_of(sweep.groups.begin(), sweep.groups.end(), [](const auto& g) { return g.scale; });
+    TORCH_CHECK(plan != Plan::low_rank_first || !scales, "Plan.low_rank_first cannot scale the base product: DoRA");
+    TORCH_CHECK(plan == Plan::base_first_float32 || !weight.four_bit(), "a 4-bit weight has no dense product");
+    const Tensor dense = weight.four_bit() ? Tensor() : transposed ? weight.data.t() : weight.data;
+    const auto product = [&](const Tensor& out, const Tensor& in) {
+        plan == Plan::base_first_float32 ? product_float32(out, in, weight, transposed)
+                                         : vendor_product(out, in, dense);
+    };
+    std::vector<Tensor> seconds;
+    for (size_t i = 1; i < x.size(); ++i) {
+        seconds.push_back(at::empty({y.size(0), y.size(1)}, y.options()));
+        product(seconds.back(), x[i]);
+        sweep.seconds.push_back(seconds.back().const_data_ptr());
+    }
+    sweep.add = plan != Plan::low_rank_first;
+    if (sweep.add) product(y, x[0]);
+    run(kernels, sweep);
+    if (!sweep.add) vendor_product_onto(y, x[0], dense);
+}
+
+// factor · keep ∘ scale ∘ in; a scale [columns] that is not defined and a threshold of 0 do nothing.
+Tensor scaled(const Tensor& in, const Tensor& scale, double factor, uint64_t seed, int64_t threshold) {
+    const Kernels& kernels = cpu::kernels();
+    const int64_t rows = in.size(0), columns = in.size(1), size = in.element_size();
+    const Tensor out = at::empty({rows, columns}, in.options());
+    const char* from = static_cast<const char*>(in.const_data_ptr());
+    char* to = static_cast<char*>(out.mutable_data_ptr());
+    at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+        uint64_t words[kRows * kKeepWords];
+        for (int64_t m = begin * kRows; m < std::min(end * kRows, rows); m += kRows)
+            for (int64_t c = 0; c < columns; c += kColumns) {
+                const int64_t m_count = std::min(kRows, rows - m), c_count = std::min(kColumns, columns - c);
+                if (threshold) kernels.keep(seed, static_cast<uint32_t>(threshold), m, c, m_count, c_count, words);
+                kernels.scale({from + (m * in.stride(0) + c) * size, dtype_of(in), in.stride(0)}, m_count, c_count,
+                              threshold ? words : nullptr,
+                              scale.defined() ? scale.const_data_ptr<float>() + c : nullptr, static_cast<float>(factor),
+                              to + (m * columns + c) * size, columns);
+            }
+    });
+    return out;
+}
+
+// Column sums of a ∘ b in float32; tiles of rows are summed by themselves.
+Tensor column_dots(const Tensor& a, const Tensor& b) {
+    constexpr int64_t kGrainColumns = 64;
+    const Kernels& kernels = cpu::kernels();
+    const int64_t rows = a.size(0), columns = a.size(1);
+    const Tensor sums = at::zeros({columns}, at::dtype(at::kFloat));
+    at::parallel_for(0, columns, kGrainColumns, [&](int64_t begin, int64_t end) {
+        const auto tile = [&](const Tensor& t, int64_t m) {
+            const char* data =
+                static_cast<const char*>(t.const_data_ptr()) + (m * t.stride(0) + begin) * t.element_size();
+            return Tile{data, dtype_of(t), t.stride(0)};
+        };
+        for (int64_t m = 0; m < rows; m += kRows)
+            kernels.column_dots(tile(a, m), tile(b, m), std::min(kRows, rows - m), end - begin,
+                                sums.mutable_data_ptr<float>() + begin);
+    });
+    return sums;
+}
+
+// What DoRA's scales c make of a gradient: dy ∘ later[i] is the gradient of what adapter i hands on, dy ∘ own[i] that
+// of its z, and dy ∘ base that of x Wᵀ. An adapter without dropout scales all that comes before it. Undefined: ones.
+struct Chain {
+    std::vector<Tensor> later, own;
+    Tensor base;
+
+    explicit Chain(const Adapters& adapters) : later(adapters.A.size()), own(adapters.A.size()) {
+        for (size_t i = adapters.c.size(); i-- > 0;) {
+            later[i] = base;
+            own[i] = base.defined() ? base * adapters.c[i] : adapters.c[i];
+            if (!adapters.thresholds[i]) base = own[i];
+        }
+    }
+};
+
+}  // namespace
+
+Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias, const Adapters& adapters,
+                    bool keep_z) {
+    const Plan plan = forward_plan(x, weight, adapters);
+    const Tensor x2 = flat_rows(x);
+    const int64_t N = weight.N;
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = N;
+    const Tensor y = at::empty(shape, x.options());
+    const Tensor y2 = y.dim() == 2 ? y : y.view({-1, N});
+    const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+    const bool dora = adapters.dora();
+    const at::ScalarType dtype_of_z = z_dtype(x2.size(0), x.scalar_type());
+
+    if (plan == Plan::dots) {
+        const Tensor u = floats({x2.size(0), adapters.ranks()});
+        if (!dora) {
+            few_tokens_product(x2, weight, bias32, adapters, u, y2);
+            return {y, u, {}};
+        }
+        TORCH_CHECK(adapters.c.size() == 1 && !adapters.thresholds[0],
+                    "Plan.dots takes one DoRA adapter without dropout");
+        const Tensor z = floats({x2.size(0), N});
+        few_tokens_product(x2, weight, {}, adapters, u, z);
+        const Tensor product = z * adapters.c[0];
+        y2.copy_(bias ? product + bias32 : product);
+        return {y, u, keep_z ? std::vector<Tensor>{z.to(dtype_of_z)} : std::vector<Tensor>{}};
+    }
+
+    const Kernels& kernels = cpu::kernels();
+    const bool pairs = kernels.pairs(dtype_of(x));
+    const Layout layout(adapters);
+    const Tensor q = floats({x2.size(0), layout.ranks});
+
+    Sweep down = sweep_over(x2, layout);
+    const Tensor panel_A = panel(kernels, layout.stacked(adapters.A, false).t(), pairs);
+    down.input = x2.const_data_ptr();
+    down.ld_input = x2.stride(0);
+    down.panel_in = panel_A.const_data_ptr();
+    down.product = q.mutable_data_ptr<float>();
+    run(kernels, down);
+    layout.select_(q);
+    Tensor u = layout.dense_then_scale_(q);
+
+    Sweep up = sweep_over(y2, layout);
+    const Tensor panel_B = panel(kernels, layout.stacked(adapters.B, true), pairs);
+    std::vector<Tensor> inputs{x2}, z;
+    if (dora)
+        for (size_t i = 0; i < adapters.c.size(); ++i) {
+            RankGroup& group = up.groups[i];
+            group.scale = adapters.c[i].const_data_ptr<float>();
+            if (keep_z) {
+                z.push_back(at::empty({x2.size(0), N}, x.options().dtype(dtype_of_z)));
+                group.z = z.back().mutable_data_ptr();
+                group.z_dtype = dtype_of(z.back());
+            }
+            if (group.threshold) {  // the mask is on x: y has none
+                inputs.push_back(scaled(x2, {}, dropout_scale(group.threshold), group.seed, group.threshold));
+                group.operand = inputs.size() - 1;
+                group.threshold = 0;
+            }
+        }
+    else
+        up.groups = {layout.unmasked()};
+    up.q = q.const_data_ptr<float>();
+    up.panel_out = panel_B.const_data_ptr();
+    up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
+    base_and_low_rank(kernels, up, y2, inputs, weight, true, plan);
+    return {y, u, z};
+}
+
+std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const Weight& weight,
+                                         const Adapters& adapters, const Kept& kept, const Needs& needs) {
+    const Plan plan = backward_plan(dy, weight, adapters);
+    const size_t count = adapters.count();
+    const bool need_A = Needs::any(needs.A), need_B = Needs::any(needs.B);
+    const Kernels& kernels = cpu::kernels();
+    const Layout layout(adapters);
+    const Chain chain(adapters);
+    const Tensor dy2 = flat_rows(dy);
+    const Tensor x2 = x ? flat_rows(*x) : Tensor();
+    const bool pairs = kernels.pairs(dtype_of(dy));
+    const int64_t M = dy2.size(0), N = weight.N, K = weight.K;
+
+    Tensor v, dA, dB, dx;
+    if (needs.x || need_A || need_B) {  // dy is read once for v and dB
+        Sweep sweep = sweep_over(dy2, layout);
+        sweep.groups = {layout.unmasked()};
+        sweep.input = dy2.const_data_ptr();
+        sweep.ld_input = dy2.stride(0);
+        Tensor panel_B, q;
+        if (needs.x || need_A) {
+            std::vector<Tensor> B = adapters.B;
+            for (size_t i = 0; i < adapters.c.size(); ++i) B[i] = B[i] * chain.own[i].unsqueeze(1);
+            v = floats({M, layout.ranks});
+            panel_B = panel(kernels, layout.stacked(B, true).t(), pairs);
+            sweep.panel_in = panel_B.const_data_ptr();
+            sweep.product = v.mutable_data_ptr<float>();
+        }
+        if (need_B) {
+            q = layout.padded_from(*kept.u);
+            dB = floats({layout.ranks, gradient_stride(N)});
+            sweep.q = q.const_data_ptr<float>();
+            sweep.gradient = dB.mutable_data_ptr<float>();
+            sweep.ld_gradient = dB.size(1);
+        }
+        run(kernels, sweep);
+    }
+    if (v.defined()) {
+        layout.scale_(v);
+        layout.select_(v);
+    }
+    std::vector<Tensor> inputs;  // of the product with W: the gradients of x Wᵀ and of each D(x) Wᵀ
+    std::vector<RankGroup> groups = layout.groups;
+    if (needs.x || needs.weight) {
+        inputs.push_back(chain.base.defined() ? scaled(dy2, chain.base, 1.0, 0, 0) : dy2);
+        for (size_t i = 0; i < adapters.c.size(); ++i)
+            if (adapters.thresholds[i]) {
+                const Tensor scale = chain.later[i].defined() ? chain.own[i] - chain.later[i] : chain.own[i] - 1;
+                inputs.push_back(scaled(dy2, scale, dropout_scale(adapters.thresholds[i]), 0, 0));
+                groups[i].operand = inputs.size() - 1;
+            }
+    }
+    if (needs.x || need_A) {  // x is read once for dA; the low-rank part of dx may be written in the same sweep
+        std::vector<int64_t> shape(dy.sizes().begin(), dy.sizes().end());
+        shape.back() = K;
+        if (needs.x) dx = at::empty(shape, dy.options());
+        const Tensor dx2 = needs.x ? dx.view({-1, K}) : x2;
+        Sweep sweep = sweep_over(dx2, layout);
+        sweep.groups = groups;
+        sweep.q = v.const_data_ptr<float>();
+        Tensor panel_A;
+        if (need_A) {
+            dA = floats({layout.ranks, gradient_stride(K)});
+            sweep.input = x2.const_data_ptr();
+            sweep.ld_input = x2.stride(0);
+            sweep.gradient = dA.mutable_data_ptr<float>();
+            sweep.ld_gradient = dA.size(1);
+        }
+        if (needs.x) {
+            panel_A = panel(kernels, layout.stacked(adapters.A, false), pairs);
+            sweep.panel_out = panel_A.const_data_ptr();
+            base_and_low_rank(kernels, sweep, dx2, inputs, weight, false, plan);
+        } else {
+            run(kernels, sweep);
+        }
+    }
+
+    std::vector<Tensor> grads;
+    if (needs.x) grads.push_back(dx);
+    if (needs.weight) {
+        Tensor dW = at::mm(inputs[0].t(), x2);
+        for (const RankGroup& group : groups)
+            if (group.operand)
+                dW = dW + at::mm(inputs[group.operand].t(), scaled(x2, {}, 1.0, group.seed, group.threshold));
+        grads.push_back(dW.to(weight.data.scalar_type()));
+    }
+    if (needs.bias) grads.push_back(dy2.sum(at::IntArrayRef{0}, false, at::kFloat).to(dy.scalar_type()));
+    for (size_t i = 0; i < count; ++i)
+        if (needs.A[i]) grads.push_back(layout.rows_of(dA, i, K));
+    for (size_t i = 0; i < count; ++i)
+        if (needs.B[i]) grads.push_back(layout.scaled_columns_of(dB, i, N, chain.own[i]));
+    for (size_t i = 0; i < adapters.c.size(); ++i)
+        if (needs.c[i]) {
+            const Tensor sums = column_dots(dy2, kept.z[i]);
+            grads.push_back(chain.later[i].defined() ? sums * chain.later[i] : sums);
+        }
+    return grads;
+}
+
+Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold) {
+    const Kernels& kernels = cpu::kernels();
+    Tensor mask = at::empty({rows, columns}, at::dtype(at::kBool));
+    bool* out = mask.mutable_data_ptr<bool>();
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t c = 0; c < columns; c += kColumns) {
+            uint64_t words[kKeepWords];
+            const int64_t n = std::min(kColumns, columns - c);
+            kernels.keep(static_cast<uint64_t>(seed), static_cast<uint32_t>(threshold), m, c, 1, n, words);
+            for (int64_t i = 0; i < n; ++i) out[m * columns + c + i] = words[i / 64] >> (i % 64) & 1;
+        }
+    return mask;
+}
+
+}  // namespace fastpeft::cpu

@@ -1,0 +1,28 @@
+// The ops on CPU tensors; ../ops.h says what they compute.
+#pragma once
+#include "plan.h"
+
+namespace fastpeft::cpu {
+
+Forward lora_linear(const at::Tensor& x, const Weight& weight, const std::optional<at::Tensor>& bias,
+                    const Adapters& adapters, bool keep_z);
+
+std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                                             const Weight& weight, const Adapters& adapters, const Kept& kept,
+                                             const Needs& needs);
+
+at::Tensor dora_norm(const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
+                     at::ScalarType dtype);
+
+// The memory of a large tensor is divided into so many parts, each of lines from all over it.
+constexpr int64_t kFingerprintParts = 32;
+
+// Numbers that depend on all bytes of contiguous tensors and on their places: one of the small ones together, then for
+// each of the large ones `count` numbers, of its parts from `first` on.
+std::vector<uint64_t> fingerprint(const std::vector<at::Tensor>& small, const std::vector<at::Tensor>& large,
+                                  int64_t first, int64_t count);
+
+// Boolean [rows, columns], true where an element is kept: the mask that the kernels draw.
+at::Tensor dropout_keep(int64_t seed, int64_t rows, int64_t columns, int64_t threshold);
+
+}  // namespace fastpeft::cpu

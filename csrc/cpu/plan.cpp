@@ -1,0 +1,80 @@
+// Chooses how a product with W is computed on the CPU; its thresholds are what bench/cpu_plans.py measured.
+#include "plan.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <atomic>
+
+#include "base_product.h"
+
+namespace fastpeft::cpu {
+
+using at::Tensor;
+
+namespace {
+
+constexpr int kChosen = -1;
+std::atomic<int> forced{kChosen};
+
+// Up to so many tokens, while they fit half a first-level cache, dot products with the rows of W beat any other plan.
+int64_t few_tokens(at::ScalarType dtype) { return dtype == at::kBFloat16 ? 4 : dtype == at::kFloat ? 8 : 16; }
+constexpr int64_t kFewTokensBytes = 16384;
+constexpr int64_t kFewTokensFourBit = 8;  // the same of a 4-bit W, at any size: each weight is decoded once for all
+
+// Whether the vendor's float16 product is fast here; without instructions for it, it is slower than float32's.
+bool has_float16_products() {
+    static const bool found =
+        c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_is_mkldnn_fp16_supported", "").typed<bool()>().call();
+    return found;
+}
+
+bool is_contiguous(const std::vector<Tensor>& some) {
+    return std::all_of(some.begin(), some.end(), [](const Tensor& t) { return t.is_contiguous(); });
+}
+
+bool takes_dots(const Tensor& x, const Weight& weight, const Adapters& adapters) {
+    if (adapters.dora() && (adapters.count() > 1 || adapters.thresholds[0])) return false;
+    return x.numel() > 0 && weight.data.is_contiguous() && is_contiguous(adapters.A) && is_contiguous(adapters.B);
+}
+
+bool has_few_tokens(const Tensor& x, const Weight& weight) {
+    const int64_t tokens = tokens_of(x);
+    if (weight.four_bit()) return tokens <= kFewTokensFourBit;
+    const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
+    return tokens == 1 || (tokens <= few_tokens(x.scalar_type()) && bytes <= kFewTokensBytes);
+}
+
+// The product of x [..., columns] with W, contracted over `columns`.
+Plan product_plan(const Tensor& x, const Weight& weight, const Adapters& adapters) {
+    const Kernels& kernels = cpu::kernels();
+    const at::ScalarType dtype = x.scalar_type();
+    const bool four_bit = weight.four_bit();
+    if (dtype == at::kBFloat16 && x.size(-1) % 2 == 0 &&
+        (four_bit || (kernels.prefers.packs_dense && (weight.data.stride(0) == 1 || weight.data.stride(1) == 1))) &&
+        has_base_product(kernels))
+        return Plan::one_accumulator;
+    if (four_bit) return Plan::base_first_float32;
+    // DoRA scales the base product: it comes first.
+    if (dtype == at::kBFloat16 && kernels.prefers.low_rank_first && !adapters.dora()) return Plan::low_rank_first;
+    if (dtype == at::kHalf && !has_float16_products()) return Plan::base_first_float32;
+    return Plan::base_first;
+}
+
+}  // namespace
+
+Plan forward_plan(const Tensor& x, const Weight& weight, const Adapters& adapters) {
+    const int plan = forced;
+    if (plan != kChosen) return static_cast<Plan>(plan);
+    if (has_few_tokens(x, weight) && takes_dots(x, weight, adapters)) return Plan::dots;
+    return product_plan(x, weight, adapters);
+}
+
+Plan backward_plan(const Tensor& dy, const Weight& weight, const Adapters& adapters) {
+    const int plan = forced;
+    if (plan != kChosen && static_cast<Plan>(plan) != Plan::dots) return static_cast<Plan>(plan);
+    return product_plan(dy, weight, adapters);
+}
+
+void force_plan(std::optional<Plan> plan) { forced = plan ? static_cast<int>(*plan) : kChosen; }
+
+}  // namespace fastpeft::cpu

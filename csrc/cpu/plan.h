@@ -1,0 +1,23 @@
+// How a product with W and its low-rank part are computed on the CPU.
+#pragma once
+#include "../call.h"
+
+namespace fastpeft::cpu {
+
+enum class Plan {
+    dots,                // dot products with the rows of W: a few tokens, contiguous tensors, forward alone
+    base_first,          // the vendor's product with W, the low-rank part added onto it
+    low_rank_first,      // the low-rank part, the vendor's product with W added onto it
+    base_first_float32,  // base_first in float32, stripe by stripe of W: no fast products in this dtype, or a 4-bit W
+    one_accumulator,     // both in the same float32 sums (base_product.h): bfloat16
+};
+
+// The fastest plan for a call as `python -m fastpeft.bench.cpu_plans` measured them, or the one that tests and benches
+// force.
+Plan forward_plan(const at::Tensor& x, const Weight& weight, const Adapters& adapters);
+Plan backward_plan(const at::Tensor& dy, const Weight& weight, const Adapters& adapters);
+
+// Takes this plan wherever it can compute what is asked for, until it is called without one; `dots` forward alone.
+void force_plan(std::optional<Plan> plan);
+
+}  // namespace fastpeft::cpu

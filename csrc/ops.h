@@ -1,0 +1,33 @@
+// The ops in C++, on the CPU or a GPU, forward, backward and DoRA's norm: what fastpeft/backends/compiled.py calls.
+#pragma once
+#include "call.h"
+
+namespace fastpeft {
+
+// Where a call runs: on the CPU, or on a GPU by the launchers of fastpeft._cuda. In numbers, since autograd hashes what
+// a graph keeps when it compiles one.
+struct Where {
+    int64_t launchers = 0;  // the address of a cuda::Launchers; 0: on the CPU
+    int64_t device = 0, stream = 0;
+};
+
+// y = x Wᵀ + b with the adapters, u = D(x) Aᵀ, and with keep_z each DoRA adapter's z; see fastpeft/reference.py.
+Forward lora_linear(const Where& where, const at::Tensor& x, const Weight& weight,
+                    const std::optional<at::Tensor>& bias, const Adapters& adapters, bool keep_z);
+
+// The gradients of x, weight, bias, *A, *B, *c that are needed, in this order. x may be missing where neither weight
+// nor any A needs one.
+std::vector<at::Tensor> lora_linear_backward(const Where& where, const at::Tensor& dy,
+                                             const std::optional<at::Tensor>& x, const Weight& weight,
+                                             const Adapters& adapters, const Kept& kept, const Needs& needs);
+
+// ‖W + s B A‖ of each row of W [N, K]: [N] in float32; s B A is computed in `dtype`.
+at::Tensor dora_norm(const Where& where, const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
+                     at::ScalarType dtype);
+
+// y of lora_linear, with its autograd node: what fastpeft/ops.py's node does in Python, which takes as long as a small
+// layer. Keeps x as it came, for dA (or dW), u, for dB, z, for dc, and the seed. Differentiable once.
+at::Tensor lora_linear_with_gradient(const Where& where, const at::Tensor& x, const Weight& weight,
+                                     const std::optional<at::Tensor>& bias, const Adapters& adapters, bool keep_z);
+
+}  // namespace fastpeft

@@ -1,0 +1,156 @@
+"""The arguments of an op under names: a weight, adapters, what the forward pass keeps, which gradients are needed. They
+go from functional.py to the backends, and as the tuples that they are to C++ (csrc/call.h).
+
+Torch's dispatcher knows flat lists of tensors and numbers alone: :meth:`ForwardCall.flat` and :meth:`ForwardCall.of`
+are the way there and back, and this file the only one that knows the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .four_bit import FourBit
+
+_WEIGHT = "Tensor weight, Tensor[] quant, int blocksize"
+_ADAPTERS = (
+    "Tensor[] A, Tensor[] B, Tensor[] c, float[] scaling, float[] dropout_p, Tensor? seed, Tensor? adapter_index"
+)
+LORA_LINEAR_SCHEMA = (
+    f"lora_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_ADAPTERS}, bool keep_z, str? backend) "
+    "-> (Tensor, Tensor, Tensor[])"
+)
+LORA_LINEAR_BACKWARD_SCHEMA = (
+    f"lora_linear_backward(Tensor dy, Tensor? x, {_WEIGHT}, {_ADAPTERS}, Tensor? u, Tensor[] z, bool[] needs, "
+    "str? backend) -> Tensor[]"
+)
+DORA_NORM_SCHEMA = f"dora_norm({_WEIGHT}, Tensor A, Tensor B, float scaling, ScalarType dtype, str? backend) -> Tensor"
+
+
+class Weight(NamedTuple):
+    """``W [N, K]``, dense or in 4 bits.
+
+    Attributes:
+        data: ``[N, K]``, any strides; of 4 bits the packed bytes, flat.
+        quant: empty; of 4 bits what :attr:`fastpeft.four_bit.FourBit.quant` says.
+        blocksize: of 4 bits, elements that share a scale.
+    """
+
+    data: Tensor
+    quant: Sequence[Tensor]
+    blocksize: int
+
+    @classmethod
+    def of(cls, weight: Tensor | FourBit) -> Weight:
+        """What users give, as the ops take it."""
+        if isinstance(weight, FourBit):
+            return cls(weight.packed, weight.quant, weight.blocksize)
+        return cls(weight, [], 0)
+
+
+class Adapters(NamedTuple):
+    """The adapters of a call, one entry each.
+
+    Attributes:
+        A, B: ``[r, K]`` and ``[N, r]``.
+        c: DoRA's factors ``m / norm``, ``[N]`` in float32 (float64 for float64); empty for LoRA.
+        scaling, dropout_p: numbers. Until functional.py has settled them, a scaling may be a tensor.
+        seed: int64, one entry an adapter; None when nothing is dropped.
+        adapter_index: integers ``[...]``, the adapter that serves each token, -1 for none; None: every one serves all.
+    """
+
+    A: Sequence[Tensor]
+    B: Sequence[Tensor]
+    c: Sequence[Tensor]
+    scaling: Sequence[Any]
+    dropout_p: Sequence[float]
+    seed: Tensor | None = None
+    adapter_index: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)``."""
+        return self.B[0].shape[0], self.A[0].shape[1]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [a.shape[0] for a in self.A]
+
+
+class Kept(NamedTuple):
+    """What the forward pass keeps beside its operands: ``u [M, Σ r]`` and each ``z [M, N]``, see ops.py."""
+
+    u: Tensor | None
+    z: Sequence[Tensor]
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    A: Sequence[bool]
+    B: Sequence[bool]
+    c: Sequence[bool]
+
+    @property
+    def flat(self) -> list[bool]:
+        """In the order of the gradients."""
+        return [self.x, self.weight, self.bias, *self.A, *self.B, *self.c]
+
+    @classmethod
+    def of(cls, flat: Sequence[bool], count: int) -> Needs:
+        """Of ``count`` adapters."""
+        x, weight, bias, *rest = flat
+        return cls(x, weight, bias, rest[:count], rest[count : 2 * count], rest[2 * count :])
+
+
+class ForwardCall(NamedTuple):
+    """The arguments of ``lora_linear`` but the backend."""
+
+    x: Tensor
+    weight: Weight
+    bias: Tensor | None
+    adapters: Adapters
+    keep_z: bool
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """What may ask for a gradient: ``x, weight, bias, *A, *B, *c``."""
+        adapters = self.adapters
+        return self.x, self.weight.data, self.bias, *adapters.A, *adapters.B, *adapters.c
+
+    def flat(self) -> tuple[Any, ...]:
+        """As torch's dispatcher takes it."""
+        return self.x, *self.weight, self.bias, *self.adapters, self.keep_z
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> ForwardCall:
+        """The way back from :meth:`flat`."""
+        x, data, quant, blocksize, bias, *adapters, keep_z = flat
+        return cls(x, Weight(data, quant, blocksize), bias, Adapters(*adapters), keep_z)
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of ``lora_linear_backward`` but the backend."""
+
+    dy: Tensor
+    x: Tensor | None
+    weight: Weight
+    adapters: Adapters
+    kept: Kept
+    needs: Needs
+
+    def flat(self) -> tuple[Any, ...]:
+        """As torch's dispatcher takes it."""
+        return self.dy, self.x, *self.weight, *self.adapters, *self.kept, self.needs.flat
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> BackwardCall:
+        """The way back from :meth:`flat`."""
+        dy, x, data, quant, blocksize, *adapters, u, z, needs = flat
+        call = Adapters(*adapters)
+        return cls(dy, x, Weight(data, quant, blocksize), call, Kept(u, z), Needs.of(needs, len(call.A)))

@@ -1,0 +1,114 @@
+"""The frozen layer inside a PEFT layer: its weight as ``[N, K]`` and its bias, or why PEFT has to run the call."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..checks import BASE_DTYPES
+from ..four_bit import FourBit, from_bitsandbytes
+from .stock import Stock
+
+_4BIT_CLASSES = ("Linear4bit", "LinearNF4", "LinearFP4")
+_STOCK = Stock((nn.Linear, "forward"), (Conv1D, "forward"))
+
+
+class Base(NamedTuple):
+    """What a base layer computes with, in ``dtype``; None where a 4-bit layer has not settled it yet."""
+
+    weight: Tensor | FourBit
+    bias: Tensor | None
+    dtype: torch.dtype | None
+
+
+def read_base(layer: Any) -> Base | str:
+    """The base of a PEFT layer."""
+    base = layer._modules["base_layer"]
+    four_bit = _is_4bit(base)
+    if not four_bit and type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"its base layer is a {class_name(base)}"
+    if is_hooked(base):
+        return "its base layer has a hook or a forward of its own"
+    replaced = _STOCK.replaced()
+    if replaced is not None:
+        return replaced
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if bias is not None and not is_plain(bias):
+        return f"its base layer's weight is a {type(weight).__qualname__} and its bias a {type(bias).__qualname__}"
+    if four_bit:
+        packed = _four_bit_weight(layer, base)
+        return packed if isinstance(packed, str) else Base(packed, bias, base.compute_dtype)
+    if weight is None or not is_plain(weight):
+        return f"its base layer's weight is a {type(weight).__qualname__}"
+    if weight.dtype not in BASE_DTYPES:
+        return f"its base layer's weight is {weight.dtype}"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"its base layer's weight is {weight.dtype} and its bias {bias.dtype}"
+    return Base(weight.t() if type(base) is Conv1D else weight, bias, weight.dtype)
+
+
+def _is_4bit(base: nn.Module) -> bool:
+    """Whether it is exactly one of bitsandbytes' 4-bit layers."""
+    kind = type(base)
+    return kind.__module__ == "bitsandbytes.nn.modules" and kind.__qualname__ in _4BIT_CLASSES
+
+
+class FourBitCache:
+    """What was read of a 4-bit weight, which takes as long as a small layer's product; it holds as long as the weight
+    consists of the same tensors. Copies and pickles start empty."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[tuple[int, int], tuple[Any, ...], FourBit] | None = None
+
+    def __deepcopy__(self, memo: object) -> FourBitCache:
+        return FourBitCache()
+
+    def __reduce__(self) -> tuple[type[FourBitCache], tuple[()]]:
+        return FourBitCache, ()
+
+
+def _four_bit_weight(layer: Any, base: Any) -> FourBit | str:
+    """The weight of a bitsandbytes 4-bit layer, or what is wrong with it. FSDP may drop ``weight.quant_state``."""
+    weight = base._parameters.get("weight")
+    state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
+    if state is None or type(weight).__qualname__ != "Params4bit":
+        return "its 4-bit base weight is not quantized yet, or has lost what describes it"
+    memory = weight.data_ptr(), weight.numel()
+    parts = (*vars(state).values(), *(vars(state.state2).values() if state.nested else ()))
+    cache = layer.__dict__.setdefault("_fastpeft_four_bit", FourBitCache())
+    kept = cache.kept
+    if kept is not None and kept[0] == memory and len(kept[1]) == len(parts) and all(map(is_, kept[1], parts)):
+        return kept[2]
+    try:
+        with torch.inference_mode(False):  # training may follow an evaluation, and cannot keep an inference tensor
+            found = from_bitsandbytes(weight, state)
+    except (TypeError, ValueError) as error:
+        return f"its 4-bit base weight cannot be read: {error}"
+    if found.packed.data_ptr() == weight.data_ptr():  # not a copy, which would miss what is written into the weight
+        cache.kept = memory, parts, found
+    return found
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether it is a tensor of no subclass, as parameters are."""
+    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state  # put there by accelerate, among others
+    )
+
+
+def class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

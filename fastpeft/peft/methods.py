@@ -1,0 +1,65 @@
+"""PEFT's methods that are fused, one row each: the class of its layers, how an adapter is read, the model that makes
+them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from peft.tuners.adalora.model import AdaLoraModel
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.vera.model import VeraModel
+
+from .readers import Reader, read_adalora, read_lora, read_vera
+from .stock import Stock
+
+
+class Method(NamedTuple):
+    """One class of PEFT's layers.
+
+    Attributes:
+        fused_name: what its fused class is called in layers.py.
+        module, qualname: where PEFT has the class; the module may need bitsandbytes and is not imported for it.
+        model: the tuner whose ``_create_new_module`` makes the layers.
+        read: see :data:`fastpeft.peft.readers.Reader`.
+        mixes_batches: whether PEFT's forward takes ``adapter_names``.
+    """
+
+    fused_name: str
+    module: str
+    qualname: str
+    model: type[Any]
+    read: Reader
+    mixes_batches: bool = False
+
+    def peft_class(self) -> type[Any] | None:
+        """None where its module was not imported: then there is no such layer."""
+        module = sys.modules.get(self.module)
+        return None if module is None else getattr(module, self.qualname, None)
+
+
+METHODS = (
+    Method("FusedLinear", "peft.tuners.lora.layer", "Linear", LoraModel, read_lora, mixes_batches=True),
+    Method("FusedLinear4bit", "peft.tuners.lora.bnb", "Linear4bit", LoraModel, read_lora, mixes_batches=True),
+    Method("FusedSVDLinear", "peft.tuners.adalora.layer", "SVDLinear", AdaLoraModel, read_adalora),
+    Method("FusedSVDLinear4bit", "peft.tuners.adalora.bnb", "SVDLinear4bit", AdaLoraModel, read_adalora),
+    Method("FusedVeraLinear", "peft.tuners.vera.layer", "Linear", VeraModel, read_vera),
+)
+
+
+def method_of(peft_class: type[Any]) -> Method | None:
+    """The row of exactly this class."""
+    return next((method for method in _rows_at(peft_class) if method.peft_class() is peft_class), None)
+
+
+def stock_of(method: Method) -> Stock:
+    """PEFT's forward, which the fused one stands in for."""
+    peft_class = method.peft_class()
+    assert peft_class is not None
+    return Stock((peft_class, "forward"))
+
+
+def _rows_at(peft_class: type[Any]) -> Iterator[Method]:
+    place = peft_class.__module__, peft_class.__qualname__
+    return (method for method in METHODS if (method.module, method.qualname) == place)

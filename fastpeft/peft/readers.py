@@ -1,0 +1,187 @@
+"""What one adapter of a PEFT layer computes with, read by its method, or why PEFT has to run it.
+
+Modules are read through ``_modules`` and ``_parameters``: this runs in every forward, and ``nn.Module``'s attribute
+look-up would take longer than all that is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from ..checks import is_finite, is_readable
+from ..functional import compute_dtype, dora_norm
+from ..norm_cache import NormCache
+from .base_layers import Base, class_name, is_hooked, is_plain
+from .stock import Stock
+
+_ADALORA_EPSILON = 1e-5  # what PEFT adds to the number of ranks
+_DORA = Stock((DoraLinearVariant, "forward"), (DoraLinearLayer, "forward"), (DoraLinearLayer, "get_weight_norm"))
+
+
+class Adapter(NamedTuple):
+    """One adapter; ``c`` is DoRA's factor ``m / norm``."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float | Tensor
+    dropout_p: float
+    bias: Tensor | None = None
+    c: Tensor | None = None
+
+
+Reader = Callable[[Any, str, Base, int], Adapter | str | None]
+"""Of a layer, an adapter's name, the layer's base and the tokens of the call. A reason reads on after "its adapter";
+None: there is no such adapter in the layer."""
+
+
+def read_lora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str | None:
+    """LoRA or DoRA."""
+    modules = layer._modules
+    lora_A, lora_B, dropouts = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
+    if not type(lora_A) is type(lora_B) is type(dropouts) is nn.ModuleDict:
+        return "lies in containers that are wrapped"
+    A: Any = lora_A._modules.get(name)
+    B: Any = lora_B._modules.get(name)
+    if A is None:
+        return None
+    variant, dropout, scaling = layer.lora_variant.get(name), dropouts._modules.get(name), layer.scaling.get(name)
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return f"is a {type(variant).__name__}, neither LoRA nor DoRA"
+    if not type(A) is type(B) is nn.Linear:
+        return f"consists of {class_name(A)} and {class_name(B)}"
+    lora_bias: Any = B._parameters.get("bias")
+    if variant is not None and lora_bias is not None:
+        return "has DoRA and a bias in lora_B"
+    if is_hooked(A) or is_hooked(B):
+        return "has a module with a hook or a forward of its own"
+    if A._parameters.get("bias") is not None:
+        return "has a bias in lora_A"
+    A_weight, B_weight = _weight_of(A), _weight_of(B)
+    reason = _dropout_reason(dropout) or _factors_reason(layer, (A_weight, B_weight), base.dtype)
+    if reason is None and type(scaling) is not float and not _is_constant(scaling):
+        reason = "has a scaling that is not one constant number"
+    if reason is not None:
+        return reason
+    p = _dropout_p(dropout)
+    if variant is None:
+        return Adapter(A_weight, B_weight, scaling, p, None if lora_bias is None else lora_bias * scaling)
+    c = _dora_factor(layer, name, base, Adapter(A_weight, B_weight, scaling, p), tokens)
+    if isinstance(c, str):
+        return c
+    return Adapter(A_weight, B_weight, scaling, p if layer.training else 0.0, None, c)  # PEFT asks the layer, too
+
+
+def read_adalora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str | None:
+    """``A`` with the singular values multiplied in, in float32 (or float64)."""
+    modules = layer._modules
+    holders, dropouts = [modules[kind] for kind in ("lora_A", "lora_B", "lora_E", "ranknum")], modules["lora_dropout"]
+    if {nn.ParameterDict} != set(map(type, holders)) or type(dropouts) is not nn.ModuleDict:
+        return "lies in containers that are wrapped"
+    A, B, E, ranknum = (holder._parameters.get(name) for holder in holders)
+    if A is None:
+        return None
+    dropout, scaling = dropouts._modules.get(name), layer.scaling.get(name)
+    reason = _dropout_reason(dropout) or _factors_reason(layer, (A, B, E), base.dtype)
+    if reason is None and not _is_constant(scaling):
+        reason = "has a scaling that is not one constant number"
+    if reason is not None:
+        return reason
+    if A.shape[0] == 0:
+        return "has rank 0"
+    E = _wide(E)
+    scale = scaling / (ranknum + _ADALORA_EPSILON)
+    if scale.requires_grad:  # PEFT lets the number of ranks learn, too, where the base is in a low precision
+        return Adapter(A * (E * scale), B, 1.0, _dropout_p(dropout))
+    return Adapter(A * E, B, scale.item() if is_readable(scale) else scale, _dropout_p(dropout))
+
+
+def read_vera(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str | None:
+    """VeRA (Kopiczko et al., 2024): ``A' = λ_d ∘ A`` and ``B' = λ_b ∘ B`` of the matrices that all layers share."""
+    modules = layer._modules
+    learned, dropouts = [modules[kind] for kind in ("vera_lambda_d", "vera_lambda_b")], modules["vera_dropout"]
+    if {nn.ParameterDict} != set(map(type, learned)) or type(dropouts) is not nn.ModuleDict:
+        return "lies in containers that are wrapped"
+    lambda_d, lambda_b = (holder._parameters.get(name) for holder in learned)
+    if lambda_d is None:
+        return None
+    A = layer.vera_A[name][:, : layer.in_features].to(lambda_d.device)
+    B = layer.vera_B[name][: layer.out_features].to(lambda_b.device)
+    dropout = dropouts._modules.get(name)
+    reason = _dropout_reason(dropout) or _factors_reason(layer, (A, B, lambda_d, lambda_b), base.dtype)
+    if reason is not None:
+        return reason
+    return Adapter(A * _wide(lambda_d).unsqueeze(1), B * _wide(lambda_b).unsqueeze(1), 1.0, _dropout_p(dropout))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _weight_of(module: Any) -> Any:
+    """A Parameter, or what stands in its place as a plain attribute: weights that another module generates."""
+    weight = module._parameters.get("weight")
+    return module.__dict__.get("weight") if weight is None else weight
+
+
+def _dropout_reason(dropout: Any) -> str | None:
+    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return f"has {class_name(dropout)} for dropout"
+    if is_hooked(dropout):
+        return "has a module with a hook or a forward of its own"
+    if type(dropout) is nn.Dropout and dropout.training and dropout.p >= 1:
+        return f"drops everything (p = {dropout.p})"
+    return None
+
+
+def _dropout_p(dropout: Any) -> float:
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def _factors_reason(layer: Any, factors: Sequence[Tensor], dtype: torch.dtype | None) -> str | None:
+    """Why PEFT's product of ``factors`` is not the op's."""
+    if not all(map(is_plain, factors)):
+        return f"has weights of {' and '.join(type(factor).__qualname__ for factor in factors)}"
+    dtypes = [factor.dtype for factor in factors]
+    if any(other != dtypes[0] for other in dtypes):
+        return f"has weights of {' and '.join(map(str, dtypes))}"
+    if dtypes[0] != dtype and not layer.__dict__.get("cast_input_dtype_enabled", True):  # not all methods have it
+        return f"is {dtypes[0]} where the base weight is {dtype}, and casting the input is switched off"
+    return None
+
+
+def _dora_factor(layer: Any, name: str, base: Base, adapter: Adapter, tokens: int) -> Tensor | str:
+    """``c = m / ‖W + s B A‖``, or why PEFT has to run the adapter."""
+    module = layer.lora_magnitude_vector._modules.get(name)
+    if type(module) is not DoraLinearLayer or is_hooked(module):
+        return f"keeps its magnitude in a {class_name(module)}, or in a module with a hook or a forward of its own"
+    replaced = _DORA.replaced()
+    if replaced is not None:
+        return f"has DoRA, and {replaced}"
+    magnitude: Any = _weight_of(module)
+    weight, A, B, scaling = base.weight, adapter.A, adapter.B, adapter.scaling
+    if not is_plain(magnitude) or magnitude.device != weight.device:
+        return f"has a magnitude that is a {type(magnitude).__qualname__} on {getattr(magnitude, 'device', None)}"
+    backend = layer.__dict__.get("fastpeft_backend")
+    stays_tensor = isinstance(scaling, Tensor) and not is_readable(scaling)
+    if stays_tensor or torch.compiler.is_compiling():  # nothing is kept that a graph would depend on
+        norm = dora_norm(weight, A, B, scaling, backend)
+    else:
+        caches = layer.__dict__.setdefault("_fastpeft_norms", {})
+        cache, dtype = caches.setdefault(name, NormCache()), compute_dtype(weight)
+        norm = cache.get(weight, A, B, float(scaling), dtype, backend, tokens=tokens)
+    c = magnitude.to(norm.dtype) / norm
+    if is_readable(c) and not is_finite(c):
+        return "has a row whose norm is 0, or a magnitude that is not finite"
+    return c
+
+
+def _is_constant(scaling: float | Tensor | None) -> bool:
+    if isinstance(scaling, Tensor):
+        return scaling.numel() == 1 and scaling.dim() <= 1 and not scaling.requires_grad
+    return isinstance(scaling, (int, float))

@@ -1,0 +1,244 @@
+"""The C++ extension: each instruction set against the oracle and against whole numbers; the mask bit by bit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from cases import CASES, Case, expected
+from oracle import LoraInputs, fused, oracle
+
+from fastpeft import extension as loader
+from fastpeft import ops
+from fastpeft.call import Adapters, BackwardCall, ForwardCall, Kept, Needs, Weight
+from fastpeft.dropout import dropout_keep, dropout_scale, dropout_threshold
+
+# Without the extension these tests stand under the one name that every processor has, and fail.
+ISAS: tuple[str, ...] = ("plain",) if loader.C is None else tuple(loader.C.isas())
+# The AMX kernels with emulated tile instructions, where the processor has all else that they need.
+EMULATED = "emulated_amx"
+ISAS += (EMULATED,) * ("avx512" in ISAS)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn."""
+    extension().set_isa(request.param)
+    yield request.param
+    extension().set_isa("auto")
+
+
+def extension() -> ModuleType:
+    assert loader.C is not None, loader.missing()
+    return loader.C
+
+
+def test_every_instruction_set_of_this_processor_has_its_kernels() -> None:
+    wanted = {"plain"}
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability.startswith("AVX"):
+        wanted.add("avx2")
+    if torch.cpu._is_avx512_bf16_supported():
+        wanted.add("avx512")
+    if torch.cpu._is_amx_tile_supported():
+        wanted.add("amx")
+    assert wanted <= set(ISAS)
+
+
+def test_the_override_is_told_and_auto_takes_the_fastest() -> None:
+    for name in ISAS:
+        extension().set_isa(name)
+        assert extension().isa() == name
+    extension().set_isa("auto")
+    assert extension().isa() == ISAS[0]
+
+
+def test_an_unknown_instruction_set_is_refused_and_changes_nothing() -> None:
+    before = extension().isa()
+    with pytest.raises(ValueError, match="mmx"):
+        extension().set_isa("mmx")
+    assert extension().isa() == before
+
+
+@pytest.mark.parametrize(
+    ("case", "isa"),
+    [
+        (case, isa)
+        for case in CASES
+        for isa in ISAS[1:] or ISAS
+        if isa != EMULATED or case.dtype == torch.bfloat16  # the one dtype that AMX multiplies
+    ],
+    indirect=["isa"],
+    ids=str,
+)
+def test_forward_and_every_gradient_are_as_close_as_eager(isa: str, case: Case) -> None:
+    """On the slower instruction sets; test_ops.py runs the same on the fastest."""
+    expected(case).assert_met_by(lambda inputs: fused(inputs, "cpu"))
+
+
+def whole_numbers(case: Case) -> LoraInputs:
+    """Digits so small that every product, sum and intermediate is exact in the case's dtype, in any order."""
+    i = case.inputs()
+    density = min(0.25, 64 / max(case.M, case.K, case.N))
+
+    def draw(tensor: torch.Tensor) -> torch.Tensor:
+        digits = torch.randint(-1, 2, tensor.shape) * (torch.rand(tensor.shape) < density)
+        return digits.to(tensor.dtype)
+
+    scaling = [2.0, -1.0, 0.5][: len(i.A)]
+    bias = None if i.bias is None else draw(i.bias)
+    A, B = ([draw(t) for t in tensors] for tensors in (i.A, i.B))
+    p = [case.dropout_p] * len(A)
+    c = [torch.tensor([1.0, 2.0, -1.0, 0.5])[torch.randint(4, (case.N,))] for _ in i.c]
+    return replace(
+        i, c=c, x=draw(i.x), weight=draw(i.weight), bias=bias, A=A, B=B, dy=draw(i.dy), scaling=scaling, dropout_p=p
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(M=1, K=257, N=63),
+        Case(M=5, K=65, N=257, ranks=(17,), dropout_p=0.5),
+        Case(M=130, K=63, N=33, ranks=(1,), bias=False),
+        Case(M=66, K=129, N=127, ranks=(16, 3), dropout_p=0.5, mixed=True, x_layout="row_stride"),
+        Case(M=33, K=31, N=65, ranks=(64,), x_layout="transposed", weight_layout="transposed", dy_layout="transposed"),
+    ],
+    ids=str,
+)
+def test_whole_numbers_come_out_exactly(isa: str, case: Case, dtype: torch.dtype) -> None:
+    """An index that is off by one, a lane that is counted twice or a tail that is lost cannot hide in a tolerance."""
+    i = whole_numbers(replace(case, dtype=dtype, adapter_dtype=dtype))
+    actual = fused(i, "cpu")
+    for name, exact in oracle(i).items():
+        assert torch.equal(exact, exact.to(actual[name].dtype).double()), f"{name} is not exact in {dtype}"
+        assert torch.equal(actual[name].double(), exact), name
+
+
+# Half a dozen stripes, parts of rows, depths and blocks, and the tails of each.
+WIDE_CASES = [
+    Case(M=1, K=66, N=2),
+    Case(M=577, K=66, N=130, ranks=(3,), dropout_p=0.5),
+    Case(M=97, K=3202, N=66, ranks=(17,), bias=False),
+    Case(M=35, K=130, N=3202, ranks=(16, 3), dropout_p=0.5, mixed=True),
+    Case(M=70, K=96, N=98, x_layout="row_stride", weight_layout="transposed", dy_layout="transposed"),
+    Case(M=97, K=66, N=130, ranks=(17,), dora=True),
+    Case(M=577, K=130, N=66, ranks=(3,), dropout_p=0.5, dora=True),
+    Case(M=33, K=66, N=98, ranks=(3, 16, 1), dropout_p=0.5, bias=False, dora=True, weight_layout="transposed"),
+]
+PLANS = ("base_first", "low_rank_first", "one_accumulator")
+PAIRS = tuple(isa for isa in ISAS if isa in ("amx", "avx512", EMULATED))
+
+
+# low_rank_first adds the base product last: DoRA cannot scale it.
+PLANNED = [(plan, case) for plan in PLANS for case in WIDE_CASES if not (plan == "low_rank_first" and case.dora)]
+every_plan = pytest.mark.parametrize(("plan", "case"), PLANNED, ids=str, indirect=["plan"])
+
+
+@pytest.fixture
+def plan(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each plan of the base product in bfloat16, in place of the one that would be chosen."""
+    extension().force_plan(getattr(extension().Plan, request.param))
+    yield request.param
+    extension().force_plan(None)
+
+
+@pytest.mark.parametrize("isa", PAIRS or ISAS[:1], indirect=True)
+@every_plan
+def test_every_plan_is_as_close_as_eager(isa: str, plan: str, case: Case) -> None:
+    if plan == "one_accumulator" and not extension().has_base_product():
+        with pytest.raises(RuntimeError, match="has_base_product"):
+            fused(replace(case, dtype=torch.bfloat16).inputs(), "cpu")
+        return
+    expected(replace(case, dtype=torch.bfloat16)).assert_met_by(lambda inputs: fused(inputs, "cpu"))
+
+
+@pytest.mark.parametrize("isa", PAIRS or ISAS[:1], indirect=True)
+@every_plan
+def test_whole_numbers_come_out_exactly_from_every_plan(isa: str, plan: str, case: Case) -> None:
+    i = whole_numbers(replace(case, dtype=torch.bfloat16, adapter_dtype=torch.bfloat16))
+    if plan == "one_accumulator" and not extension().has_base_product():
+        with pytest.raises(RuntimeError, match="has_base_product"):
+            fused(i, "cpu")
+        return
+    actual = fused(i, "cpu")
+    for name, exact in oracle(i).items():
+        assert torch.equal(exact, exact.to(actual[name].dtype).double()), f"{name} is not exact"
+        assert torch.equal(actual[name].double(), exact), name
+
+
+def plan_of(x: torch.Tensor, weight: torch.Tensor, *, dora: bool = False, backward: bool = False) -> str:
+    N, K = weight.shape
+    adapters = Adapters([torch.empty(4, K)], [torch.empty(N, 4)], [torch.ones(N)] * dora, [1.0], [0.0])
+    return extension().plan(x, Weight.of(weight), adapters, backward).name
+
+
+def test_one_accumulator_is_chosen_where_it_runs() -> None:
+    weight, x = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(64, 64, dtype=torch.bfloat16)
+    possible = extension().has_base_product() and extension().isa() == "avx512"
+    for backward in (False, True):
+        assert (plan_of(x, weight, backward=backward) == "one_accumulator") == possible
+    assert plan_of(x[:, :63], weight[:, :63].contiguous()) != "one_accumulator"
+    assert plan_of(x, torch.empty(64, 64, 2, dtype=torch.bfloat16)[..., 0]) != "one_accumulator"
+    assert plan_of(x.float(), weight.float()) == "base_first"
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not extension().has_base_product()
+        assert plan_of(x, weight) != "one_accumulator"
+
+
+@pytest.mark.parametrize("isa", PAIRS or ISAS[:1], indirect=True)
+def test_the_base_product_comes_last_where_that_is_free_and_nothing_scales_it(isa: str) -> None:
+    weight, x = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(64, 64, dtype=torch.bfloat16)
+    assert (plan_of(x, weight) == "low_rank_first") == (isa in ("amx", EMULATED))
+    assert plan_of(x, weight, dora=True) != "low_rank_first"
+
+
+@pytest.mark.parametrize(("dtype", "few"), [(torch.bfloat16, 4), (torch.float32, 8), (torch.float16, 16)])
+def test_a_few_tokens_take_dot_products_while_they_fit_the_cache(dtype: torch.dtype, few: int) -> None:
+    weight = torch.empty(64, 64, dtype=dtype)
+    for tokens in (1, few, few + 1):
+        assert (plan_of(torch.empty(tokens, 64, dtype=dtype), weight) == "dots") == (tokens <= few)
+    assert plan_of(torch.empty(1, 64, dtype=dtype), weight, backward=True) != "dots"
+    assert plan_of(torch.empty(0, 64, dtype=dtype), weight) != "dots"
+    wide = torch.empty(64, 16384, dtype=dtype)
+    assert plan_of(torch.empty(1, 16384, dtype=dtype), wide) == "dots"
+    assert plan_of(torch.empty(2, 16384, dtype=dtype), wide) != "dots"
+    assert plan_of(torch.empty(1, 64, dtype=dtype), weight.t()) != "dots"  # strides
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 8), (2, 257), (63, 100), (2, 5000), (0, 5), (5, 0)])
+def test_the_mask_is_the_references(isa: str, rows: int, columns: int) -> None:
+    seeds = torch.randint(2**63 - 1, ()), torch.tensor(0), torch.tensor(2**63 - 1), torch.tensor(-1)
+    for seed, p in itertools.product(seeds, (0.0, 1e-9, 0.05, 0.5, 1 - 1e-9)):
+        mask = extension().dropout_keep(seed.item(), rows, columns, dropout_threshold(p))
+        assert mask.dtype == torch.bool
+        assert torch.equal(mask, dropout_keep(seed, rows, columns, p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "K"), [(3, 7), (40, 64), (65, 129)])
+def test_forward_dA_and_dx_see_the_references_mask(isa: str, M: int, K: int, dtype: torch.dtype) -> None:
+    """With x of ones and unit matrices for A, B and dy, ``u``, ``dA`` and ``dx`` are the mask itself."""
+    p = 0.5
+    seed = torch.randint(2**63 - 1, (1,))
+    keep = dropout_keep(seed[0], M, K, p)
+    weight = torch.zeros(M, K, dtype=dtype)
+
+    eye = torch.eye(K, dtype=dtype)
+    x = torch.ones(M, K, dtype=dtype)
+    adapters = Adapters([eye], [torch.zeros(M, K, dtype=dtype)], [], [1.0], [p], seed)
+    _, u, _ = ops.lora_linear(*ForwardCall(x, Weight.of(weight), None, adapters, False).flat(), "cpu")
+    assert torch.equal(u, keep.to(u.dtype))
+
+    adapters = adapters._replace(A=[torch.ones(M, K, dtype=dtype)], B=[torch.eye(M, dtype=dtype)])
+    needs = Needs.of([True, False, False, True, False], 1)
+    call = BackwardCall(torch.eye(M, dtype=dtype), x, Weight.of(weight), adapters, Kept(None, []), needs)
+    dx, dA = ops.lora_linear_backward(*call.flat(), "cpu")
+    assert torch.equal(dx, keep.to(dtype) * dropout_scale(p))
+    assert torch.equal(dA, keep.to(dtype) * dropout_scale(p))
