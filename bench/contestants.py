@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.experiments.four_bit import to_four_bit
-from fastpeft.experiments.models import DORA_METHODS, FOUR_BIT_METHODS
+from fastpeft.experiments.models import FOUR_BIT_METHODS, adapter_config
 
 from .cases import DTYPES, SEED, Case
 
@@ -113,17 +113,12 @@ def with_peft(base: nn.Module, case: Case, *, dense: bool = False) -> nn.Module:
     Args:
         dense: 4-bit weights are decoded into dense ones, for the oracle.
     """
-    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     if case.method in FOUR_BIT_METHODS:
         to_four_bit(base, lambda name: name in case.target_modules, decoded=dense)
     settings = {"lora_dropout": case.dropout, "target_modules": list(case.target_modules)}
-    config: LoraConfig
-    if case.method == "adalora":  # PEFT divides its alpha by the number of ranks
-        config = AdaLoraConfig(init_r=case.rank, target_r=case.rank, lora_alpha=2 * case.rank, total_step=1, **settings)
-    else:
-        use_dora = case.method in DORA_METHODS
-        config = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, use_dora=use_dora, **settings)
+    config = adapter_config(case.method, case.rank, {"total_step": 1}, **settings)
     torch.manual_seed(SEED)
     model: nn.Module = get_peft_model(base, config)
     for name, parameter in model.named_parameters():

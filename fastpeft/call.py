@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .four_bit import FourBit
@@ -76,7 +77,13 @@ class Adapters(NamedTuple):
 
     @property
     def ranks(self) -> list[int]:
+        """One each."""
         return [a.shape[0] for a in self.A]
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """Every A and B."""
+        return *self.A, *self.B
 
 
 class Kept(NamedTuple):
@@ -132,6 +139,26 @@ class ForwardCall(NamedTuple):
         """The way back from :meth:`flat`."""
         x, data, quant, blocksize, bias, *adapters, keep_z = flat
         return cls(x, Weight(data, quant, blocksize), bias, Adapters(*adapters), keep_z)
+
+
+class NormCall(NamedTuple):
+    """The arguments of ``dora_norm`` but the backend."""
+
+    weight: Weight
+    A: Tensor
+    B: Tensor
+    scaling: float
+    dtype: torch.dtype
+
+    def flat(self) -> tuple[Any, ...]:
+        """As torch's dispatcher takes it."""
+        return *self.weight, self.A, self.B, self.scaling, self.dtype
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> NormCall:
+        """The way back from :meth:`flat`."""
+        data, quant, blocksize, *rest = flat
+        return cls(Weight(data, quant, blocksize), *rest)
 
 
 class BackwardCall(NamedTuple):

@@ -39,6 +39,7 @@ from .call import (
     ForwardCall,
     Kept,
     Needs,
+    NormCall,
     Weight,
 )
 from .reference import wide_dtype, z_dtype
@@ -56,13 +57,12 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 
 
 def _run_forward(call: ForwardCall, backend: str | None) -> Forward:
-    A, B, *_ = call.adapters
-    return dispatch.choose("lora_linear", call.x, call.weight.data, (*A, *B), backend).lora_linear(*call)
+    run = dispatch.choose("lora_linear", call.x, call.weight.data, call.adapters.factors, backend)
+    return run.lora_linear(*call)
 
 
 def _run_backward(call: BackwardCall, backend: str | None) -> list[Tensor]:
-    A, B, *_ = call.adapters
-    run = dispatch.choose("lora_linear_backward", call.dy, call.weight.data, (*A, *B), backend)
+    run = dispatch.choose("lora_linear_backward", call.dy, call.weight.data, call.adapters.factors, backend)
     return run.lora_linear_backward(*call)
 
 
@@ -103,21 +103,19 @@ def _factors(adapters: Adapters) -> tuple[Tensor, ...]:
     return *adapters.A, *adapters.B, *adapters.c
 
 
-def _run_dora_norm(
-    weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
-) -> Tensor:
+def _run_dora_norm(call: NormCall, backend: str | None) -> Tensor:
+    weight, A, B, _, dtype = call
     like = weight.data.new_empty((0, A.shape[1]), dtype=dtype)
-    run = dispatch.choose("dora_norm", like, weight.data, (A, B), backend)
-    return run.dora_norm(weight, A, B, scaling, dtype)
+    return dispatch.choose("dora_norm", like, weight.data, (A, B), backend).dora_norm(*call)
 
 
-def _dora_norm_kernel(data: Tensor, quant: list[Tensor], blocksize: int, *rest: Any) -> Tensor:
-    return _run_dora_norm(Weight(data, quant, blocksize), *rest)
+def _dora_norm_kernel(*flat: Any) -> Tensor:
+    return _run_dora_norm(NormCall.of(flat[:-1]), flat[-1])
 
 
-def _dora_norm_fake(data: Tensor, quant: list[Tensor], blocksize: int, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
-    _, dtype, _ = rest
-    return data.new_empty(B.shape[0], dtype=wide_dtype(dtype))
+def _dora_norm_fake(*flat: Any) -> Tensor:
+    weight, _, B, _, dtype = NormCall.of(flat[:-1])
+    return weight.data.new_empty(B.shape[0], dtype=wide_dtype(dtype))
 
 
 lora_linear = _define(LORA_LINEAR_SCHEMA, _lora_linear_kernel, _lora_linear_fake)
@@ -263,8 +261,7 @@ def call_lora_linear(call: ForwardCall, backend: str | None) -> Tensor:
         return plain_forward(call.x, call.weight, call.bias, call.adapters)[0]
     if _is_watched(*call.differentiable):
         return lora_linear(*call.flat(), backend)[0]
-    A, B, *_ = call.adapters
-    run = dispatch.choose("lora_linear", call.x, call.weight.data, (*A, *B), backend)
+    run = dispatch.choose("lora_linear", call.x, call.weight.data, call.adapters.factors, backend)
     y = run.with_gradient(*call)
     return _with_autograd(call, lambda call, _: run.lora_linear(*call), backend)[0] if y is None else y
 
@@ -273,8 +270,9 @@ def call_dora_norm(
     weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
 ) -> Tensor:
     """As :func:`call_lora_linear`."""
+    call = NormCall(weight, A, B, scaling, dtype)
     if is_transformed():
-        return dispatch.named("reference").dora_norm(weight, A, B, scaling, dtype)
+        return dispatch.named("reference").dora_norm(*call)
     if _is_watched(weight.data, A, B):
-        return dora_norm(*weight, A, B, scaling, dtype, backend)
-    return _run_dora_norm(weight, A, B, scaling, dtype, backend)
+        return dora_norm(*call.flat(), backend)
+    return _run_dora_norm(call, backend)

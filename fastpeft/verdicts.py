@@ -18,7 +18,7 @@ _NAMES_SHOWN = 3
 def backend_refusals(weight: Tensor | FourBit, adapters: Adapters) -> dict[str, str | None]:
     """:func:`fastpeft.dispatch.refusals` for one token in the dtype that a layer with this ``weight`` computes in."""
     x = torch.empty((1, weight.shape[1]), dtype=compute_dtype(weight), device=weight.device)
-    return dispatch.refusals(x, Weight.of(weight).data, (*adapters.A, *adapters.B))
+    return dispatch.refusals(x, Weight.of(weight).data, adapters.factors)
 
 
 def backend_verdict(weight: Tensor | FourBit, adapters: Adapters, requested: str | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastpeft import four_bit, ops
-from fastpeft.call import Adapters, BackwardCall, ForwardCall, Kept, Needs, Weight
+from fastpeft.call import Adapters, BackwardCall, ForwardCall, Kept, Needs, NormCall, Weight
 
 WEIGHT = ["weight", *Weight._fields[1:]]  # the schema calls its data by its name
 ADAPTERS = list(Adapters._fields)
@@ -55,6 +55,9 @@ def test_a_call_comes_back_from_its_flat_list() -> None:
     backward = BackwardCall(torch.randn(4, 6), None, weight, adapters, Kept(None, [torch.randn(4, 6)]), needs)
     assert len(backward.flat()) == len(names(ops.lora_linear_backward)) - 1
     assert same(BackwardCall.of(backward.flat()), backward)
+    norm = NormCall(weight, adapters.A[0], adapters.B[0], 2.0, torch.bfloat16)
+    assert len(norm.flat()) == len(names(ops.dora_norm)) - 1
+    assert same(NormCall.of(norm.flat()), norm)
 
 
 def test_needs_and_shapes_by_name() -> None:

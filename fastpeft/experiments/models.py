@@ -18,7 +18,7 @@ from .four_bit import to_four_bit
 from .packages import require_package
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 CLASSES = 2
@@ -117,15 +117,23 @@ def add_adapters(model: nn.Module, method: str, rank: int, dropout: float, steps
     if method in FOUR_BIT_METHODS:
         to_four_bit(model, lambda name: name not in CLASSIFIERS)
     settings = {"task_type": peft.TaskType.SEQ_CLS, "target_modules": "all-linear", "lora_dropout": dropout}
-    config: peft.LoraConfig
-    if method == "adalora":
-        first = (3 * rank + 1) // 2
-        schedule = {"tinit": steps // 10, "tfinal": steps // 5, "total_step": steps}
-        config = peft.AdaLoraConfig(init_r=first, target_r=rank, lora_alpha=2 * first, **schedule, **settings)
-    else:
-        use_dora = method in DORA_METHODS
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=use_dora, **settings)
-    return peft.get_peft_model(model, config)
+    adalora = {"init_r": (3 * rank + 1) // 2, "tinit": steps // 10, "tfinal": steps // 5, "total_step": steps}
+    return peft.get_peft_model(model, adapter_config(method, rank, adalora, **settings))
+
+
+def adapter_config(method: str, rank: int, adalora: dict[str, int], **settings: Any) -> LoraConfig:
+    """PEFT's configuration of a method, with a scaling of 2.
+
+    Args:
+        adalora: what AdaLoRA alone takes; ``init_r``, the ranks that it begins with, may be left out.
+        settings: what every method takes.
+    """
+    import peft
+
+    if method != "adalora":
+        return peft.LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=method in DORA_METHODS, **settings)
+    ranks = {"init_r": rank, "target_r": rank} | adalora
+    return peft.AdaLoraConfig(lora_alpha=2 * ranks["init_r"], **ranks, **settings)  # PEFT divides alpha by these ranks
 
 
 def faster_dtype() -> torch.dtype:

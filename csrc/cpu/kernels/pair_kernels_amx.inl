@@ -1,6 +1,6 @@
 // Bfloat16-pair kernels with AMX: a tile register holds 16 rows of 64 bytes, TDPBF16PS multiplies 16 x 32 by 32 x 16.
 // Included after the tile intrinsics, real or emulated. Staging, masks and float32 arithmetic are AVX-512's.
-#include "pair_common.inl"
+#include "pairs_avx512.inl"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Bfloat16-pair products with AVX-512's VDPBF16PS, which adds two products to each float32 sum.
-#include "pair_common.inl"
+#include "pairs_avx512.inl"
 
 namespace {
 
