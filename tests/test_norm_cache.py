@@ -240,10 +240,10 @@ def large_layer() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_a_call_of_many_tokens_sees_one_element_of_a_large_weight_at_once(place: tuple[int, int]) -> None:
     W, A, B = large_layer()
     cache = NormCache()
-    before = cache.get(W, A, B, 1.0, torch.float32, None, tokens=512)
-    assert cache.get(W, A, B, 1.0, torch.float32, None, tokens=512) is before
+    before = cache.get(W, A, B, 1.0, torch.float32, None, tokens=8192)
+    assert cache.get(W, A, B, 1.0, torch.float32, None, tokens=8192) is before
     W.data[place] += 3
-    after = cache.get(W, A, B, 1.0, torch.float32, None, tokens=512)
+    after = cache.get(W, A, B, 1.0, torch.float32, None, tokens=8192)
     assert torch.equal(after, ops.dora_norm(*Weight.of(W), A, B, 1.0, torch.float32, None))
     assert not torch.equal(after, before)
 
@@ -263,11 +263,11 @@ def test_calls_of_one_token_see_it_within_a_round_of_parts(place: tuple[int, int
 def test_every_part_of_a_4_bit_weight_is_watched(part: str) -> None:
     W, A, B = large_layer()
     weight, cache = four_bit.quantize(W), NormCache()
-    before = cache.get(weight, A, B, 1.0, torch.float32, None, tokens=512)
+    before = cache.get(weight, A, B, 1.0, torch.float32, None, tokens=8192)
     nested = dict(zip(("code2", "absmax2", "offset"), weight.nested or (), strict=True))
     tensor = nested[part] if part in nested else getattr(weight, part)
     tensor.data.flatten()[-1:].add_(1)
-    after = cache.get(weight, A, B, 1.0, torch.float32, None, tokens=512)
+    after = cache.get(weight, A, B, 1.0, torch.float32, None, tokens=8192)
     assert after is not before
     assert torch.equal(after, ops.dora_norm(*Weight.of(weight), A, B, 1.0, torch.float32, None))
 

@@ -14,7 +14,7 @@ from .compiled import DTYPES, CompiledBackend, operand_refusal
 
 SHOWN_TOKENS = (1, 512)
 # Reading a part of W for its fingerprint is little beside the product with W of so many tokens, or beside any call.
-TOKENS_A_PART = 16
+TOKENS_A_PART = 256
 READ_AT_ONCE_BYTES = 1 << 15
 
 
