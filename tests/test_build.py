@@ -186,6 +186,9 @@ def test_an_installed_copy_has_the_extension_and_can_build_itself(csrc: Path) ->
         "fastpeft/csrc/cpu/kernels/answer.h",
         "fastpeft/bench/__init__.py",
     } <= names
+    package = ROOT / "fastpeft"
+    files = [path.relative_to(ROOT) for suffix in ("py", "json", "typed") for path in package.rglob(f"*.{suffix}")]
+    assert {file.as_posix() for file in files} <= names
 
 
 def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(csrc: Path) -> None:

@@ -32,7 +32,7 @@ class CudaKernels:
         self._no_matrix = library.Matrix(0, types.f32, 0, 0, 0, 0)
 
     def lora_down(self, x: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask], index: Tensor | None) -> None:
-        """A few tokens without a mask, see csrc/cuda/launchers.h; of many, :meth:`lora_down_many`."""
+        """A few tokens without a mask, see csrc/cuda/kernels/launchers.h; of many, :meth:`lora_down_many`."""
         M, K = x.shape
         x, chosen = _with_rows(x), None if index is None else index.to(torch.int32).contiguous()
         for i, (a, out) in enumerate(zip(A, parts_of(u, A), strict=True)):
