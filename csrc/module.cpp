@@ -112,7 +112,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
     m.def("fingerprint", &fingerprint, arg("small"), arg("large"), arg("first"), arg("count"));
-    m.attr("FINGERPRINT_PARTS") = fastpeft::cpu::kFingerprintParts;
     m.def("dropout_keep", &fastpeft::cpu::dropout_keep, release(), arg("seed"), arg("rows"), arg("columns"),
           arg("threshold"), "Boolean [rows, columns], true where kept.");
     m.def("isa", [] { return fastpeft::cpu::kernels().name; }, "The instruction set whose kernels run.");

@@ -23,9 +23,9 @@ class NormCache:
     """The norm of the last ``W, A, B, s``.
 
     A tensor counts as unchanged while it has the same storage, place in it and version counter, and the same bytes:
-    optimizers, ``merge`` and others also write through ``.data``, which no counter sees. Of ``W`` a call looks at all
-    bytes, or where it has so few tokens that this would take as long as all the rest, at one part in each call, another
-    one each time. Copies and pickles start empty.
+    optimizers, ``merge`` and others also write through ``.data``, which no counter sees. Of ``W`` a call looks at as
+    many of its parts as ``Backend.parts_watched`` allows for its tokens, at all of them in a long call or of a small
+    ``W``, at others in each call, so that some calls together have seen it all. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:

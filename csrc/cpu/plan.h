@@ -17,7 +17,8 @@ enum class Plan {
 Plan forward_plan(const at::Tensor& x, const Weight& weight, const Adapters& adapters);
 Plan backward_plan(const at::Tensor& dy, const Weight& weight, const Adapters& adapters);
 
-// Takes this plan wherever it can compute what is asked for, until it is called without one; `dots` forward alone.
+// For tests and benches: takes this plan in every call, until it is called without one; `dots` forward alone. Whether
+// the plan can compute the call is the caller's to know.
 void force_plan(std::optional<Plan> plan);
 
 }  // namespace fastpeft::cpu

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import Adapters, Kept, Needs, Weight
 
 Forward = tuple[Tensor, Tensor, list[Tensor]]
-PARTS = 32
+PARTS = 32  # that a fingerprint divides a large tensor into; kFingerprintParts of the extension
 
 
 class Backend(Protocol):
