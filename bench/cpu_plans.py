@@ -30,9 +30,7 @@ LARGEST = 2048 * 2048 * 2048  # M N K
 
 def plans(dtype: torch.dtype, tokens: int, forward: bool) -> list[str]:
     """Names of the plans that can be asked for."""
-    names = ["base_first", "low_rank_first"]
-    if dtype == torch.bfloat16 and extension.built().has_base_product():
-        names.append("one_accumulator")
+    names = ["base_first", "low_rank_first", "one_accumulator"]
     if forward and tokens <= MOST_TOKENS_OF_DOTS:
         names.append("dots")
     return names

@@ -121,11 +121,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .value("dots", Plan::dots)
         .value("base_first", Plan::base_first)
         .value("low_rank_first", Plan::low_rank_first)
-        .value("base_first_float32", Plan::base_first_float32)
         .value("one_accumulator", Plan::one_accumulator);
     m.def("plan", &plan_of, arg("x"), arg("weight"), arg("adapters"), arg("backward"), "The plan of a call.");
     m.def("force_plan", &fastpeft::cpu::force_plan, arg("plan"), "A plan for tests and benches; None: the choice.");
     m.def(
-        "has_base_product", [] { return fastpeft::cpu::has_base_product(fastpeft::cpu::kernels()); },
-        "Whether Plan.one_accumulator runs here, with the instruction set of isa().");
+        "multiplies_pairs",
+        [] { return fastpeft::cpu::multiplies_pairs(fastpeft::cpu::kernels(), fastpeft::DType::bf16, 2); },
+        "Whether Plan.one_accumulator computes bfloat16 in pairs here, with the kernels of isa(), or in float32.");
 }

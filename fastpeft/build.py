@@ -22,12 +22,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mbmi2", "-mf16c", "-mfma"]
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mbmi2", "-mf16c", "-mfma"]
 _AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns of its own intrinsics
 X86_FLAGS = {
     "*_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "*_avx512.cpp": _AVX512,
-    "*_amx.cpp": [*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "*_avx512_bf16.cpp": [*_AVX512, "-mavx512bf16"],
+    "*_amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 # No contraction: a product and a sum that are written as two roundings stay two, as in bitsandbytes' statistics.
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=off"]

@@ -130,8 +130,9 @@ def test_machine_flags_stay_on_their_machine(monkeypatch: pytest.MonkeyPatch) ->
     assert build.machine_flags(Path("kernels_avx512.cpp")) == []
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert build.machine_flags(Path("kernels_plain.cpp")) == []
-    assert "-mavx512bf16" in build.machine_flags(Path("kernels_avx512.cpp"))
-    assert "-mamx-bf16" not in build.machine_flags(Path("kernels_avx512.cpp"))
+    assert "-mavx512bf16" in build.machine_flags(Path("kernels_avx512_bf16.cpp"))
+    assert "-mavx512bf16" not in build.machine_flags(Path("kernels_avx512.cpp"))
+    assert "-mamx-bf16" not in build.machine_flags(Path("kernels_avx512_bf16.cpp"))
     assert {"-mavx512bf16", "-mamx-bf16"} <= set(build.machine_flags(Path("kernels_amx.cpp")))
 
 

@@ -14,9 +14,11 @@ namespace {
 
 using c10::BFloat16;
 
-constexpr int64_t kBlock = 64;    // rows of x that a micro-kernel takes
-constexpr int64_t kPart = 512;    // rows whose sums wait in scratch, at most
-constexpr int64_t kDepth = 3072;  // of the contracted dimension that is packed at a time, at most
+constexpr int64_t kBlock = 64;  // rows of x that torch's micro-kernel takes
+constexpr int64_t kPart = 512;  // rows whose sums wait in scratch, at most
+// Of the contracted dimension that is packed at a time, at most: pairs for the whole of a layer, as the micro-kernel
+// has blocks of its own; in float32 what a first-level cache holds of sixteen columns.
+constexpr int64_t kDepthPairs = 3072, kDepthFloat = 256;
 constexpr int64_t kTasksAThread = 4;
 
 int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
@@ -42,15 +44,24 @@ class Scratch {
 
 class Task {
   public:
-    Task(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& right)
-        : k_(kernels), sweep_(sweep), x_(x), right_(right), s_(right.s) {
-        const int64_t depths = ceil_div(s_.rows, kDepth);
-        depth_ = ceil_div(s_.rows, depths * 2 * kLanes) * 2 * kLanes;
+    Task(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& right,
+         bool pairs)
+        : k_(kernels),
+          sweep_(sweep),
+          x_(x),
+          right_(right),
+          s_(right.s),
+          pairs_(pairs),
+          low_rank_pairs_(kernels.pairs(sweep.dtype)),
+          decoded_dtype_(pairs ? DType::bf16 : DType::f32),
+          element_(pairs ? 2 : 4) {
+        const int64_t most = pairs ? kDepthPairs : kDepthFloat, unit = 2 * kLanes;
+        depth_ = ceil_div(s_.rows, ceil_div(s_.rows, most) * unit) * unit;
         thread_local Scratch sums, stripe, left, decoded;
         sums_ = reinterpret_cast<float*>(sums.lines(x.size() * kPart * kStripe * sizeof(float)));
-        stripe_ = reinterpret_cast<BFloat16*>(stripe.lines(depth_ * kStripe * sizeof(BFloat16)));
-        left_ = left.lines(kRows * sweep.ranks * sizeof(BFloat16));
-        if (right.packed) decoded_ = reinterpret_cast<BFloat16*>(decoded.lines(kStripe * kColumns * sizeof(BFloat16)));
+        stripe_ = stripe.lines(depth_ * kStripe * element_);
+        left_ = left.lines(kRows * sweep.ranks * sizeof(float));
+        if (right.packed) decoded_ = decoded.lines(kStripe * kColumns * element_);
     }
 
     // Up to kPart rows of one stripe of columns.
@@ -61,7 +72,7 @@ class Task {
             pack(k, depth, column);
             for (size_t i = 0; i < x_.size(); ++i) multiply(i, row_begin, row_end, k, depth, padded(columns));
         }
-        at::native::cpublas::brgemm_release(true);  // expand may need the same tile registers
+        if (pairs_) at::native::cpublas::brgemm_release(true);  // expand may need the same tile registers
         for (int64_t m = row_begin; m < row_end; m += kRows)
             for (const RankGroup& g : sweep_.groups)
                 expand(g, m, std::min(kRows, row_end - m), column, columns, (m - row_begin) * kStripe);
@@ -73,42 +84,54 @@ class Task {
         if (right_.packed)
             decode_and_pack(k, depth, column);
         else
-            k_.pack_stripe(s_, k, depth, column, stripe_);
+            pack_tile(s_, k, depth, column, 0);
         packed_k_ = k;
         packed_column_ = column;
+    }
+
+    // Rows [row, row + rows) of a stripe of columns of S, to where row `d` of the packed stripe is.
+    void pack_tile(const Matrix& s, int64_t row, int64_t rows, int64_t column, int64_t d) {
+        if (pairs_)
+            k_.pack_stripe(s, row, rows, column, stripe_ + d * kStripe * element_);
+        else
+            k_.pack_stripe_float(s, row, rows, column, reinterpret_cast<float*>(stripe_) + d * kLanes, depth_ * kLanes);
     }
 
     // Tiles of W, kStripe x kColumns or kColumns x kStripe, are decoded row by row of W and packed from scratch.
     void decode_and_pack(int64_t k, int64_t depth, int64_t column) {
         const int64_t columns = std::min(kStripe, s_.columns - column);
         const int64_t length = right_.transposed ? s_.rows : s_.columns;  // of a row of W
+        const auto decode = [&](int64_t first, int64_t count, int64_t at) {
+            k_.decode(*right_.packed, first, count, s_.dtype, decoded_ + at * element_, decoded_dtype_);
+        };
         for (int64_t d = 0; d < depth; d += kColumns) {
             const int64_t rows = std::min(kColumns, depth - d);
-            Matrix tile{decoded_, DType::bf16, rows, columns, kStripe, 1};
+            Matrix tile{decoded_, decoded_dtype_, rows, columns, kStripe, 1};
             if (right_.transposed) {
                 tile.row_stride = 1;
                 tile.column_stride = kColumns;
-                for (int64_t i = 0; i < columns; ++i)
-                    k_.decode(*right_.packed, (column + i) * length + k + d, rows, decoded_ + i * kColumns,
-                              DType::bf16);
+                for (int64_t i = 0; i < columns; ++i) decode((column + i) * length + k + d, rows, i * kColumns);
             } else {
-                for (int64_t i = 0; i < rows; ++i)
-                    k_.decode(*right_.packed, (k + d + i) * length + column, columns, decoded_ + i * kStripe,
-                              DType::bf16);
+                for (int64_t i = 0; i < rows; ++i) decode((k + d + i) * length + column, columns, i * kStripe);
             }
-            k_.pack_stripe(tile, 0, rows, 0, stripe_ + d * kStripe);
+            pack_tile(tile, 0, rows, 0, d);
         }
     }
 
     float* sums(size_t operand) const { return sums_ + operand * kPart * kStripe; }
 
-    // Rows in powers of two, so that there are few kernels to generate however many the tokens are.
     void multiply(size_t operand, int64_t row_begin, int64_t row_end, int64_t k, int64_t depth, int64_t columns) {
         const Operand& x = x_[operand];
+        if (!pairs_)
+            return k_.product(static_cast<const float*>(x.data) + row_begin * x.ld + k, x.ld, row_end - row_begin,
+                              depth, reinterpret_cast<const float*>(stripe_), depth_ * kLanes, columns / kLanes, k > 0,
+                              sums(operand), kStripe);
+        // Rows in powers of two, so that there are few kernels to generate however many the tokens are.
         for (int64_t m = row_begin, rows; m < row_end; m += rows) {
             rows = std::min<int64_t>(kBlock, std::bit_floor(static_cast<uint64_t>(row_end - m)));
             at::native::cpublas::brgemm(rows, columns, depth, x.ld, kStripe, kStripe, k > 0,
-                                        static_cast<const BFloat16*>(x.data) + m * x.ld + k, stripe_,
+                                        static_cast<const BFloat16*>(x.data) + m * x.ld + k,
+                                        reinterpret_cast<const BFloat16*>(stripe_),
                                         sums(operand) + (m - row_begin) * kStripe, true);
         }
     }
@@ -117,7 +140,7 @@ class Task {
     void expand(const RankGroup& g, int64_t m, int64_t rows, int64_t column, int64_t columns, int64_t offset) {
         uint64_t words[kRows * kKeepWords];
         if (g.threshold) k_.keep(g.seed, g.threshold, m, column, rows, columns, words);
-        k_.left(sweep_.q + m * sweep_.ranks + g.first_rank, sweep_.ranks, rows, g.ranks, true, left_);
+        k_.left(sweep_.q + m * sweep_.ranks + g.first_rank, sweep_.ranks, rows, g.ranks, low_rank_pairs_, left_);
         Tail target{.keep = g.threshold ? words : nullptr, .from = {sums(0) + offset, DType::f32, kStripe}};
         if (g.operand) target.second = {sums(g.operand) + offset, DType::f32, kStripe};
         if (g.scale) target.scale = g.scale + column;
@@ -128,16 +151,18 @@ class Task {
         }
         if (&g == &sweep_.groups.back()) {
             target.bias = sweep_.bias ? sweep_.bias + column : nullptr;
-            target.y = static_cast<BFloat16*>(sweep_.output) + m * sweep_.ld_output + column;
-            target.dtype = DType::bf16;
+            target.y = static_cast<char*>(sweep_.output) +
+                       (m * sweep_.ld_output + column) * (sweep_.dtype == DType::f32 ? 4 : 2);
+            target.dtype = sweep_.dtype;
             target.ld_y = sweep_.ld_output;
         } else {
             target.y = sums(0) + offset;
             target.ld_y = kStripe;
         }
         const int64_t stride = sweep_.ranks * kLanes;  // elements of a panel's column block
-        const auto* panel = static_cast<const BFloat16*>(sweep_.panel_out) + column / kLanes * stride;
-        k_.expand(left_, true, rows, columns, g.ranks, panel + g.first_rank * kLanes, stride, target);
+        const auto* panel = static_cast<const char*>(sweep_.panel_out) +
+                            (column / kLanes * stride + g.first_rank * kLanes) * (low_rank_pairs_ ? 2 : 4);
+        k_.expand(left_, low_rank_pairs_, rows, columns, g.ranks, panel, stride, target);
     }
 
     const Kernels& k_;
@@ -145,11 +170,13 @@ class Task {
     const std::vector<Operand>& x_;
     const RightOperand& right_;
     const Matrix& s_;
-    BFloat16* decoded_ = nullptr;
+    const bool pairs_, low_rank_pairs_;  // of the product with S, and of the one with the panel
+    const DType decoded_dtype_;
+    const int64_t element_;  // bytes, of the packed stripe
+    char* decoded_ = nullptr;
     int64_t depth_;
     float* sums_;
-    BFloat16* stripe_;
-    char* left_;
+    char *stripe_, *left_;
     int64_t packed_k_ = -1, packed_column_ = -1;
 };
 
@@ -168,19 +195,20 @@ bool try_kernel() {
 
 }  // namespace
 
-bool has_base_product(const Kernels& kernels) {
-    if (!kernels.pack_stripe || !at::globalContext().userEnabledMkldnn()) return false;
+bool multiplies_pairs(const Kernels& kernels, DType dtype, int64_t depth) {
+    if (!kernels.pairs(dtype) || depth % 2 || !at::globalContext().userEnabledMkldnn()) return false;
     static const bool works = try_kernel();
     return works;
 }
 
-void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s) {
+void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s,
+                  bool pairs) {
     const int64_t stripes = ceil_div(sweep.columns, kStripe);
     const int64_t wanted = ceil_div(sweep.rows * stripes, kTasksAThread * at::get_num_threads());
     const int64_t part = std::clamp(ceil_div(wanted, kBlock) * kBlock, kBlock, kPart);
     const int64_t parts = ceil_div(sweep.rows, part);
     at::parallel_for(0, parts * stripes, 1, [&](int64_t begin, int64_t end) {
-        Task task(kernels, sweep, x, s);
+        Task task(kernels, sweep, x, s, pairs);
         for (int64_t i = begin; i < end; ++i) {  // the parts of a stripe one after the other: it is packed once
             const int64_t row = i % parts * part;
             task.run(row, std::min(row + part, sweep.rows), i / parts * kStripe);

@@ -4,24 +4,25 @@
 
 namespace fastpeft::cpu {
 
-// Whether these kernels can pack for torch's bfloat16 micro-kernels, and those run here: false without oneDNN.
-bool has_base_product(const Kernels& kernels);
+// Whether a product contracted over `depth` elements of this dtype runs in bfloat16 pairs, by torch's micro-kernels:
+// false without oneDNN. Otherwise it is computed in float32, by the kernels' own `product`.
+bool multiplies_pairs(const Kernels& kernels, DType dtype, int64_t depth);
 
 // S, or Wᵀ or W for a 4-bit W [N, K]: what `packed` holds is decoded stripe by stripe.
 struct RightOperand {
-    Matrix s;  // dense; its sizes alone count where `packed` is given
+    Matrix s;  // dense; its sizes and its dtype alone count where `packed` is given
     const FourBit* packed = nullptr;
     bool transposed = false;  // S = Wᵀ
 };
 
 struct Operand {
-    const void* data;  // bfloat16 [rows, S.rows]
+    const void* data;  // [rows, S.rows], in float32 or, for products in pairs, in bfloat16
     int64_t ld;        // at least S.rows
 };
 
 // The output of the sweep onto x[0] S, where x[i] S is the `second` of the groups whose operand is i; the sweep's
-// `seconds` are not looked at. bfloat16, S.rows even, one stride of a dense S is 1. S is packed stripe by stripe,
-// nothing outlives the call.
-void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s);
+// `seconds` are not looked at. One stride of a dense S is 1. S is packed stripe by stripe, nothing outlives the call.
+void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s,
+                  bool pairs);
 
 }  // namespace fastpeft::cpu

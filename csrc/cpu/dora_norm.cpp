@@ -46,8 +46,8 @@ Tensor dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double 
             }
             char* out = static_cast<char*>(decoded.mutable_data_ptr());
             for (int64_t i = 0; i < row_count; ++i)
-                kernels.decode(codes, (row + i) * columns + c, count, out + i * kColumns * like.element_size(),
-                               tile_dtype);
+                kernels.decode(codes, (row + i) * columns + c, count, tile_dtype,
+                               out + i * kColumns * like.element_size(), tile_dtype);
             return {out, tile_dtype, kColumns};
         };
         for (; m < m_end; m += kRows) {

@@ -38,15 +38,14 @@ void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bia
         const FourBit w = four_bit(weight);
         const float* bias32 = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
         constexpr int64_t kGroup = 64;
-        if (kernels.dot_four_bit && columns % kGroup == 0 && w.block_bits >= 6) {
-            const Tensor split = (pairs ? x : x.to(at::kFloat))
-                                     .reshape({tokens, columns / kGroup, kGroup / 2, 2})
-                                     .permute({1, 0, 3, 2})
-                                     .contiguous();
+        if (columns % kGroup == 0 && w.block_bits >= 6) {
+            const Tensor input =
+                pairs ? x.reshape({tokens, columns / kGroup, kGroup / 2, 2}).permute({1, 0, 3, 2}) : x.to(at::kFloat);
+            const Tensor rows = input.contiguous();
             constexpr int64_t kGrainElements = 1 << 16;
             at::parallel_for(0, weight.N, std::max<int64_t>(1, kGrainElements / columns),
                              [&](int64_t begin, int64_t end) {
-                                 kernels.dot_four_bit(split.const_data_ptr(), dtype_of(split), tokens, columns, w,
+                                 kernels.dot_four_bit(rows.const_data_ptr(), dtype_of(x), tokens, columns, w,
                                                       q.const_data_ptr<float>(), matrix(b), bias32,
                                                       y.mutable_data_ptr(), dtype_of(y), y.stride(0), begin, end);
                              });
@@ -58,7 +57,7 @@ void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bia
             const Tensor tile = at::empty({kRowsAtOnce, columns}, x.options());
             for (int64_t n = begin * kRowsAtOnce; n < std::min(end * kRowsAtOnce, weight.N); n += kRowsAtOnce) {
                 const int64_t rows = std::min(kRowsAtOnce, weight.N - n);
-                kernels.decode(w, n * columns, rows * columns, tile.mutable_data_ptr(), dtype_of(tile));
+                kernels.decode(w, n * columns, rows * columns, dtype_of(x), tile.mutable_data_ptr(), dtype_of(tile));
                 kernels.dot(input.const_data_ptr(), input.stride(0), tokens, matrix(tile), q.const_data_ptr<float>(),
                             matrix(b.narrow(0, n, rows)), bias32 ? bias32 + n : nullptr,
                             static_cast<char*>(y.mutable_data_ptr()) + n * y.element_size(), dtype_of(y), y.stride(0),

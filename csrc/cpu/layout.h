@@ -11,10 +11,6 @@ int64_t gradient_stride(int64_t columns);  // of a [ranks, columns] sum
 uint64_t seed_of(const Adapters& adapters, size_t i);
 at::Tensor panel(const Kernels& kernels, const at::Tensor& s, bool pairs);
 
-// columns.cpp: columns [first, first + count) of W, or of Wᵀ, in float32: [N, count] or [K, count]. Elements of 4 bits
-// are rounded to `dtype` before, as dequantizing to it would.
-at::Tensor columns_of(const Weight& weight, bool transposed, int64_t first, int64_t count, at::ScalarType dtype);
-
 // few_tokens.cpp: u and y = x Wᵀ + s u Bᵀ + bias (float32, may be undefined) for x [tokens, K]; y contiguous, float32
 // or as x.
 void few_tokens_product(const at::Tensor& x, const Weight& weight, const at::Tensor& bias, const Adapters& adapters,

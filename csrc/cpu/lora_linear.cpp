@@ -30,16 +30,6 @@ void vendor_product(const Tensor& y, const Tensor& x, const Tensor& weight) {
 
 void vendor_product_onto(const Tensor& y, const Tensor& x, const Tensor& weight) { y.addmm_(x, weight); }
 
-// y = x W, or x Wᵀ, in float32, stripe by stripe of W.
-void product_float32(const Tensor& y, const Tensor& x, const Weight& weight, bool transposed) {
-    constexpr int64_t kColumns = 256;
-    const Tensor wide = x.to(at::kFloat);
-    for (int64_t n = 0; n < y.size(1); n += kColumns) {
-        const int64_t columns = std::min(kColumns, y.size(1) - n);
-        y.narrow(1, n, columns).copy_(at::mm(wide, columns_of(weight, transposed, n, columns, x.scalar_type())));
-    }
-}
-
 // y = x[0] W (or Wᵀ) + the output of the sweep, whose groups find x[i] W as their operand i; what else the sweep does
 // is done too.
 void base_and_low_rank(const Kernels& kernels, Sweep& sweep, const Tensor& y, const std::vector<Tensor>& x,
@@ -47,45 +37,43 @@ void base_and_low_rank(const Kernels& kernels, Sweep& sweep, const Tensor& y, co
     sweep.output = y.mutable_data_ptr();
     sweep.ld_output = y.stride(0);
     if (plan == Plan::one_accumulator) {
-        TORCH_CHECK(
-            has_base_product(kernels) && y.scalar_type() == at::kBFloat16 && x[0].size(1) % 2 == 0,
-            "Plan.one_accumulator needs has_base_product(), bfloat16 and an even number of contracted elements");
+        RightOperand right{.transposed = transposed};
+        const FourBit packed = weight.four_bit() ? four_bit(weight) : FourBit{};
+        Tensor dense;
+        if (weight.four_bit()) {
+            right.packed = &packed;
+            right.s = {nullptr, sweep.dtype, x[0].size(1), y.size(1), 0, 0};
+        } else {
+            dense = transposed ? weight.data.t() : weight.data;
+            if (dense.stride(0) != 1 && dense.stride(1) != 1) dense = dense.contiguous();
+            right.s = matrix(dense);
+        }
+        const bool pairs = multiplies_pairs(kernels, sweep.dtype, x[0].size(1));
         std::vector<Tensor> rows;
         std::vector<Operand> operands;
         for (const Tensor& part : x) {
-            rows.push_back(part.stride(0) >= part.size(1) ? part : part.contiguous());
-            const int64_t ld = part.size(0) > 1 ? rows.back().stride(0) : part.size(1);
+            const Tensor wide = pairs ? part : part.to(at::kFloat);
+            rows.push_back(wide.stride(0) >= wide.size(1) ? wide : wide.contiguous());
+            const int64_t ld = wide.size(0) > 1 ? rows.back().stride(0) : wide.size(1);
             operands.push_back({rows.back().const_data_ptr(), ld});
         }
-        RightOperand right{.transposed = transposed};
-        const FourBit packed = weight.four_bit() ? four_bit(weight) : FourBit{};
-        if (weight.four_bit()) {
-            right.packed = &packed;
-            right.s = {nullptr, DType::bf16, x[0].size(1), y.size(1), 0, 0};
-        } else {
-            right.s = matrix(transposed ? weight.data.t() : weight.data);
-        }
-        base_product(kernels, sweep, operands, right);
+        base_product(kernels, sweep, operands, right, pairs);
         sweep.output = nullptr;
         if (sweep.product || sweep.gradient) run(kernels, sweep);
         return;
     }
     const bool scales = std::any_of(sweep.groups.begin(), sweep.groups.end(), [](const auto& g) { return g.scale; });
     TORCH_CHECK(plan != Plan::low_rank_first || !scales, "Plan.low_rank_first cannot scale the base product: DoRA");
-    TORCH_CHECK(plan == Plan::base_first_float32 || !weight.four_bit(), "a 4-bit weight has no dense product");
-    const Tensor dense = weight.four_bit() ? Tensor() : transposed ? weight.data.t() : weight.data;
-    const auto product = [&](const Tensor& out, const Tensor& in) {
-        plan == Plan::base_first_float32 ? product_float32(out, in, weight, transposed)
-                                         : vendor_product(out, in, dense);
-    };
+    TORCH_CHECK(!weight.four_bit(), "a 4-bit weight has no product of the vendor's: Plan.one_accumulator");
+    const Tensor dense = transposed ? weight.data.t() : weight.data;
     std::vector<Tensor> seconds;
     for (size_t i = 1; i < x.size(); ++i) {
         seconds.push_back(at::empty({y.size(0), y.size(1)}, y.options()));
-        product(seconds.back(), x[i]);
+        vendor_product(seconds.back(), x[i], dense);
         sweep.seconds.push_back(seconds.back().const_data_ptr());
     }
     sweep.add = plan != Plan::low_rank_first;
-    if (sweep.add) product(y, x[0]);
+    if (sweep.add) vendor_product(y, x[0], dense);
     run(kernels, sweep);
     if (!sweep.add) vendor_product_onto(y, x[0], dense);
 }

@@ -48,16 +48,13 @@ bool has_few_tokens(const Tensor& x, const Weight& weight) {
 Plan product_plan(const Tensor& x, const Weight& weight, const Adapters& adapters) {
     const Kernels& kernels = cpu::kernels();
     const at::ScalarType dtype = x.scalar_type();
-    const bool four_bit = weight.four_bit();
-    if (dtype == at::kBFloat16 && x.size(-1) % 2 == 0 &&
-        (four_bit || (kernels.prefers.packs_dense && (weight.data.stride(0) == 1 || weight.data.stride(1) == 1))) &&
-        has_base_product(kernels))
-        return Plan::one_accumulator;
-    if (four_bit) return Plan::base_first_float32;
+    if (weight.four_bit()) return Plan::one_accumulator;
+    if (dtype == at::kFloat) return kernels.prefers.packs_float ? Plan::one_accumulator : Plan::base_first;
+    if (dtype == at::kHalf) return has_float16_products() ? Plan::base_first : Plan::one_accumulator;
+    if (!kernels.pairs(DType::bf16)) return Plan::one_accumulator;
+    if (kernels.prefers.packs_dense && multiplies_pairs(kernels, DType::bf16, x.size(-1))) return Plan::one_accumulator;
     // DoRA scales the base product: it comes first.
-    if (dtype == at::kBFloat16 && kernels.prefers.low_rank_first && !adapters.dora()) return Plan::low_rank_first;
-    if (dtype == at::kHalf && !has_float16_products()) return Plan::base_first_float32;
-    return Plan::base_first;
+    return kernels.prefers.low_rank_first && !adapters.dora() ? Plan::low_rank_first : Plan::base_first;
 }
 
 }  // namespace

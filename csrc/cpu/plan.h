@@ -5,11 +5,10 @@
 namespace fastpeft::cpu {
 
 enum class Plan {
-    dots,                // dot products with the rows of W: a few tokens, contiguous tensors, forward alone
-    base_first,          // the vendor's product with W, the low-rank part added onto it
-    low_rank_first,      // the low-rank part, the vendor's product with W added onto it
-    base_first_float32,  // base_first in float32, stripe by stripe of W: no fast products in this dtype, or a 4-bit W
-    one_accumulator,     // both in the same float32 sums (base_product.h): bfloat16
+    dots,             // dot products with the rows of W: a few tokens, contiguous tensors, forward alone
+    base_first,       // the vendor's product with W, the low-rank part added onto it
+    low_rank_first,   // the low-rank part, the vendor's product with W added onto it
+    one_accumulator,  // both in the same float32 sums (base_product.h)
 };
 
 // The fastest plan for a call as `python -m fastpeft.bench.cpu_plans` measured them, or the one that tests and benches

@@ -62,6 +62,14 @@ inline uint16_t keep_bits(const uint64_t* words, int64_t column) {  // of 16 col
 inline V16 sub(V16 a, V16 b) { return fma(b, splat(-1.0f), a); }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Calls run<n>() for an n of 1 to Most.
+template <int Most, typename Run>
+inline void with_count(int64_t n, Run run) {
+    if constexpr (Most > 1)
+        if (n < Most) return with_count<Most - 1>(n, run);
+    run.template operator()<Most>();
+}
+
 // ---- packing ----------------------------------------------------------------------------------------------------
 
 // Sixteen rows of S from `row`, its columns `column` … + 15; zeros beyond the edges.
@@ -91,6 +99,16 @@ void pack_float(const Matrix& s, bool, void* panel, int64_t begin, int64_t end) 
     pack_blocks(s, begin, end, [&](const V16(&v)[16], int64_t offset) {
         for (int64_t i = 0; i < kLanes; ++i) store(static_cast<float*>(panel) + offset + i * kLanes, v[i]);
     });
+}
+
+void pack_stripe_float(const Matrix& s, int64_t row, int64_t rows, int64_t column, float* out, int64_t ld_out) {
+    for (int64_t c = 0; c < kStripe; c += kLanes)
+        for (int64_t k = 0; k < rows; k += kLanes) {
+            V16 v[16];
+            load_block(s, row + k, column + c, v);
+            for (int64_t i = 0; i < smaller(kLanes, rows - k); ++i)
+                store(out + c / kLanes * ld_out + (k + i) * kLanes, v[i]);
+        }
 }
 
 void left_float(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool, void* out) {
@@ -147,6 +165,48 @@ void multiply_float(const void* tile, bool, int64_t rows, int64_t columns, const
         for (; m + kFloatRows <= rows; m += kFloatRows)
             multiply_rows<kFloatRows>(t + m * kColumns, columns, p, out + m * ld_out + b * kLanes, ld_out);
         for (; m < rows; ++m) multiply_rows<1>(t + m * kColumns, columns, p, out + m * ld_out + b * kLanes, ld_out);
+    }
+}
+
+// The base product: Rows x Blocks accumulators stay in registers along the whole depth. The three loops over them are
+// apart because the compiler keeps an array in registers only where each of its loops is one of constant bounds.
+template <int Rows, int Blocks>
+inline void product_rows(const float* x, int64_t ld_x, int64_t depth, const float* panel, int64_t panel_stride,
+                         bool onto, float* out, int64_t ld_out) {
+    V16 sums[Rows][Blocks];
+    for (int i = 0; i < Rows; ++i)
+        for (int b = 0; b < Blocks; ++b) sums[i][b] = zero();
+    for (int64_t k = 0; k < depth; ++k) {
+        V16 p[Blocks];
+        for (int b = 0; b < Blocks; ++b) p[b] = load(panel + b * panel_stride + k * kLanes);
+        for (int i = 0; i < Rows; ++i) {
+            const V16 t = splat(x[i * ld_x + k]);
+            for (int b = 0; b < Blocks; ++b) sums[i][b] = fma(t, p[b], sums[i][b]);
+        }
+    }
+    if (onto)
+        for (int i = 0; i < Rows; ++i)
+            for (int b = 0; b < Blocks; ++b) sums[i][b] = add(sums[i][b], load(out + i * ld_out + b * kLanes));
+    for (int i = 0; i < Rows; ++i)
+        for (int b = 0; b < Blocks; ++b) store(out + i * ld_out + b * kLanes, sums[i][b]);
+}
+
+void product(const float* x, int64_t ld_x, int64_t rows, int64_t depth, const float* panel, int64_t panel_stride,
+             int64_t blocks, bool onto, float* out, int64_t ld_out) {
+    constexpr int64_t kTogether =
+        96 / kProductRows * kProductRows;  // rows of x that wait for the next panel in a cache
+    for (int64_t first = 0; first < rows; first += kTogether) {
+        const int64_t end = smaller(first + kTogether, rows);
+        const auto some = [&]<int Blocks>(int64_t b) {
+            const float* p = panel + b * panel_stride;
+            for (int64_t m = first; m < end; m += kProductRows)
+                with_count<kProductRows>(end - m, [&]<int Rows>() {
+                    product_rows<Rows, Blocks>(x + m * ld_x, ld_x, depth, p, panel_stride, onto,
+                                               out + m * ld_out + b * kLanes, ld_out);
+                });
+        };
+        for (int64_t b = 0; b < blocks; b += kProductBlocks)
+            with_count<kProductBlocks>(blocks - b, [&]<int Blocks>() { some.template operator()<Blocks>(b); });
     }
 }
 
@@ -289,10 +349,6 @@ inline float block_scale(const FourBit& w, int64_t block) {
     if (w.absmax) return w.absmax[block];
     return w.code2[w.q[block]] * w.absmax2[block / kNestedBlock] + *w.offset;  // two roundings, see build.py
 }
-inline float decoded(const FourBit& w, int64_t i, float scale) {
-    return w.code[w.packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * scale;
-}
-
 // Calls run(first, count, scale, elements before it) for the parts of [first, first + count) that share a block.
 template <typename Run>
 inline void each_block(const FourBit& w, int64_t first, int64_t count, Run run) {
@@ -304,49 +360,57 @@ inline void each_block(const FourBit& w, int64_t first, int64_t count, Run run) 
     }
 }
 
-inline void decode_part(const FourBit& w, int64_t first, int64_t count, float scale, void* out, DType dtype) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-        alignas(64) float values[kLanes] = {};
-        const int64_t n = smaller(kLanes, count - i);
-        for (int64_t j = 0; j < n; ++j) values[j] = decoded(w, first + i + j, scale);
-        store_first(at(out, dtype, i), dtype, load(values), n);
-    }
+// The table times a block's scale, rounded as each decoded element is to be.
+inline V16 scaled_table(V16 table, V16 scale, DType rounding) {
+    const V16 scaled = mul(table, scale);
+    alignas(64) char rounded[64];
+    if (rounding == DType::f32) return scaled;
+    store_any(rounded, rounding, scaled);
+    return load_any(rounded, rounding);
 }
 
-void decode(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype) {
+void decode(const FourBit& w, int64_t first, int64_t count, DType rounding, void* out, DType dtype) {
+    const V16 table = load(w.code);
     each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
-        decode_part(w, begin, n, scale, at(out, dtype, done), dtype);
+        const V16 scaled = scaled_table(table, splat(scale), rounding);
+        int64_t i = 0;
+        for (; begin % 2 == 0 && i + kLanes <= n; i += kLanes)
+            store_any(at(out, dtype, done + i), dtype, lookup16(scaled, w.packed + (begin + i) / 2));
+        alignas(64) float values[kLanes];
+        store(values, scaled);
+        for (; i < n; ++i) {
+            const int64_t element = begin + i;
+            const float value = values[w.packed[element / 2] >> (element % 2 ? 0 : 4) & 15];
+            store_first(at(out, dtype, done + i), dtype, splat(value), 1);
+        }
     });
 }
 
 // ---- few tokens: dot products with the rows of W ----------------------------------------------------------------
 
+// Tokens x kChains sums at once: chains enough to hide an addition's latency, as far as registers reach.
+template <int Tokens>
+constexpr int kChains = 2 * Tokens <= kDotSums ? 2 : 1;
+
 // sums[t] += x[t] ∘ w, lane by lane; x is zero-padded to a multiple of 16.
 template <DType D, int Tokens>
 inline void dot_row(const float* x, int64_t ld_x, const void* w, int64_t columns, V16 (&sums)[Tokens]) {
-    V16 odd[Tokens];
-    for (int t = 0; t < Tokens; ++t) odd[t] = zero();
+    constexpr int Chains = kChains<Tokens>;
+    V16 chains[Chains][Tokens];
+    for (int i = 0; i < Chains; ++i)
+        for (int t = 0; t < Tokens; ++t) chains[i][t] = zero();
     int64_t c = 0;
-    for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
-        const V16 w0 = load_as<D>(at(w, D, c)), w1 = load_as<D>(at(w, D, c + kLanes));
-        for (int t = 0; t < Tokens; ++t) {
-            sums[t] = fma(w0, load(x + t * ld_x + c), sums[t]);
-            odd[t] = fma(w1, load(x + t * ld_x + c + kLanes), odd[t]);
+    for (; c + Chains * kLanes <= columns; c += Chains * kLanes)
+        for (int i = 0; i < Chains; ++i) {
+            const V16 v = load_as<D>(at(w, D, c + i * kLanes));
+            for (int t = 0; t < Tokens; ++t) chains[i][t] = fma(v, load(x + t * ld_x + c + i * kLanes), chains[i][t]);
         }
-    }
+    for (int i = 0; i < Chains; ++i)
+        for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], chains[i][t]);
     for (; c < columns; c += kLanes) {
-        const V16 w0 = load_first(at(w, D, c), D, columns - c);
-        for (int t = 0; t < Tokens; ++t) sums[t] = fma(w0, load(x + t * ld_x + c), sums[t]);
+        const V16 v = load_first(at(w, D, c), D, columns - c);
+        for (int t = 0; t < Tokens; ++t) sums[t] = fma(v, load(x + t * ld_x + c), sums[t]);
     }
-    for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
-}
-
-// Calls run<n>() for an n of 1 to Most.
-template <int Most, typename Run>
-inline void with_count(int64_t n, Run run) {
-    if constexpr (Most > 1)
-        if (n < Most) return with_count<Most - 1>(n, run);
-    run.template operator()<Most>();
 }
 
 // Runs row(sums, first token, n) for each row n of W and up to Most tokens at a time, and adds the low-rank part.
@@ -377,7 +441,7 @@ void dot_as(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const 
         dot_row<D>(static_cast<const float*>(x) + t * ld_x, ld_x, at(w.data, w.dtype, n * w.row_stride), w.columns,
                    sums);
     };
-    dot_rows<4>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows < kDotSums<4 ? kDotSums : 4>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
@@ -386,6 +450,51 @@ void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, con
                      : w.dtype == DType::f16 ? dot_as<DType::f16>
                                              : dot_as<DType::f32>;
     run(x, ld_x, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+}
+
+// Runs run(group, scale) for the groups of 64 elements that begin at `first`, each within a block: the scales of many
+// are worked out ahead, where no vector instruction waits for them.
+template <typename Run>
+inline void each_group(const FourBit& w, int64_t first, int64_t groups, Run run) {
+    constexpr int64_t kAhead = 64;
+    float scales[kAhead];
+    for (int64_t g = 0; g < groups; g += kAhead) {
+        const int64_t count = smaller(kAhead, groups - g);
+        for (int64_t i = 0; i < count; ++i) scales[i] = block_scale(w, (first + (g + i) * 64) >> w.block_bits);
+        for (int64_t i = 0; i < count; ++i) run(g + i, splat(scales[i]));
+    }
+}
+
+// The row of a 4-bit weight that begins at `first` against x [Tokens, 64 groups].
+template <int Tokens>
+inline void dot_four_bit_row(const float* x, int64_t ld_x, const FourBit& w, int64_t first, int64_t groups,
+                             DType rounding, V16 (&sums)[Tokens]) {
+    constexpr int Chains = kChains<Tokens>;
+    const V16 table = load(w.code);
+    V16 chains[Chains][Tokens];
+    for (int i = 0; i < Chains; ++i)
+        for (int t = 0; t < Tokens; ++t) chains[i][t] = zero();
+    each_group(w, first, groups, [&](int64_t g, V16 scale) {
+        const V16 scaled = scaled_table(table, scale, rounding);
+        const uint8_t* codes = w.packed + first / 2 + g * 32;
+        for (int i = 0; i < 4; ++i) {
+            const V16 v = lookup16(scaled, codes + i * kLanes / 2);
+            for (int t = 0; t < Tokens; ++t)
+                chains[i % Chains][t] = fma(v, load(x + t * ld_x + g * 64 + i * kLanes), chains[i % Chains][t]);
+        }
+    });
+    for (int i = 0; i < Chains; ++i)
+        for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], chains[i][t]);
+}
+
+void dot_four_bit_float(const void* x, DType rounding, int64_t tokens, int64_t columns, const FourBit& w,
+                        const float* q, const Matrix& b, const float* bias, void* y, DType y_dtype, int64_t ld_y,
+                        int64_t begin, int64_t end) {
+    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
+        dot_four_bit_row(static_cast<const float*>(x) + t * columns, columns, w, n * columns, columns / 64, rounding,
+                         sums);
+    };
+    dot_rows < kDotSums<8 ? kDotSums : 8>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 }  // namespace

@@ -40,10 +40,12 @@ struct Tail {
     int64_t ld_y = 0;
 };
 
-// Which of two ways is the faster in bfloat16 with an instruction set's kernels, as bench/cpu_plans.py measured them.
+// Which of two ways is the faster with an instruction set's kernels, as bench/cpu_plans.py measured them.
 struct Preferences {
-    bool packs_dense = false;     // packing a dense W for sums shared with the low-rank part beats the vendor's product
-    bool low_rank_first = false;  // the vendor's product adds onto the low-rank part at no cost
+    bool packs_float = false;     // float32: the product of our own, its sums shared with the low-rank part, beats the
+                                  // vendor's
+    bool packs_dense = false;     // bfloat16 pairs: packing a dense W for such sums does
+    bool low_rank_first = false;  // bfloat16: the vendor's product adds onto the low-rank part at no cost
 };
 
 struct Kernels {
@@ -96,12 +98,19 @@ struct Kernels {
     // sums [columns] += column sums of a ∘ b.
     void (*column_dots)(Tile a, Tile b, int64_t rows, int64_t columns, float* sums);
 
-    // The elements [first, first + count) of a 4-bit weight: value times scale in float32, rounded once.
-    void (*decode)(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype);
+    // The base product in float32: out [rows, 16 blocks] = x [rows, depth] · panel, or `onto` what is there; panel
+    // blocks are panel_stride elements apart.
+    void (*product)(const float* x, int64_t ld_x, int64_t rows, int64_t depth, const float* panel, int64_t panel_stride,
+                    int64_t blocks, bool onto, float* out, int64_t ld_out);
 
-    // For the base product in bfloat16 pairs; null where the instruction set has none.
-    // Rows [row, row + rows) and columns [column, column + kStripe) of S (bfloat16), as [rows / 2][kStripe][2], with
-    // zeros beyond the edges of S.
+    // The elements [first, first + count) of a 4-bit weight: value times scale in float32, rounded once to `rounding`,
+    // which is as narrow as dtype or narrower.
+    void (*decode)(const FourBit& w, int64_t first, int64_t count, DType rounding, void* out, DType dtype);
+
+    // For the base product: rows [row, row + rows) and columns [column, column + kStripe) of S, with zeros beyond the
+    // edges of S. In float32 the panel of `product`, sixteen columns ld_out elements behind the sixteen before.
+    void (*pack_stripe_float)(const Matrix& s, int64_t row, int64_t rows, int64_t column, float* out, int64_t ld_out);
+    // In bfloat16 pairs (of a bfloat16 S) [rows / 2][kStripe][2]; null where the instruction set computes in none.
     void (*pack_stripe)(const Matrix& s, int64_t row, int64_t rows, int64_t column, void* out);
 
     // A few tokens against rows [begin, end) of W, each row read once: y = x Wᵀ + q Bᵀ + bias, summed in float32.
@@ -110,9 +119,9 @@ struct Kernels {
     void (*dot)(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
                 const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end);
 
-    // The same for a 4-bit W [N, columns] of whole blocks, columns a multiple of 64, decoded in registers; x [columns /
-    // 64] [tokens][2][32], the even elements and the odd ones of each 64, in bfloat16 or float32. Null where decoding
-    // into scratch is as fast.
+    // The same for a 4-bit W [N, columns] of whole blocks, columns a multiple of 64, decoded in registers and rounded
+    // to dtype. Where dtype computes in pairs, x is [columns / 64][tokens][2][32] in bfloat16, the even elements and
+    // the odd ones of each 64; else [tokens, columns] in float32.
     void (*dot_four_bit)(const void* x, DType dtype, int64_t tokens, int64_t columns, const FourBit& w, const float* q,
                          const Matrix& b, const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin,
                          int64_t end);
@@ -121,7 +130,8 @@ struct Kernels {
 extern const Kernels kPlain;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
-extern const Kernels kAvx512;
+extern const Kernels kAvx512;  // without BF16
+extern const Kernels kAvx512Bf16;
 extern const Kernels kAmx;
 extern const Kernels kEmulatedAmx;  // for tests, only by override
 #endif

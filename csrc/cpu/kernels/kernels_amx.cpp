@@ -1,11 +1,7 @@
 // The kernels for processors with AMX, which does the bfloat16 products; all else is AVX-512's.
 #if defined(__x86_64__)
-#include "vector_avx512.h"
-
-namespace {
-constexpr int kFloatRows = 8, kFloatRanks = 16;
-}
 #include "pair_kernels_amx.inl"
+#include "vector_avx512.h"
 
 #define PAIR(name) name##_amx
 #include "pair_table.inl"

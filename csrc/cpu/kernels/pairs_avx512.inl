@@ -1,8 +1,8 @@
 // What the bfloat16-pair kernels of AVX-512 and of AMX share: masks, staging, the tail of `expand`.
 #include <immintrin.h>
 
-#include "../../philox.h"
 #include "float_kernels.inl"
+#include "keep.inl"
 
 namespace {
 
@@ -114,100 +114,20 @@ struct PairCodes {
     __m512i even, odd;
 };
 
-// 64 or 32 elements at a time, where a part starts at a whole byte.
-void decode_vector(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype) {
-    if (dtype == DType::f16) return decode(w, first, count, out, dtype);
-    alignas(64) uint16_t order[32];
-    for (uint16_t i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * 16;
-    const __m512i side_by_side = _mm512_load_si512(order);
+// In bfloat16 64 elements at a time, where a part starts at a whole byte.
+void decode_pairs(const FourBit& w, int64_t first, int64_t count, DType rounding, void* out, DType dtype) {
+    const bool whole_groups = w.block_bits >= 6 && first % 64 == 0 && count % 64 == 0;
+    if (dtype != DType::bf16 || !whole_groups) return decode(w, first, count, rounding, out, dtype);
     const Interleave interleave;
     const V16 table = load(w.code);
-    each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
-        int64_t i = 0;
-        const V16 scaled = mul(table, splat(scale));
-        for (; dtype == DType::bf16 && begin % 2 == 0 && i + 64 <= n; i += 64) {
-            const PairCodes codes(w.packed + (begin + i) / 2, scaled);
-            _mm512_storeu_si512(at(out, dtype, done + i), interleave.low(codes.even, codes.odd));
-            _mm512_storeu_si512(at(out, dtype, done + i + 32), interleave.high(codes.even, codes.odd));
-        }
-        for (; begin % 2 == 0 && i + 32 <= n; i += 32) {
-            const auto* bytes = reinterpret_cast<const __m128i*>(w.packed + (begin + i) / 2);
-            const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes));
-            const V16 even = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), scaled);
-            const V16 odd = _mm512_permutexvar_ps(codes, scaled);  // it looks at the low four bits alone
-            void* target = at(out, dtype, done + i);
-            if (dtype == DType::bf16) {
-                const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
-                _mm512_storeu_si512(target,
-                                    _mm512_permutexvar_epi16(side_by_side, reinterpret_cast<const __m512i&>(rounded)));
-            } else {
-                const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-                const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
-                store(static_cast<float*>(target), _mm512_permutex2var_ps(even, lower, odd));
-                store(static_cast<float*>(target) + kLanes, _mm512_permutex2var_ps(even, upper, odd));
-            }
-        }
-        decode_part(w, begin + i, n - i, scale, at(out, dtype, done + i), dtype);
+    each_group(w, first, count / 64, [&](int64_t g, V16 scale) {
+        const PairCodes codes(w.packed + first / 2 + g * 32, mul(table, scale));
+        _mm512_storeu_si512(at(out, dtype, g * 64), interleave.low(codes.even, codes.odd));
+        _mm512_storeu_si512(at(out, dtype, g * 64 + 32), interleave.high(codes.even, codes.odd));
     });
 }
 
-// ---- dropout and staging ----------------------------------------------------------------------------------------
-
-// Eight counters in 64-bit lanes whose upper halves are never read, so that a product needs no shuffle: 64 columns of
-// a row. Chains of them, along a row or down the rows, run side by side to hide the multiplier's latency.
-template <int Chains>
-inline void keep_words(const __m512i* key0, const __m512i* key1, uint32_t row, uint32_t group, bool down,
-                       __m512i threshold, uint64_t* words) {
-    const __m512i multiplier0 = _mm512_set1_epi64(fastpeft::kPhiloxMultiplier0);
-    const __m512i multiplier1 = _mm512_set1_epi64(fastpeft::kPhiloxMultiplier1);
-    __m512i c0[Chains], c1[Chains], c2[Chains], c3[Chains];
-    for (int i = 0; i < Chains; ++i) {
-        c0[i] = _mm512_add_epi64(_mm512_set1_epi64(down ? group : group + 8 * i),
-                                 _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-        c1[i] = _mm512_set1_epi64(down ? row + i : row);
-        c2[i] = c3[i] = _mm512_setzero_si512();
-    }
-    constexpr int kXor3 = 0x96;
-    for (int round = 0; round < fastpeft::kPhiloxRounds; ++round)
-        for (int i = 0; i < Chains; ++i) {
-            const __m512i product0 = _mm512_mul_epu32(c0[i], multiplier0),
-                          product1 = _mm512_mul_epu32(c2[i], multiplier1);
-            c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c1[i], key0[round], kXor3);
-            c2[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c3[i], key1[round], kXor3);
-            c1[i] = product1;
-            c3[i] = product0;
-        }
-    constexpr __mmask16 kUpper = 0xaaaa;
-    for (int i = 0; i < Chains; ++i) {
-        const __m512i words01 = _mm512_mask_mov_epi32(c0[i], kUpper, _mm512_slli_epi64(c1[i], 32));
-        const __m512i words23 = _mm512_mask_mov_epi32(c2[i], kUpper, _mm512_slli_epi64(c3[i], 32));
-        const uint64_t low = _mm512_cmpge_epu16_mask(words01, threshold);   // four bits a counter: columns 0 … 3
-        const uint64_t high = _mm512_cmpge_epu16_mask(words23, threshold);  // columns 4 … 7
-        words[down ? i * kKeepWords : i] = _pdep_u64(low, 0x0f0f0f0f0f0f0f0f) | _pdep_u64(high, 0xf0f0f0f0f0f0f0f0);
-    }
-}
-
-void keep_vector(uint64_t seed, uint32_t threshold, int64_t row, int64_t column, int64_t rows, int64_t columns,
-                 uint64_t* words) {
-    __m512i key0[fastpeft::kPhiloxRounds], key1[fastpeft::kPhiloxRounds];
-    for (int round = 0; round < fastpeft::kPhiloxRounds; ++round) {
-        key0[round] = _mm512_set1_epi64(static_cast<uint32_t>(seed) + round * fastpeft::kPhiloxKeyStep0);
-        key1[round] = _mm512_set1_epi64(static_cast<uint32_t>(seed >> 32) + round * fastpeft::kPhiloxKeyStep1);
-    }
-    const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(threshold));
-    const auto group = static_cast<uint32_t>(column / 8), first_row = static_cast<uint32_t>(row);
-    constexpr int kChains = kKeepWords;
-    int64_t m = 0;
-    if (columns > kColumns - 64)
-        for (; m < rows; ++m)
-            keep_words<kChains>(key0, key1, first_row + m, group, false, limit, words + m * kKeepWords);
-    for (; m + kChains <= rows; m += kChains)
-        for (int64_t c = 0; c < columns; c += 64)
-            keep_words<kChains>(key0, key1, first_row + m, group + c / 8, true, limit, words + m * kKeepWords + c / 64);
-    for (; m < rows; ++m)
-        for (int64_t c = 0; c < columns; c += 64)
-            keep_words<1>(key0, key1, first_row + m, group + c / 8, true, limit, words + m * kKeepWords + c / 64);
-}
+// ---- staging ---------------------------------------------------------------------------------------------------
 
 // A tile of bfloat16, zero-padded to 32 columns and to two rows.
 void stage_pairs(const uint16_t* src, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep, uint16_t* tile) {
@@ -263,19 +183,6 @@ void dot(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const flo
     dot_rows<4>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
-// Runs run(group, scale) for the groups of 64 elements that begin at `first`, each within a block: the scales of many
-// are worked out ahead, where no vector instruction waits for them.
-template <typename Run>
-inline void each_group(const FourBit& w, int64_t first, int64_t groups, Run run) {
-    constexpr int64_t kAhead = 64;
-    float scales[kAhead];
-    for (int64_t g = 0; g < groups; g += kAhead) {
-        const int64_t count = smaller(kAhead, groups - g);
-        for (int64_t i = 0; i < count; ++i) scales[i] = block_scale(w, (first + (g + i) * 64) >> w.block_bits);
-        for (int64_t i = 0; i < count; ++i) run(g + i, splat(scales[i]));
-    }
-}
-
 // The row of a 4-bit weight that begins at `first` against x [groups][ld_x / 64][32 even elements, 32 odd ones].
 template <int Tokens>
 inline void dot_four_bit_row(const uint16_t* x, int64_t ld_x, const FourBit& w, int64_t first, int64_t groups,
@@ -294,43 +201,15 @@ inline void dot_four_bit_row(const uint16_t* x, int64_t ld_x, const FourBit& w, 
     for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
 }
 
-template <int Tokens>
-inline void dot_four_bit_row(const float* x, int64_t ld_x, const FourBit& w, int64_t first, int64_t groups,
-                             V16 (&sums)[Tokens]) {
-    const V16 table = load(w.code);
-    V16 odd[Tokens];
-    for (int t = 0; t < Tokens; ++t) odd[t] = zero();
-    each_group(w, first, groups, [&](int64_t g, V16 scale) {
-        const V16 scaled = mul(table, scale);
-        const auto* bytes = reinterpret_cast<const __m128i*>(w.packed + first / 2 + g * 32);
-        for (int64_t i = 0; i < 2; ++i) {
-            const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes + i));
-            const V16 evens = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), scaled);
-            const V16 odds = _mm512_permutexvar_ps(codes, scaled);
-            for (int t = 0; t < Tokens; ++t) {
-                const float* x_group = x + g * ld_x + t * 64 + i * kLanes;
-                sums[t] = fma(evens, load(x_group), sums[t]);
-                odd[t] = fma(odds, load(x_group + 32), odd[t]);
-            }
-        }
-    });
-    for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
-}
-
-template <typename Element>
-void dot_four_bit_as(const void* x, int64_t tokens, int64_t columns, const FourBit& w, const float* q, const Matrix& b,
-                     const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
-    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
-        dot_four_bit_row(static_cast<const Element*>(x) + t * 64, tokens * 64, w, n * columns, columns / 64, sums);
-    };
-    dot_rows<8>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
-}
-
 void dot_four_bit(const void* x, DType dtype, int64_t tokens, int64_t columns, const FourBit& w, const float* q,
                   const Matrix& b, const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin,
                   int64_t end) {
-    const auto run = dtype == DType::bf16 ? dot_four_bit_as<uint16_t> : dot_four_bit_as<float>;
-    run(x, tokens, columns, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    if (dtype != DType::bf16)
+        return dot_four_bit_float(x, dtype, tokens, columns, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
+        dot_four_bit_row(static_cast<const uint16_t*>(x) + t * 64, tokens * 64, w, n * columns, columns / 64, sums);
+    };
+    dot_rows<8>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 // ---- the tail of expand --------------------------------------------------------------------------------------

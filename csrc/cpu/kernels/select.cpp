@@ -20,12 +20,14 @@ bool has_avx2() {
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512dq");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 bool has_amx() {
 #if defined(__linux__)
-    if (!has_avx512() || !__builtin_cpu_supports("amx-bf16") || !__builtin_cpu_supports("amx-tile")) return false;
+    if (!has_avx512_bf16() || !__builtin_cpu_supports("amx-bf16") || !__builtin_cpu_supports("amx-tile")) return false;
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -35,8 +37,8 @@ bool has_amx() {
 #endif
 
 struct Candidates {
-    const Kernels* tables[5] = {};
-    const char* names[5] = {};
+    const Kernels* tables[6] = {};
+    const char* names[6] = {};
 
     Candidates() {
         int count = 0;
@@ -46,6 +48,7 @@ struct Candidates {
         };
 #if defined(__x86_64__)
         if (has_amx()) offer(kAmx);
+        if (has_avx512_bf16()) offer(kAvx512Bf16);
         if (has_avx512()) offer(kAvx512);
         if (has_avx2()) offer(kAvx2);
 #endif
@@ -78,7 +81,7 @@ bool set_kernels(const char* name) {
             return true;
         }
 #if defined(__x86_64__)
-    if (has_avx512() && std::strcmp(kEmulatedAmx.name, name) == 0) {
+    if (has_avx512_bf16() && std::strcmp(kEmulatedAmx.name, name) == 0) {
         chosen = &kEmulatedAmx;
         return true;
     }

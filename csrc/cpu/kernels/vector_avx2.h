@@ -9,6 +9,9 @@ struct V16 {
     __m256 low, high;
 };
 
+// How many accumulators the 16 registers hold, and how many words of dropout's mask are made at once.
+constexpr int kFloatRows = 6, kFloatRanks = 4, kProductRows = 6, kProductBlocks = 1, kDotSums = 4, kWordsAtOnce = 1;
+
 inline V16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, V16 v) {
@@ -60,12 +63,68 @@ inline void store_f16(uint16_t* p, V16 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.high, _MM_FROUND_TO_NEAREST_INT));
 }
+inline void transpose(__m256 (&v)[8]) {
+    __m256 t[8];
+    for (int i = 0; i < 8; i += 4) {  // within halves of 128 bits: pairs of rows, then fours
+        const __m256 low = _mm256_unpacklo_ps(v[i], v[i + 1]), high = _mm256_unpackhi_ps(v[i], v[i + 1]);
+        const __m256 low2 = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), high2 = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+        t[i] = _mm256_shuffle_ps(low, low2, 0x44);
+        t[i + 1] = _mm256_shuffle_ps(low, low2, 0xee);
+        t[i + 2] = _mm256_shuffle_ps(high, high2, 0x44);
+        t[i + 3] = _mm256_shuffle_ps(high, high2, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
+}
 inline void transpose(V16 (&v)[16]) {
-    alignas(32) float in[16][16], out[16][16];
-    for (int i = 0; i < 16; ++i) store(in[i], v[i]);
-    for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < 16; ++j) out[j][i] = in[i][j];
-    for (int i = 0; i < 16; ++i) v[i] = load(out[i]);
+    __m256 upper[8], lower[8];
+    const auto corner = [&](int row, bool high, __m256(&block)[8]) {
+        for (int i = 0; i < 8; ++i) block[i] = high ? v[row + i].high : v[row + i].low;
+        transpose(block);
+    };
+    corner(0, true, upper);
+    corner(8, false, lower);
+    for (int i = 0; i < 8; ++i) {
+        v[i].high = lower[i];
+        v[i + 8].low = upper[i];
+    }
+    corner(0, false, upper);
+    corner(8, true, lower);
+    for (int i = 0; i < 8; ++i) {
+        v[i].low = upper[i];
+        v[i + 8].high = lower[i];
+    }
+}
+inline __m256 lookup(V16 table, const uint8_t* codes) {
+    int32_t eight;
+    __builtin_memcpy(&eight, codes, 4);
+    const __m256i index =  // its lower bits; a permutation looks at three of them
+        _mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+inline V16 lookup16(V16 table, const uint8_t* codes) { return {lookup(table, codes), lookup(table, codes + 4)}; }
+
+// Philox's counters, one in the lower half of each 64-bit lane.
+using U64 = __m256i;
+constexpr int kCounters = 4;
+
+inline U64 splat64(uint64_t s) { return _mm256_set1_epi64x(static_cast<int64_t>(s)); }
+inline U64 counters(uint32_t first) { return _mm256_add_epi64(splat64(first), _mm256_setr_epi64x(0, 1, 2, 3)); }
+inline U64 product(U64 a, U64 b) { return _mm256_mul_epu32(a, b); }
+inline U64 mix(U64 product, U64 c, U64 key) {
+    return _mm256_xor_si256(_mm256_srli_epi64(product, 32), _mm256_xor_si256(c, key));
+}
+inline uint64_t kept(U64 c0, U64 c1, U64 c2, U64 c3, uint32_t threshold) {
+    const auto at_least = [limit = _mm256_set1_epi16(static_cast<int16_t>(threshold))](U64 low, U64 high) {
+        const __m256i words = _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xaa);
+        return _mm256_cmpeq_epi16(_mm256_max_epu16(words, limit), words);
+    };
+    // Four bytes a counter and pair of words: those of a counter side by side.
+    const __m256i bytes = _mm256_packs_epi16(at_least(c0, c1), at_least(c2, c3));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_shuffle_epi32(bytes, 0xd8)));
 }
 
 }  // namespace

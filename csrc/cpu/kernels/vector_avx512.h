@@ -7,6 +7,9 @@ namespace {
 
 using V16 = __m512;
 
+// How many accumulators the 32 registers hold, and how many words of dropout's mask are made at once.
+constexpr int kFloatRows = 8, kFloatRanks = 16, kProductRows = 14, kProductBlocks = 2, kDotSums = 16, kWordsAtOnce = 4;
+
 inline V16 zero() { return _mm512_setzero_ps(); }
 inline V16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, V16 v) { _mm512_storeu_ps(p, v); }
@@ -21,8 +24,18 @@ inline V16 load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 inline void store_bf16(uint16_t* p, V16 v) {
+#ifdef __AVX512BF16__
     const __m256bh rounded = _mm512_cvtneps_pbh(v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<const __m256i&>(rounded));
+#else
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
+#endif
 }
 inline V16 load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -54,6 +67,37 @@ inline void transpose(V16 (&v)[16]) {
         t[j + 12] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
     }
     for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+inline V16 lookup16(V16 table, const uint8_t* codes) {
+    int32_t first, last;
+    __builtin_memcpy(&first, codes, 4);
+    __builtin_memcpy(&last, codes + 4, 4);
+    const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(first), 0xff00, last);
+    const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), table);  // it looks at the low four bits alone
+}
+
+// Philox's counters, one in the lower half of each 64-bit lane.
+using U64 = __m512i;
+constexpr int kCounters = 8;
+
+inline U64 splat64(uint64_t s) { return _mm512_set1_epi64(static_cast<int64_t>(s)); }
+inline U64 counters(uint32_t first) {
+    return _mm512_add_epi64(splat64(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline U64 product(U64 a, U64 b) { return _mm512_mul_epu32(a, b); }
+inline U64 mix(U64 product, U64 c, U64 key) {
+    constexpr int kXor3 = 0x96;
+    return _mm512_ternarylogic_epi64(_mm512_srli_epi64(product, 32), c, key, kXor3);
+}
+inline uint64_t kept(U64 c0, U64 c1, U64 c2, U64 c3, uint32_t threshold) {
+    const auto at_least = [limit = _mm512_set1_epi16(static_cast<int16_t>(threshold))](U64 low, U64 high) {
+        constexpr __mmask16 kUpper = 0xaaaa;
+        return _mm512_cmpge_epu16_mask(_mm512_mask_mov_epi32(low, kUpper, _mm512_slli_epi64(high, 32)), limit);
+    };
+    const uint64_t low = at_least(c0, c1), high = at_least(c2, c3);  // four bits a counter each
+    return _pdep_u64(low, 0x0f0f0f0f0f0f0f0f) | _pdep_u64(high, 0xf0f0f0f0f0f0f0f0);
 }
 
 }  // namespace

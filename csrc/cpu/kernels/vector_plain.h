@@ -2,12 +2,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 namespace {
 
 struct V16 {
     float lane[16];
 };
+
+// What an instruction set's registers hold. Accumulators of the skinny products (rows; ranks), of the base product
+// (rows times blocks of sixteen columns) and of dot products; words of dropout's mask that are made at once.
+constexpr int kFloatRows = 4, kFloatRanks = 4, kProductRows = 4, kProductBlocks = 1, kDotSums = 4, kWordsAtOnce = 1;
 
 inline V16 zero() { return V16{}; }
 inline V16 load(const float* p) {
@@ -80,6 +85,31 @@ inline void transpose(V16 (&v)[16]) {
             v[i].lane[j] = v[j].lane[i];
             v[j].lane[i] = t;
         }
+}
+
+// table[code] of sixteen 4-bit codes, the even ones in the upper halves of eight bytes.
+inline V16 lookup16(V16 table, const uint8_t* codes) {
+    V16 v;
+    for (int i = 0; i < 16; ++i) v.lane[i] = table.lane[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
+    return v;
+}
+
+// Philox's counters, kCounters of them, each in the lower half of 64 bits whose upper half is never read.
+using U64 = uint64_t;
+constexpr int kCounters = 1;
+
+inline U64 splat64(uint64_t s) { return s; }
+inline U64 counters(uint32_t first) { return first; }  // first, first + 1 … first + kCounters - 1
+inline U64 product(U64 a, U64 b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+inline U64 mix(U64 product, U64 c, U64 key) { return product >> 32 ^ c ^ key; }
+// One bit for each 16 of the four random words' bits, those of the first counter lowest: set where they are at least
+// the threshold.
+inline uint64_t kept(U64 c0, U64 c1, U64 c2, U64 c3, uint32_t threshold) {
+    uint64_t bits = 0;
+    int i = 0;
+    for (const U64 word : {c0, c1, c2, c3})
+        for (const int shift : {0, 16}) bits |= static_cast<uint64_t>((word >> shift & 0xffff) >= threshold) << i++;
+    return bits;
 }
 
 }  // namespace

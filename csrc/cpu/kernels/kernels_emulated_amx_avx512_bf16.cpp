@@ -1,12 +1,8 @@
 // The AMX kernels on processors without AMX, with the tile instructions emulated: for tests, never chosen by itself.
 #if defined(__x86_64__)
 #include "amx_emulation.h"
-#include "vector_avx512.h"
-
-namespace {
-constexpr int kFloatRows = 8, kFloatRanks = 16;
-}
 #include "pair_kernels_amx.inl"
+#include "vector_avx512.h"
 
 #define PAIR(name) name##_amx
 #include "pair_table.inl"
