@@ -5,6 +5,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdlib>
 #include <memory>
@@ -206,13 +207,18 @@ void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<
     const int64_t stripes = ceil_div(sweep.columns, kStripe);
     const int64_t wanted = ceil_div(sweep.rows * stripes, kTasksAThread * at::get_num_threads());
     const int64_t part = std::clamp(ceil_div(wanted, kBlock) * kBlock, kBlock, kPart);
-    const int64_t parts = ceil_div(sweep.rows, part);
-    at::parallel_for(0, parts * stripes, 1, [&](int64_t begin, int64_t end) {
+    const int64_t parts = ceil_div(sweep.rows, part), tasks = parts * stripes;
+    // The parts of a stripe one after the other, so that it is packed once, unless there are too few stripes for that.
+    const int64_t at_once = stripes >= kTasksAThread * at::get_num_threads() ? parts : 1;
+    // Whichever thread is free goes on: a task's result does not depend on the thread that computes it.
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
         Task task(kernels, sweep, x, s, pairs);
-        for (int64_t i = begin; i < end; ++i) {  // the parts of a stripe one after the other: it is packed once
-            const int64_t row = i % parts * part;
-            task.run(row, std::min(row + part, sweep.rows), i / parts * kStripe);
-        }
+        for (int64_t first; (first = next.fetch_add(at_once)) < tasks;)
+            for (int64_t i = first; i < std::min(first + at_once, tasks); ++i) {
+                const int64_t row = i % parts * part;
+                task.run(row, std::min(row + part, sweep.rows), i / parts * kStripe);
+            }
     });
 }
 

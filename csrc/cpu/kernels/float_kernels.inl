@@ -79,8 +79,11 @@ inline void load_block(const Matrix& s, int64_t row, int64_t column, V16 (&v)[16
     const int64_t outer = transposed ? columns : rows, inner = transposed ? rows : columns;
     const int64_t stride = transposed ? s.column_stride : s.row_stride;
     const char* base = at(s.data, s.dtype, row * s.row_stride + column * s.column_stride);
-    for (int64_t i = 0; i < kLanes; ++i)
-        v[i] = i < outer ? load_first(at(base, s.dtype, i * stride), s.dtype, inner) : zero();
+    if (s.dtype == DType::f32 && inner >= kLanes && outer >= kLanes)
+        for (int64_t i = 0; i < kLanes; ++i) v[i] = load(reinterpret_cast<const float*>(base) + i * stride);
+    else
+        for (int64_t i = 0; i < kLanes; ++i)
+            v[i] = i < outer ? load_first(at(base, s.dtype, i * stride), s.dtype, inner) : zero();
     if (transposed) transpose(v);
 }
 
@@ -101,14 +104,27 @@ void pack_float(const Matrix& s, bool, void* panel, int64_t begin, int64_t end) 
     });
 }
 
+// Along the rows of W (the columns of S) sixteen streams run, which the processor foresees; down its rows, a stripe wide,
+// there is nothing to foresee, and lines further down are asked for.
 void pack_stripe_float(const Matrix& s, int64_t row, int64_t rows, int64_t column, float* out, int64_t ld_out) {
-    for (int64_t c = 0; c < kStripe; c += kLanes)
+    constexpr int64_t kAhead = 2 * kLanes;
+    const bool down = s.column_stride == 1;
+    const auto pack_block = [&](int64_t c, int64_t k) {
+        V16 v[16];
+        load_block(s, row + k, column + c, v);
+        for (int64_t i = 0; i < smaller(kLanes, rows - k); ++i)
+            store(out + c / kLanes * ld_out + (k + i) * kLanes, v[i]);
+    };
+    if (down)
         for (int64_t k = 0; k < rows; k += kLanes) {
-            V16 v[16];
-            load_block(s, row + k, column + c, v);
-            for (int64_t i = 0; i < smaller(kLanes, rows - k); ++i)
-                store(out + c / kLanes * ld_out + (k + i) * kLanes, v[i]);
+            for (int64_t i = 0; i < kLanes; ++i)
+                for (int64_t c = 0; c < kStripe; c += kLanes)
+                    __builtin_prefetch(at(s.data, s.dtype, (row + k + kAhead + i) * s.row_stride + column + c), 0, 2);
+            for (int64_t c = 0; c < kStripe; c += kLanes) pack_block(c, k);
         }
+    else
+        for (int64_t c = 0; c < kStripe; c += kLanes)
+            for (int64_t k = 0; k < rows; k += kLanes) pack_block(c, k);
 }
 
 void left_float(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool, void* out) {
@@ -144,7 +160,7 @@ void stage_float(const void* src, DType dtype, int64_t ld, int64_t rows, int64_t
 
 template <int Rows>
 inline void multiply_rows(const float* tile, int64_t columns, const float* panel, float* out, int64_t ld_out) {
-    constexpr int64_t kChain = 16;  // columns that are summed by themselves
+    constexpr int64_t kChain = 64;  // columns that are summed by themselves
     for (int64_t begin = 0; begin < columns; begin += kChain) {
         V16 sums[Rows];
         for (int i = 0; i < Rows; ++i) sums[i] = zero();
@@ -161,10 +177,10 @@ void multiply_float(const void* tile, bool, int64_t rows, int64_t columns, const
     const float* t = static_cast<const float*>(tile);
     for (int64_t b = 0; b < blocks; ++b) {
         const float* p = static_cast<const float*>(panel) + b * panel_stride;
-        int64_t m = 0;
-        for (; m + kFloatRows <= rows; m += kFloatRows)
-            multiply_rows<kFloatRows>(t + m * kColumns, columns, p, out + m * ld_out + b * kLanes, ld_out);
-        for (; m < rows; ++m) multiply_rows<1>(t + m * kColumns, columns, p, out + m * ld_out + b * kLanes, ld_out);
+        for (int64_t m = 0; m < rows; m += kFloatRows)
+            with_count<kFloatRows>(rows - m, [&]<int Rows>() {
+                multiply_rows<Rows>(t + m * kColumns, columns, p, out + m * ld_out + b * kLanes, ld_out);
+            });
     }
 }
 
@@ -176,14 +192,21 @@ inline void product_rows(const float* x, int64_t ld_x, int64_t depth, const floa
     V16 sums[Rows][Blocks];
     for (int i = 0; i < Rows; ++i)
         for (int b = 0; b < Blocks; ++b) sums[i][b] = zero();
-    for (int64_t k = 0; k < depth; ++k) {
+    const auto step = [&](int64_t k) __attribute__((always_inline)) {
         V16 p[Blocks];
         for (int b = 0; b < Blocks; ++b) p[b] = load(panel + b * panel_stride + k * kLanes);
         for (int i = 0; i < Rows; ++i) {
             const V16 t = splat(x[i * ld_x + k]);
             for (int b = 0; b < Blocks; ++b) sums[i][b] = fma(t, p[b], sums[i][b]);
         }
+    };
+    int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes) {
+        for (int i = 0; i < Rows; ++i) __builtin_prefetch(x + (Rows + i) * ld_x + k);  // of the rows that come next
+#pragma GCC unroll 8
+        for (int j = 0; j < kLanes; ++j) step(k + j);
     }
+    for (; k < depth; ++k) step(k);
     if (onto)
         for (int i = 0; i < Rows; ++i)
             for (int b = 0; b < Blocks; ++b) sums[i][b] = add(sums[i][b], load(out + i * ld_out + b * kLanes));
@@ -300,16 +323,43 @@ inline void expand_tile(const void* q, int64_t rows, int64_t columns, int64_t ra
                         int64_t panel_stride, const Sink& sink) {
     const float* left_q = static_cast<const float*>(q);
     const auto panel_at = [&](int64_t c) { return static_cast<const float*>(panel) + c / kLanes * panel_stride; };
-    int64_t m = 0;  // a few rows at a time along all columns: whole lines of y are written one after the other
-    for (; m + kFloatRows <= rows; m += kFloatRows)
-        for (int64_t c = 0; c < columns; c += kLanes) expand_rows<kFloatRows>(left_q, m, c, ranks, panel_at(c), sink);
-    for (; m < rows; ++m)
-        for (int64_t c = 0; c < columns; c += kLanes) expand_rows<1>(left_q, m, c, ranks, panel_at(c), sink);
+    // A few rows at a time along all columns: whole lines of y are written one after the other.
+    for (int64_t m = 0; m < rows; m += kFloatRows)
+        with_count<kFloatRows>(rows - m, [&]<int Rows>() {
+            for (int64_t c = 0; c < columns; c += kLanes) expand_rows<Rows>(left_q, m, c, ranks, panel_at(c), sink);
+        });
 }
+
+// Put where neither DoRA's scale nor a second product is: with the dtypes known, a few instructions are left.
+template <DType From, DType To>
+struct ShortPut : Tail {
+    int64_t columns;
+
+    void put(V16 product, int64_t m, int64_t c) const {
+        const int64_t n = columns - c;
+        if (keep) product = where_kept(product, keep_bits(keep + m * kKeepWords, c));
+        if (n < kLanes) return put_first(product, m, c, n);
+        if (from.data) product = add(product, load_as<From>(at(from.data, From, m * from.ld + c)));
+        if (bias) product = add(product, load(bias + c));
+        store_any(at(y, To, m * ld_y + c), To, product);
+    }
+    void put_first(V16 product, int64_t m, int64_t c, int64_t n) const {
+        if (from.data) product = add(product, load_tile(from, m, c, n));
+        if (bias) product = add(product, load_first(bias + c, DType::f32, n));
+        store_first(at(y, To, m * ld_y + c), To, product, n);
+    }
+};
 
 void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
                   int64_t panel_stride, const Tail& tail) {
-    expand_tile(q, rows, columns, ranks, panel, panel_stride, Put{tail, columns});
+    const auto run = [&](const auto& sink) { expand_tile(q, rows, columns, ranks, panel, panel_stride, sink); };
+    const DType from = tail.from.data ? tail.from.dtype : DType::f32;
+    if (tail.scale || tail.second.data || (from != DType::f32 && from != tail.dtype)) return run(Put{tail, columns});
+    if (tail.dtype == DType::f32) return run(ShortPut<DType::f32, DType::f32>{tail, columns});
+    if (tail.dtype == DType::bf16 && from == DType::f32) return run(ShortPut<DType::f32, DType::bf16>{tail, columns});
+    if (tail.dtype == DType::bf16) return run(ShortPut<DType::bf16, DType::bf16>{tail, columns});
+    if (from == DType::f32) return run(ShortPut<DType::f32, DType::f16>{tail, columns});
+    run(ShortPut<DType::f16, DType::f16>{tail, columns});
 }
 
 void squares_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
@@ -360,30 +410,58 @@ inline void each_block(const FourBit& w, int64_t first, int64_t count, Run run) 
     }
 }
 
-// The table times a block's scale, rounded as each decoded element is to be.
-inline V16 scaled_table(V16 table, V16 scale, DType rounding) {
-    const V16 scaled = mul(table, scale);
-    alignas(64) char rounded[64];
-    if (rounding == DType::f32) return scaled;
-    store_any(rounded, rounding, scaled);
-    return load_any(rounded, rounding);
+// What the codes of a block stand for, rounded. In float32 one table serves all blocks, and what is looked up is scaled;
+// a narrower one is scaled and rounded itself, once a block.
+template <DType Rounding>
+struct BlockCodes {
+    explicit BlockCodes(const FourBit& w) : table(load(w.code)), codes(table) {}
+
+    void begin(V16 of_block) {
+        scale = of_block;
+        if constexpr (Rounding != DType::f32) {
+            alignas(64) char rounded[64];
+            store_any(rounded, Rounding, mul(table, scale));
+            codes = Codes(load_as<Rounding>(rounded));
+        }
+    }
+    void look_up(const uint8_t* bytes, V16 (&v)[2]) const {
+        codes.look_up(bytes, v);
+        if constexpr (Rounding == DType::f32)
+            for (V16& some : v) some = mul(some, scale);
+    }
+
+    V16 table, scale;
+    Codes codes;
+};
+
+template <DType Rounding>
+void decode_as(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype) {
+    constexpr int64_t kStep = 2 * kLanes;
+    BlockCodes<Rounding> block(w);
+    each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
+        block.begin(splat(scale));
+        for (int64_t i = 0; i < n; i += kStep) {
+            const int64_t here = smaller(kStep, n - i), from = begin + i;
+            const uint8_t* bytes = w.packed + from / 2;
+            uint8_t moved[kStep / 2] = {};
+            if (from % 2 || here < kStep) {  // into whole bytes
+                for (int64_t j = 0; j < here; ++j)
+                    moved[j / 2] |= (w.packed[(from + j) / 2] >> ((from + j) % 2 ? 0 : 4) & 15) << (j % 2 ? 0 : 4);
+                bytes = moved;
+            }
+            V16 v[2];
+            block.look_up(bytes, v);
+            store_first(at(out, dtype, done + i), dtype, v[0], here);
+            if (here > kLanes) store_first(at(out, dtype, done + i + kLanes), dtype, v[1], here - kLanes);
+        }
+    });
 }
 
 void decode(const FourBit& w, int64_t first, int64_t count, DType rounding, void* out, DType dtype) {
-    const V16 table = load(w.code);
-    each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
-        const V16 scaled = scaled_table(table, splat(scale), rounding);
-        int64_t i = 0;
-        for (; begin % 2 == 0 && i + kLanes <= n; i += kLanes)
-            store_any(at(out, dtype, done + i), dtype, lookup16(scaled, w.packed + (begin + i) / 2));
-        alignas(64) float values[kLanes];
-        store(values, scaled);
-        for (; i < n; ++i) {
-            const int64_t element = begin + i;
-            const float value = values[w.packed[element / 2] >> (element % 2 ? 0 : 4) & 15];
-            store_first(at(out, dtype, done + i), dtype, splat(value), 1);
-        }
-    });
+    const auto run = rounding == DType::bf16  ? decode_as<DType::bf16>
+                     : rounding == DType::f16 ? decode_as<DType::f16>
+                                              : decode_as<DType::f32>;
+    run(w, first, count, out, dtype);
 }
 
 // ---- few tokens: dot products with the rows of W ----------------------------------------------------------------
@@ -457,44 +535,60 @@ void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, con
 template <typename Run>
 inline void each_group(const FourBit& w, int64_t first, int64_t groups, Run run) {
     constexpr int64_t kAhead = 64;
-    float scales[kAhead];
+    float worked_out[kAhead];
+    const bool there = w.absmax && w.block_bits == 6;
     for (int64_t g = 0; g < groups; g += kAhead) {
         const int64_t count = smaller(kAhead, groups - g);
-        for (int64_t i = 0; i < count; ++i) scales[i] = block_scale(w, (first + (g + i) * 64) >> w.block_bits);
+        const float* scales = there ? w.absmax + first / 64 + g : worked_out;
+        for (int64_t i = 0; !there && i < count; ++i)
+            worked_out[i] = block_scale(w, (first + (g + i) * 64) >> w.block_bits);
         for (int64_t i = 0; i < count; ++i) run(g + i, splat(scales[i]));
     }
 }
 
 // The row of a 4-bit weight that begins at `first` against x [Tokens, 64 groups].
-template <int Tokens>
+template <DType Rounding, int Tokens>
 inline void dot_four_bit_row(const float* x, int64_t ld_x, const FourBit& w, int64_t first, int64_t groups,
-                             DType rounding, V16 (&sums)[Tokens]) {
-    constexpr int Chains = kChains<Tokens>;
-    const V16 table = load(w.code);
-    V16 chains[Chains][Tokens];
-    for (int i = 0; i < Chains; ++i)
-        for (int t = 0; t < Tokens; ++t) chains[i][t] = zero();
+                             V16 (&sums)[Tokens]) {
+    BlockCodes<Rounding> block(w);
+    const uint8_t* packed = w.packed + first / 2;
+    V16 more[Tokens];
+    for (int t = 0; t < Tokens; ++t) more[t] = zero();
     each_group(w, first, groups, [&](int64_t g, V16 scale) {
-        const V16 scaled = scaled_table(table, scale, rounding);
-        const uint8_t* codes = w.packed + first / 2 + g * 32;
-        for (int i = 0; i < 4; ++i) {
-            const V16 v = lookup16(scaled, codes + i * kLanes / 2);
-            for (int t = 0; t < Tokens; ++t)
-                chains[i % Chains][t] = fma(v, load(x + t * ld_x + g * 64 + i * kLanes), chains[i % Chains][t]);
+        block.begin(scale);
+        for (int64_t i = 0; i < 2; ++i) {
+            V16 v[2];
+            block.look_up(packed + g * 32 + i * kLanes, v);
+            const float* x_part = x + g * 64 + i * 2 * kLanes;
+            for (int t = 0; t < Tokens; ++t) {
+                sums[t] = fma(v[0], load(x_part + t * ld_x), sums[t]);
+                const V16 x1 = load(x_part + t * ld_x + kLanes);
+                if constexpr (kChains<Tokens> == 2)
+                    more[t] = fma(v[1], x1, more[t]);
+                else
+                    sums[t] = fma(v[1], x1, sums[t]);
+            }
         }
     });
-    for (int i = 0; i < Chains; ++i)
-        for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], chains[i][t]);
+    for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], more[t]);
+}
+
+template <DType Rounding>
+void dot_four_bit_as(const float* x, int64_t tokens, int64_t columns, const FourBit& w, const float* q, const Matrix& b,
+                     const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
+        dot_four_bit_row<Rounding>(x + t * columns, columns, w, n * columns, columns / 64, sums);
+    };
+    dot_rows<kDotSums < 8 ? kDotSums : 8>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 void dot_four_bit_float(const void* x, DType rounding, int64_t tokens, int64_t columns, const FourBit& w,
                         const float* q, const Matrix& b, const float* bias, void* y, DType y_dtype, int64_t ld_y,
                         int64_t begin, int64_t end) {
-    const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
-        dot_four_bit_row(static_cast<const float*>(x) + t * columns, columns, w, n * columns, columns / 64, rounding,
-                         sums);
-    };
-    dot_rows < kDotSums<8 ? kDotSums : 8>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    const auto run = rounding == DType::bf16  ? dot_four_bit_as<DType::bf16>
+                     : rounding == DType::f16 ? dot_four_bit_as<DType::f16>
+                                              : dot_four_bit_as<DType::f32>;
+    run(static_cast<const float*>(x), tokens, columns, w, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 }  // namespace

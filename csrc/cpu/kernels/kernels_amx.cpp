@@ -1,7 +1,8 @@
 // The kernels for processors with AMX, which does the bfloat16 products; all else is AVX-512's.
 #if defined(__x86_64__)
-#include "pair_kernels_amx.inl"
 #include "vector_avx512.h"
+//
+#include "pair_kernels_amx.inl"
 
 #define PAIR(name) name##_amx
 #include "pair_table.inl"

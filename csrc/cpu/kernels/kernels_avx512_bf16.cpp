@@ -1,8 +1,9 @@
 // The kernels for processors with AVX-512 and its BF16: float32 arithmetic for float32 and float16, dot products of
 // pairs for bfloat16.
 #if defined(__x86_64__)
-#include "pair_kernels_avx512.inl"
 #include "vector_avx512.h"
+//
+#include "pair_kernels_avx512.inl"
 
 #define PAIR(name) name##_pairs
 #include "pair_table.inl"

@@ -1,8 +1,9 @@
 // The AMX kernels on processors without AMX, with the tile instructions emulated: for tests, never chosen by itself.
 #if defined(__x86_64__)
 #include "amx_emulation.h"
-#include "pair_kernels_amx.inl"
 #include "vector_avx512.h"
+//
+#include "pair_kernels_amx.inl"
 
 #define PAIR(name) name##_amx
 #include "pair_table.inl"

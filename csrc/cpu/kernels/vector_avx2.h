@@ -10,7 +10,7 @@ struct V16 {
 };
 
 // How many accumulators the 16 registers hold, and how many words of dropout's mask are made at once.
-constexpr int kFloatRows = 6, kFloatRanks = 4, kProductRows = 6, kProductBlocks = 1, kDotSums = 4, kWordsAtOnce = 1;
+constexpr int kFloatRows = 4, kFloatRanks = 4, kProductRows = 6, kProductBlocks = 1, kDotSums = 4, kWordsAtOnce = 1;
 
 inline V16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -97,15 +97,41 @@ inline void transpose(V16 (&v)[16]) {
         v[i + 8].high = lower[i];
     }
 }
-inline __m256 lookup(V16 table, const uint8_t* codes) {
-    int32_t eight;
-    __builtin_memcpy(&eight, codes, 4);
-    const __m256i index =  // its lower bits; a permutation looks at three of them
-        _mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index),
-                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-}
-inline V16 lookup16(V16 table, const uint8_t* codes) { return {lookup(table, codes), lookup(table, codes + 4)}; }
+// The table's bytes, those of the same place in a float side by side: four shuffles of bytes look 32 codes up.
+struct Codes {
+    explicit Codes(V16 table) {
+        const __m256i by_place = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                                  0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m256i low = _mm256_shuffle_epi8(_mm256_castps_si256(table.low), by_place);
+        const __m256i high = _mm256_shuffle_epi8(_mm256_castps_si256(table.high), by_place);
+        const __m128i a = _mm256_castsi256_si128(low), b = _mm256_extracti128_si256(low, 1);
+        const __m128i c = _mm256_castsi256_si128(high), d = _mm256_extracti128_si256(high, 1);
+        const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+        const __m128i ab2 = _mm_unpackhi_epi32(a, b), cd2 = _mm_unpackhi_epi32(c, d);
+        place[0] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab, cd));
+        place[1] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab, cd));
+        place[2] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab2, cd2));
+        place[3] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab2, cd2));
+    }
+    void look_up(const uint8_t* codes, V16 (&v)[2]) const {
+        // Codes in the order that lets the interleaving below, which stays within 128 bits, end in the right one.
+        const __m256i order = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
+                                               2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+        const __m256i bytes = _mm256_shuffle_epi8(
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), order);
+        const __m256i index = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f)),
+                                              _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00)));
+        const __m256i b0 = _mm256_shuffle_epi8(place[0], index), b1 = _mm256_shuffle_epi8(place[1], index);
+        const __m256i b2 = _mm256_shuffle_epi8(place[2], index), b3 = _mm256_shuffle_epi8(place[3], index);
+        const __m256i low = _mm256_unpacklo_epi8(b0, b1), low2 = _mm256_unpacklo_epi8(b2, b3);
+        const __m256i high = _mm256_unpackhi_epi8(b0, b1), high2 = _mm256_unpackhi_epi8(b2, b3);
+        v[0] = {_mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2))};
+        v[1] = {_mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2))};
+    }
+    __m256i place[4];
+};
 
 // Philox's counters, one in the lower half of each 64-bit lane.
 using U64 = __m256i;

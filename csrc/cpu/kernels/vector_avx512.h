@@ -69,14 +69,20 @@ inline void transpose(V16 (&v)[16]) {
     for (int i = 0; i < 16; ++i) v[i] = t[i];
 }
 
-inline V16 lookup16(V16 table, const uint8_t* codes) {
-    int32_t first, last;
-    __builtin_memcpy(&first, codes, 4);
-    __builtin_memcpy(&last, codes + 4, 4);
-    const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(first), 0xff00, last);
-    const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
-    return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), table);  // it looks at the low four bits alone
-}
+struct Codes {
+    explicit Codes(V16 table) : table(table) {}
+    void look_up(const uint8_t* codes, V16 (&v)[2]) const {
+        const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+        for (int i = 0; i < 2; ++i) {
+            int32_t first, last;
+            __builtin_memcpy(&first, codes + 8 * i, 4);
+            __builtin_memcpy(&last, codes + 8 * i + 4, 4);
+            const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(first), 0xff00, last);
+            v[i] = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), table);  // it looks at the low four bits
+        }
+    }
+    V16 table;
+};
 
 // Philox's counters, one in the lower half of each 64-bit lane.
 using U64 = __m512i;

@@ -87,12 +87,14 @@ inline void transpose(V16 (&v)[16]) {
         }
 }
 
-// table[code] of sixteen 4-bit codes, the even ones in the upper halves of eight bytes.
-inline V16 lookup16(V16 table, const uint8_t* codes) {
-    V16 v;
-    for (int i = 0; i < 16; ++i) v.lane[i] = table.lane[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
-    return v;
-}
+// A table of sixteen values, looked up by 4-bit codes, the even ones in the upper halves of their bytes.
+struct Codes {
+    explicit Codes(V16 table) : table(table) {}
+    void look_up(const uint8_t* codes, V16 (&v)[2]) const {  // sixteen bytes
+        for (int i = 0; i < 32; ++i) v[i / 16].lane[i % 16] = table.lane[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
+    }
+    V16 table;
+};
 
 // Philox's counters, kCounters of them, each in the lower half of 64 bits whose upper half is never read.
 using U64 = uint64_t;
