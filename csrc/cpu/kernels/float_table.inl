@@ -1,6 +1,7 @@
 // Fills in the table of kernels.h for an instruction set that computes every dtype in float32.
-#include "float_kernels.inl"
+#include "dot_kernels.inl"
 #include "keep.inl"
+#include "product_kernels.inl"
 
 namespace {
 

@@ -1,8 +1,9 @@
 // What the bfloat16-pair kernels of AVX-512 and of AMX share: masks, staging, the tail of `expand`.
 #include <immintrin.h>
 
-#include "float_kernels.inl"
+#include "dot_kernels.inl"
 #include "keep.inl"
+#include "product_kernels.inl"
 
 namespace {
 

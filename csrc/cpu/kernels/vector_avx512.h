@@ -8,7 +8,7 @@ namespace {
 using V16 = __m512;
 
 // How many accumulators the 32 registers hold, and how many words of dropout's mask are made at once.
-constexpr int kFloatRows = 8, kFloatRanks = 16, kProductRows = 14, kProductBlocks = 2, kDotSums = 16, kWordsAtOnce = 4;
+constexpr int kFloatRows = 8, kFloatRanks = 16, kProductRows = 6, kProductBlocks = 4, kDotSums = 16, kWordsAtOnce = 4;
 
 inline V16 zero() { return _mm512_setzero_ps(); }
 inline V16 load(const float* p) { return _mm512_loadu_ps(p); }
