@@ -21,6 +21,9 @@ constexpr int64_t kPart = 512;  // rows whose sums wait in scratch, at most
 // has blocks of its own; in float32 what a first-level cache holds of sixteen columns.
 constexpr int64_t kDepthPairs = 3072, kDepthFloat = 256;
 constexpr int64_t kTasksAThread = 4;
+// Elements from one block of sixteen columns of the turned stripe to the next: a line more than it holds, so that the
+// lines of a row do not share a cache set.
+constexpr int64_t kTurned = kStripe * kLanes + kLanes;
 
 int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
 
@@ -46,21 +49,25 @@ class Scratch {
 class Task {
   public:
     Task(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& right,
-         bool pairs)
+         bool pairs, const Apart& apart)
         : k_(kernels),
           sweep_(sweep),
           x_(x),
           right_(right),
           s_(right.s),
+          apart_(apart),
           pairs_(pairs),
           low_rank_pairs_(kernels.pairs(sweep.dtype)),
           decoded_dtype_(pairs ? DType::bf16 : DType::f32),
           element_(pairs ? 2 : 4) {
-        const int64_t most = pairs ? kDepthPairs : kDepthFloat, unit = 2 * kLanes;
-        depth_ = ceil_div(s_.rows, ceil_div(s_.rows, most) * unit) * unit;
-        thread_local Scratch sums, stripe, left, decoded;
-        sums_ = reinterpret_cast<float*>(sums.lines(x.size() * kPart * kStripe * sizeof(float)));
+        depth_ = depth_of(s_.rows, pairs);
+        thread_local Scratch sums, stripe, columns, left, decoded;
+        const size_t operands = apart.inputs ? 2 : x.size();
+        sums_ = reinterpret_cast<float*>(sums.lines(operands * kPart * kStripe * sizeof(float)));
         stripe_ = stripe.lines(depth_ * kStripe * element_);
+        if (apart.outputs)
+            columns_ =
+                reinterpret_cast<float*>(columns.lines(ceil_div(depth_, kStripe) * 4 * kTurned * sizeof(float)));
         left_ = left.lines(kRows * sweep.ranks * sizeof(float));
         if (right.packed) decoded_ = decoded.lines(kStripe * kColumns * element_);
     }
@@ -71,8 +78,15 @@ class Task {
         for (int64_t k = 0; k < s_.rows; k += depth_) {
             const int64_t depth = std::min(depth_, s_.rows - k);
             pack(k, depth, column);
-            for (size_t i = 0; i < x_.size(); ++i) multiply(i, row_begin, row_end, k, depth, padded(columns));
+            multiply(0, row_begin, row_end, k, depth, padded(columns));
+            if (apart_.inputs)
+                multiply_dropped(row_begin, row_end, k, padded(columns));
+            else if (apart_.outputs)
+                sample(row_begin, row_end, k, depth, column);
+            else
+                for (size_t i = 1; i < x_.size(); ++i) multiply(i, row_begin, row_end, k, depth, padded(columns));
         }
+        if (apart_.outputs) replace_sampled(row_begin, row_end, column);
         if (pairs_) at::native::cpublas::brgemm_release(true);  // expand may need the same tile registers
         for (int64_t m = row_begin; m < row_end; m += kRows)
             for (const RankGroup& g : sweep_.groups)
@@ -96,6 +110,10 @@ class Task {
             k_.pack_stripe(s, row, rows, column, stripe_ + d * kStripe * element_);
         else
             k_.pack_stripe_float(s, row, rows, column, reinterpret_cast<float*>(stripe_) + d * kLanes, depth_ * kLanes);
+        if (!apart_.outputs) return;
+        const Matrix turned{s.data, s.dtype, s.columns, s.rows, s.column_stride, s.row_stride};
+        for (int64_t i = 0; i < rows; i += kStripe)
+            k_.pack_stripe_float(turned, column, kStripe, row + i, columns_ + (d + i) / kLanes * kTurned, kTurned);
     }
 
     // Tiles of W, kStripe x kColumns or kColumns x kStripe, are decoded row by row of W and packed from scratch.
@@ -137,6 +155,40 @@ class Task {
         }
     }
 
+    template <typename F>
+    void each_tile(int64_t row_begin, int64_t row_end, F f) {
+        for (int64_t m = row_begin; m < row_end; m += kRows)
+            f(m, std::min(kRows, row_end - m), (m - row_begin) * kStripe);
+    }
+
+    void multiply_dropped(int64_t row_begin, int64_t row_end, int64_t k, int64_t columns) {
+        const bool last = k + depth_ >= s_.rows;
+        each_tile(row_begin, row_end, [&](int64_t m, int64_t rows, int64_t offset) {
+            k_.product_dropped(apart_.inputs->block(m, k / depth_), rows, reinterpret_cast<const float*>(stripe_),
+                               depth_ * kLanes, columns / kLanes, k > 0, last ? sums(0) + offset : nullptr,
+                               apart_.factor, sums(1) + offset, kStripe);
+        });
+    }
+
+    void sample(int64_t row_begin, int64_t row_end, int64_t k, int64_t depth, int64_t column) {
+        each_tile(row_begin, row_end, [&](int64_t m, int64_t rows, int64_t offset) {
+            k_.product_sampled(static_cast<const float*>(x_[1].data) + m * x_[1].ld + k, x_[1].ld,
+                               apart_.outputs->block(m, column / kStripe), rows, depth, columns_, kTurned, k > 0,
+                               sums(1) + offset, kStripe);
+        });
+    }
+
+    void replace_sampled(int64_t row_begin, int64_t row_end, int64_t column) {
+        each_tile(row_begin, row_end, [&](int64_t m, int64_t rows, int64_t offset) {
+            const SparseBlock dropped = apart_.outputs->block(m, column / kStripe);
+            for (int64_t i = 0; i < rows; ++i)
+                for (int32_t e = dropped.starts[i * dropped.stride]; e < dropped.starts[i * dropped.stride + 1]; ++e) {
+                    const int64_t at = offset + i * kStripe + dropped.columns[e];
+                    sums(0)[at] = sums(1)[at];
+                }
+        });
+    }
+
     // One group onto the sums at `offset`; the last one's result is the output.
     void expand(const RankGroup& g, int64_t m, int64_t rows, int64_t column, int64_t columns, int64_t offset) {
         uint64_t words[kRows * kKeepWords];
@@ -171,10 +223,12 @@ class Task {
     const std::vector<Operand>& x_;
     const RightOperand& right_;
     const Matrix& s_;
+    const Apart& apart_;
     const bool pairs_, low_rank_pairs_;  // of the product with S, and of the one with the panel
     const DType decoded_dtype_;
     const int64_t element_;  // bytes, of the packed stripe
     char* decoded_ = nullptr;
+    float* columns_ = nullptr;  // the stripe turned round, for elements by themselves
     int64_t depth_;
     float* sums_;
     char *stripe_, *left_;
@@ -202,8 +256,13 @@ bool multiplies_pairs(const Kernels& kernels, DType dtype, int64_t depth) {
     return works;
 }
 
+int64_t depth_of(int64_t rows, bool pairs) {
+    const int64_t most = pairs ? kDepthPairs : kDepthFloat, unit = 2 * kLanes;
+    return ceil_div(rows, ceil_div(rows, most) * unit) * unit;
+}
+
 void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s,
-                  bool pairs) {
+                  bool pairs, const Apart& apart) {
     const int64_t stripes = ceil_div(sweep.columns, kStripe);
     const int64_t wanted = ceil_div(sweep.rows * stripes, kTasksAThread * at::get_num_threads());
     const int64_t part = std::clamp(ceil_div(wanted, kBlock) * kBlock, kBlock, kPart);
@@ -213,7 +272,7 @@ void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<
     // Whichever thread is free goes on: a task's result does not depend on the thread that computes it.
     std::atomic<int64_t> next{0};
     at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
-        Task task(kernels, sweep, x, s, pairs);
+        Task task(kernels, sweep, x, s, pairs, apart);
         for (int64_t first; (first = next.fetch_add(at_once)) < tasks;)
             for (int64_t i = first; i < std::min(first + at_once, tasks); ++i) {
                 const int64_t row = i % parts * part;

@@ -1,5 +1,6 @@
 // The product with the frozen weight W and the adapter's low-rank part in the same float32 sums, rounded once.
 #pragma once
+#include "dropped.h"
 #include "skinny.h"
 
 namespace fastpeft::cpu {
@@ -20,9 +21,22 @@ struct Operand {
     int64_t ld;        // at least S.rows
 };
 
+// Elements that dropout drops taken apart from the others, in float32: what remains needs no product of its own
+// (docs/equations.md).
+struct Apart {
+    // x[0] dropped, in blocks of depth_of(S.rows) columns: the `second` of operand 1 is factor · (x[0] S - inputs S).
+    const Dropped* inputs = nullptr;
+    float factor = 1.0f;
+    // Elements of the output, in blocks of kStripe columns: there the base product is x[1] S instead of x[0] S.
+    const Dropped* outputs = nullptr;
+};
+
+// Of the contracted dimension that is packed at a time.
+int64_t depth_of(int64_t rows, bool pairs);
+
 // The output of the sweep onto x[0] S, where x[i] S is the `second` of the groups whose operand is i; the sweep's
 // `seconds` are not looked at. One stride of a dense S is 1. S is packed stripe by stripe, nothing outlives the call.
 void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s,
-                  bool pairs);
+                  bool pairs, const Apart& apart);
 
 }  // namespace fastpeft::cpu

@@ -33,7 +33,7 @@ void vendor_product_onto(const Tensor& y, const Tensor& x, const Tensor& weight)
 // y = x[0] W (or Wᵀ) + the output of the sweep, whose groups find x[i] W as their operand i; what else the sweep does
 // is done too.
 void base_and_low_rank(const Kernels& kernels, Sweep& sweep, const Tensor& y, const std::vector<Tensor>& x,
-                       const Weight& weight, bool transposed, Plan plan) {
+                       const Weight& weight, bool transposed, Plan plan, const Apart& apart = {}) {
     sweep.output = y.mutable_data_ptr();
     sweep.ld_output = y.stride(0);
     if (plan == Plan::one_accumulator) {
@@ -57,7 +57,7 @@ void base_and_low_rank(const Kernels& kernels, Sweep& sweep, const Tensor& y, co
             const int64_t ld = wide.size(0) > 1 ? rows.back().stride(0) : wide.size(1);
             operands.push_back({rows.back().const_data_ptr(), ld});
         }
-        base_product(kernels, sweep, operands, right, pairs);
+        base_product(kernels, sweep, operands, right, pairs, apart);
         sweep.output = nullptr;
         if (sweep.product || sweep.gradient) run(kernels, sweep);
         return;
@@ -182,6 +182,15 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
     Sweep up = sweep_over(y2, layout);
     const Tensor panel_B = panel(kernels, layout.stacked(adapters.B, true), pairs);
     std::vector<Tensor> inputs{x2}, z;
+    Apart apart;
+    std::optional<Dropped> dropped;
+    if (takes_dropped_apart(plan, x2, adapters)) {
+        inputs[0] = x2.to(at::kFloat);
+        const RankGroup& group = layout.groups[0];
+        dropped.emplace(kernels, group.seed, group.threshold, x2.size(0), x2.size(1), depth_of(x2.size(1), false),
+                        inputs[0].const_data_ptr<float>(), inputs[0].stride(0));
+        if (dropped->finite()) apart = {.inputs = &*dropped, .factor = static_cast<float>(dropout_scale(group.threshold))};
+    }
     if (dora)
         for (size_t i = 0; i < adapters.c.size(); ++i) {
             RankGroup& group = up.groups[i];
@@ -192,8 +201,9 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
                 group.z_dtype = dtype_of(z.back());
             }
             if (group.threshold) {  // the mask is on x: y has none
-                inputs.push_back(scaled(x2, {}, dropout_scale(group.threshold), group.seed, group.threshold));
-                group.operand = inputs.size() - 1;
+                if (!apart.inputs)
+                    inputs.push_back(scaled(x2, {}, dropout_scale(group.threshold), group.seed, group.threshold));
+                group.operand = apart.inputs ? 1 : inputs.size() - 1;
                 group.threshold = 0;
             }
         }
@@ -202,7 +212,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
     up.q = q.const_data_ptr<float>();
     up.panel_out = panel_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
-    base_and_low_rank(kernels, up, y2, inputs, weight, true, plan);
+    base_and_low_rank(kernels, up, y2, inputs, weight, true, plan, apart);
     return {y, u, z};
 }
 
@@ -249,7 +259,14 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
     }
     std::vector<Tensor> inputs;  // of the product with W: the gradients of x Wᵀ and of each D(x) Wᵀ
     std::vector<RankGroup> groups = layout.groups;
-    if (needs.x || needs.weight) {
+    Apart apart;
+    std::optional<Dropped> dropped;
+    if (needs.x && !needs.weight && takes_dropped_apart(plan, dy2, adapters)) {
+        const auto factor = dropout_scale(adapters.thresholds[0]);
+        inputs = {scaled(dy2.to(at::kFloat), (adapters.c[0] - 1) * factor + 1, 1.0, 0, 0), dy2};
+        dropped.emplace(kernels, groups[0].seed, groups[0].threshold, M, K, kStripe, nullptr, 0);
+        apart.outputs = &*dropped;
+    } else if (needs.x || needs.weight) {
         inputs.push_back(chain.base.defined() ? scaled(dy2, chain.base, 1.0, 0, 0) : dy2);
         for (size_t i = 0; i < adapters.c.size(); ++i)
             if (adapters.thresholds[i]) {
@@ -277,7 +294,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         if (needs.x) {
             panel_A = panel(kernels, layout.stacked(adapters.A, false), pairs);
             sweep.panel_out = panel_A.const_data_ptr();
-            base_and_low_rank(kernels, sweep, dx2, inputs, weight, false, plan);
+            base_and_low_rank(kernels, sweep, dx2, inputs, weight, false, plan, apart);
         } else {
             run(kernels, sweep);
         }

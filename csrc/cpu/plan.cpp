@@ -5,6 +5,7 @@
 
 #include <atomic>
 
+#include "../tensors.h"
 #include "base_product.h"
 
 namespace fastpeft::cpu {
@@ -20,6 +21,14 @@ std::atomic<int> forced{kChosen};
 int64_t few_tokens(at::ScalarType dtype) { return dtype == at::kBFloat16 ? 4 : dtype == at::kFloat ? 8 : 16; }
 constexpr int64_t kFewTokensBytes = 16384;
 constexpr int64_t kFewTokensFourBit = 8;  // the same of a 4-bit W, at any size: each weight is decoded once for all
+
+// Of 65,536: up to this share of x, products with its dropped elements take less time than one with all of it.
+constexpr int64_t kMostDropped = 65536 / 4;
+
+bool drops_few(const Adapters& adapters) {
+    return adapters.dora() && adapters.count() == 1 && adapters.thresholds[0] > 0 &&
+           adapters.thresholds[0] <= kMostDropped;
+}
 
 // Whether the vendor's float16 product is fast here; without instructions for it, it is slower than float32's.
 bool has_float16_products() {
@@ -49,7 +58,8 @@ Plan product_plan(const Tensor& x, const Weight& weight, const Adapters& adapter
     const Kernels& kernels = cpu::kernels();
     const at::ScalarType dtype = x.scalar_type();
     if (weight.four_bit()) return Plan::one_accumulator;
-    if (dtype == at::kFloat) return kernels.prefers.packs_float ? Plan::one_accumulator : Plan::base_first;
+    if (dtype == at::kFloat)
+        return kernels.prefers.packs_float || drops_few(adapters) ? Plan::one_accumulator : Plan::base_first;
     if (dtype == at::kHalf) return has_float16_products() ? Plan::base_first : Plan::one_accumulator;
     if (!kernels.pairs(DType::bf16)) return Plan::one_accumulator;
     if (kernels.prefers.packs_dense && multiplies_pairs(kernels, DType::bf16, x.size(-1))) return Plan::one_accumulator;
@@ -70,6 +80,11 @@ Plan backward_plan(const Tensor& dy, const Weight& weight, const Adapters& adapt
     const int plan = forced;
     if (plan != kChosen && static_cast<Plan>(plan) != Plan::dots) return static_cast<Plan>(plan);
     return product_plan(dy, weight, adapters);
+}
+
+bool takes_dropped_apart(Plan plan, const Tensor& x, const Adapters& adapters) {
+    return plan == Plan::one_accumulator && drops_few(adapters) &&
+           !multiplies_pairs(kernels(), dtype_of(x), x.size(-1));
 }
 
 void force_plan(std::optional<Plan> plan) { forced = plan ? static_cast<int>(*plan) : kChosen; }

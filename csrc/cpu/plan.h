@@ -16,6 +16,10 @@ enum class Plan {
 Plan forward_plan(const at::Tensor& x, const Weight& weight, const Adapters& adapters);
 Plan backward_plan(const at::Tensor& dy, const Weight& weight, const Adapters& adapters);
 
+// Whether the product with D(x) that DoRA's dropout needs beside the one with x is made of x's dropped elements: they
+// are few, and there is one adapter. `x` is the left operand of the product, dy in backward.
+bool takes_dropped_apart(Plan plan, const at::Tensor& x, const Adapters& adapters);
+
 // For tests and benches: takes this plan in every call, until it is called without one; `dots` forward alone. Whether
 // the plan can compute the call is the caller's to know.
 void force_plan(std::optional<Plan> plan);

@@ -17,6 +17,7 @@ using fastpeft::cpu::kKeepWords;
 using fastpeft::cpu::kLanes;
 using fastpeft::cpu::kRows;
 using fastpeft::cpu::kStripe;
+using fastpeft::cpu::SparseBlock;
 using fastpeft::cpu::Tail;
 using fastpeft::cpu::Tile;
 
@@ -138,7 +139,7 @@ void stage_float(const void* src, DType dtype, int64_t ld, int64_t rows, int64_t
 
 template <int Rows>
 inline void multiply_rows(const float* tile, int64_t columns, const float* panel, float* out, int64_t ld_out) {
-    constexpr int64_t kChain = 64;  // columns that are summed by themselves
+    constexpr int64_t kChain = 16;  // columns that are summed by themselves
     for (int64_t begin = 0; begin < columns; begin += kChain) {
         V16 sums[Rows];
         for (int i = 0; i < Rows; ++i) sums[i] = zero();

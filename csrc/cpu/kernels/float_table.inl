@@ -24,6 +24,8 @@ constexpr Kernels float_table(const char* name, fastpeft::cpu::Preferences prefe
         .scale = scale_float,
         .column_dots = column_dots_float,
         .product = product,
+        .product_dropped = product_dropped,
+        .product_sampled = product_sampled,
         .decode = decode,
         .pack_stripe_float = pack_stripe_float,
         .dot = dot_float,

@@ -40,6 +40,15 @@ struct Tail {
     int64_t ld_y = 0;
 };
 
+// A block of columns of a sparse matrix: the elements of row i are those from starts[i * stride] up to
+// starts[i * stride + 1], each in a column of the block.
+struct SparseBlock {
+    const int32_t* starts;
+    int64_t stride;
+    const uint8_t* columns;
+    const float* values;  // null where the places alone count
+};
+
 // Which of two ways is the faster with an instruction set's kernels, as bench/cpu_plans.py measured them.
 struct Preferences {
     bool packs_float = false;     // float32: the product of our own, its sums shared with the low-rank part, beats the
@@ -102,6 +111,15 @@ struct Kernels {
     // blocks are panel_stride elements apart.
     void (*product)(const float* x, int64_t ld_x, int64_t rows, int64_t depth, const float* panel, int64_t panel_stride,
                     int64_t blocks, bool onto, float* out, int64_t ld_out);
+
+    // Of elements that dropout drops. out [rows, 16 blocks] = x · panel, or `onto` what is there; with a `base`, for the
+    // last part of the contracted dimension, factor · (base - that).
+    void (*product_dropped)(const SparseBlock& x, int64_t rows, const float* panel, int64_t panel_stride,
+                            int64_t blocks, bool onto, const float* base, float factor, float* out, int64_t ld_out);
+    // Where `wanted` has elements: out = x [rows, depth] · Sᵀ, or `onto` what is there. S [.., depth] in blocks of
+    // sixteen columns, panel_stride elements apart, zero-padded.
+    void (*product_sampled)(const float* x, int64_t ld_x, const SparseBlock& wanted, int64_t rows, int64_t depth,
+                            const float* panel, int64_t panel_stride, bool onto, float* out, int64_t ld_out);
 
     // The elements [first, first + count) of a 4-bit weight: value times scale in float32, rounded once to `rounding`,
     // which is as narrow as dtype or narrower.

@@ -51,6 +51,8 @@ constexpr Kernels pair_table(const char* name, fastpeft::cpu::Preferences prefer
         .scale = scale_float,
         .column_dots = column_dots_float,
         .product = product,
+        .product_dropped = product_dropped,
+        .product_sampled = product_sampled,
         .decode = decode_pairs,
         .pack_stripe_float = pack_stripe_float,
         .pack_stripe = pack_stripe,

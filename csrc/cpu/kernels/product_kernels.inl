@@ -75,4 +75,64 @@ void product(const float* x, int64_t ld_x, int64_t rows, int64_t depth, const fl
     }
 }
 
+template <int Blocks>
+inline void dropped_row(const SparseBlock& x, int32_t begin, int32_t end, const float* panel, int64_t panel_stride,
+                        V16 (&sums)[Blocks]) {
+    for (int b = 0; b < Blocks; ++b) sums[b] = zero();
+    for (int32_t e = begin; e < end; ++e) {
+        const V16 value = splat(x.values[e]);
+        const float* p = panel + x.columns[e] * kLanes;
+        for (int b = 0; b < Blocks; ++b) sums[b] = fma(value, load(p + b * panel_stride), sums[b]);
+    }
+}
+
+void product_dropped(const SparseBlock& x, int64_t rows, const float* panel, int64_t panel_stride, int64_t blocks,
+                     bool onto, const float* base, float factor, float* out, int64_t ld_out) {
+    constexpr int kBlocks = kStripe / kLanes;
+    with_count<kBlocks>(blocks, [&]<int Blocks>() {
+        for (int64_t i = 0; i < rows; ++i) {
+            V16 sums[Blocks];
+            dropped_row<Blocks>(x, x.starts[i * x.stride], x.starts[i * x.stride + 1], panel, panel_stride, sums);
+            for (int b = 0; b < Blocks; ++b) {
+                const int64_t at = i * ld_out + b * kLanes;
+                V16 v = sums[b];
+                if (onto) v = add(v, load(out + at));
+                if (base) v = mul(sub(load(base + at), v), splat(factor));
+                store(out + at, v);
+            }
+        }
+    });
+}
+
+// Columns elements of one row, of x and of the columns of Sᵀ.
+template <int Columns>
+inline void sampled_columns(const float* x, const uint8_t* columns, int64_t depth, const float* panel,
+                            int64_t panel_stride, bool onto, float* out) {
+    V16 sums[Columns];
+    for (int i = 0; i < Columns; ++i) sums[i] = zero();
+    int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes, panel += panel_stride) {
+        const V16 v = load(x + k);
+        for (int i = 0; i < Columns; ++i) sums[i] = fma(v, load(panel + columns[i] * kLanes), sums[i]);
+    }
+    if (k < depth) {
+        const V16 v = load_first(x + k, DType::f32, depth - k);
+        for (int i = 0; i < Columns; ++i) sums[i] = fma(v, load(panel + columns[i] * kLanes), sums[i]);
+    }
+    for (int i = 0; i < Columns; ++i) out[columns[i]] = sum(sums[i]) + (onto ? out[columns[i]] : 0.0f);
+}
+
+void product_sampled(const float* x, int64_t ld_x, const SparseBlock& wanted, int64_t rows, int64_t depth,
+                     const float* panel, int64_t panel_stride, bool onto, float* out, int64_t ld_out) {
+    constexpr int kColumnsAtOnce = 4;
+    for (int64_t i = 0; i < rows; ++i) {
+        const int32_t end = wanted.starts[i * wanted.stride + 1];
+        for (int32_t e = wanted.starts[i * wanted.stride]; e < end; e += kColumnsAtOnce)
+            with_count<kColumnsAtOnce>(end - e, [&]<int Columns>() {
+                sampled_columns<Columns>(x + i * ld_x, wanted.columns + e, depth, panel, panel_stride, onto,
+                                         out + i * ld_out);
+            });
+    }
+}
+
 }  // namespace
