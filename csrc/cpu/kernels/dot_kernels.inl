@@ -46,9 +46,9 @@ struct BlockCodes {
 };
 
 template <DType Rounding>
-void decode_as(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype) {
+inline void decode_row(BlockCodes<Rounding>& block, const FourBit& w, int64_t first, int64_t count, void* out,
+                       DType dtype) {
     constexpr int64_t kStep = 2 * kLanes;
-    BlockCodes<Rounding> block(w);
     each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
         block.begin(splat(scale));
         for (int64_t i = 0; i < n; i += kStep) {
@@ -68,11 +68,20 @@ void decode_as(const FourBit& w, int64_t first, int64_t count, void* out, DType 
     });
 }
 
-void decode(const FourBit& w, int64_t first, int64_t count, DType rounding, void* out, DType dtype) {
+template <DType Rounding>
+void decode_as(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, void* out, DType dtype,
+               int64_t ld_out) {
+    BlockCodes<Rounding> block(w);
+    for (int64_t i = 0; i < rows; ++i)
+        decode_row<Rounding>(block, w, first + i * ld_w, count, at(out, dtype, i * ld_out), dtype);
+}
+
+void decode(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, DType rounding, void* out,
+            DType dtype, int64_t ld_out) {
     const auto run = rounding == DType::bf16  ? decode_as<DType::bf16>
                      : rounding == DType::f16 ? decode_as<DType::f16>
                                               : decode_as<DType::f32>;
-    run(w, first, count, out, dtype);
+    run(w, first, ld_w, rows, count, out, dtype, ld_out);
 }
 
 // ---- few tokens: dot products with the rows of W ----------------------------------------------------------------
@@ -150,9 +159,12 @@ inline void each_group(const FourBit& w, int64_t first, int64_t groups, Run run)
     const bool there = w.absmax && w.block_bits == 6;
     for (int64_t g = 0; g < groups; g += kAhead) {
         const int64_t count = smaller(kAhead, groups - g);
-        const float* scales = there ? w.absmax + first / 64 + g : worked_out;
-        for (int64_t i = 0; !there && i < count; ++i)
-            worked_out[i] = block_scale(w, (first + (g + i) * 64) >> w.block_bits);
+        const int64_t begin = first / 64 + g;
+        const float* scales = there ? w.absmax + begin : worked_out;
+        if (w.block_bits == 6)  // a loop without shifts
+            for (int64_t i = 0; !there && i < count; ++i) worked_out[i] = block_scale(w, begin + i);
+        else
+            for (int64_t i = 0; i < count; ++i) worked_out[i] = block_scale(w, (begin + i) >> (w.block_bits - 6));
         for (int64_t i = 0; i < count; ++i) run(g + i, splat(scales[i]));
     }
 }
