@@ -45,43 +45,46 @@ struct BlockCodes {
     Codes codes;
 };
 
-template <DType Rounding>
-inline void decode_row(BlockCodes<Rounding>& block, const FourBit& w, int64_t first, int64_t count, void* out,
-                       DType dtype) {
+template <DType Rounding, DType To>
+inline void decode_row(BlockCodes<Rounding>& block, const FourBit& w, int64_t first, int64_t count, void* out) {
     constexpr int64_t kStep = 2 * kLanes;
     each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
         block.begin(splat(scale));
         for (int64_t i = 0; i < n; i += kStep) {
             const int64_t here = smaller(kStep, n - i), from = begin + i;
-            const uint8_t* bytes = w.packed + from / 2;
-            uint8_t moved[kStep / 2] = {};
-            if (from % 2 || here < kStep) {  // into whole bytes
-                for (int64_t j = 0; j < here; ++j)
-                    moved[j / 2] |= (w.packed[(from + j) / 2] >> ((from + j) % 2 ? 0 : 4) & 15) << (j % 2 ? 0 : 4);
-                bytes = moved;
-            }
+            void* to = at(out, To, done + i);
             V16 v[2];
-            block.look_up(bytes, v);
-            store_first(at(out, dtype, done + i), dtype, v[0], here);
-            if (here > kLanes) store_first(at(out, dtype, done + i + kLanes), dtype, v[1], here - kLanes);
+            if (from % 2 == 0 && here == kStep) {
+                block.look_up(w.packed + from / 2, v);
+                store_any(to, To, v[0]);
+                store_any(at(to, To, kLanes), To, v[1]);
+                continue;
+            }
+            uint8_t whole[kStep / 2] = {};  // codes that begin or end within a byte
+            for (int64_t j = 0; j < here; ++j)
+                whole[j / 2] |= (w.packed[(from + j) / 2] >> ((from + j) % 2 ? 0 : 4) & 15) << (j % 2 ? 0 : 4);
+            block.look_up(whole, v);
+            store_first(to, To, v[0], here);
+            if (here > kLanes) store_first(at(to, To, kLanes), To, v[1], here - kLanes);
         }
     });
 }
 
-template <DType Rounding>
-void decode_as(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, void* out, DType dtype,
-               int64_t ld_out) {
+template <DType Rounding, DType To>
+void decode_as(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, void* out, int64_t ld_out) {
     BlockCodes<Rounding> block(w);
     for (int64_t i = 0; i < rows; ++i)
-        decode_row<Rounding>(block, w, first + i * ld_w, count, at(out, dtype, i * ld_out), dtype);
+        decode_row<Rounding, To>(block, w, first + i * ld_w, count, at(out, To, i * ld_out));
 }
 
 void decode(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, DType rounding, void* out,
             DType dtype, int64_t ld_out) {
-    const auto run = rounding == DType::bf16  ? decode_as<DType::bf16>
-                     : rounding == DType::f16 ? decode_as<DType::f16>
-                                              : decode_as<DType::f32>;
-    run(w, first, ld_w, rows, count, out, dtype, ld_out);
+    const bool wide = dtype == DType::f32;
+    const auto run = rounding == DType::f32 ? decode_as<DType::f32, DType::f32>
+                     : rounding == DType::bf16
+                         ? (wide ? decode_as<DType::bf16, DType::f32> : decode_as<DType::bf16, DType::bf16>)
+                         : (wide ? decode_as<DType::f16, DType::f32> : decode_as<DType::f16, DType::f16>);
+    run(w, first, ld_w, rows, count, out, ld_out);
 }
 
 // ---- few tokens: dot products with the rows of W ----------------------------------------------------------------
