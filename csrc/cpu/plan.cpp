@@ -22,6 +22,9 @@ int64_t few_tokens(at::ScalarType dtype) { return dtype == at::kBFloat16 ? 4 : d
 constexpr int64_t kFewTokensBytes = 16384;
 constexpr int64_t kFewTokensFourBit = 8;  // the same of a 4-bit W, at any size: each weight is decoded once for all
 
+// From so many tokens on, packing W in float32 is worth its time where the kernels prefer it.
+constexpr int64_t kTokensPacked = 64;
+
 // Of 65,536: up to this share of x, products with its dropped elements take less time than one with all of it.
 constexpr int64_t kMostDropped = 65536 / 4;
 
@@ -62,7 +65,9 @@ Plan product_plan(const Tensor& x, const Weight& weight, const Adapters& adapter
     const at::ScalarType dtype = x.scalar_type();
     if (weight.four_bit()) return Plan::one_accumulator;
     if (dtype == at::kFloat)
-        return kernels.prefers.packs_float || drops_few(x, adapters) ? Plan::one_accumulator : Plan::base_first;
+        return (kernels.prefers.packs_float && tokens_of(x) >= kTokensPacked) || drops_few(x, adapters)
+                   ? Plan::one_accumulator
+                   : Plan::base_first;
     if (dtype == at::kHalf) return has_float16_products() ? Plan::base_first : Plan::one_accumulator;
     // Of an odd number of elements oneDNN reads the next one, too, and a nan there comes through.
     if (!kernels.pairs(DType::bf16) || x.size(-1) % 2) return Plan::one_accumulator;
