@@ -179,9 +179,7 @@ APART_CASES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", [1.0, 8.0, -0.1])
 @pytest.mark.parametrize("case", APART_CASES, ids=str)
-def test_dropped_elements_apart_are_as_close_as_eager(
-    isa: str, case: Case, factor: float, dtype: torch.dtype
-) -> None:
+def test_dropped_elements_apart_are_as_close_as_eager(isa: str, case: Case, factor: float, dtype: torch.dtype) -> None:
     def make() -> LoraInputs:
         made = replace(case, dtype=dtype).inputs()
         return replace(made, c=[factor * c for c in made.c])

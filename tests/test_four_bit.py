@@ -47,7 +47,9 @@ def inputs(
 ) -> LoraInputs:
     """``weight`` is what ``packed`` stands for in ``dtype``."""
     M, K, N = shape
-    made = make_inputs((M, K), N, (8, 3) if dropout_p == 0.5 else (4,), dtype, torch.float32, dropout_p=dropout_p, dora=dora)
+    made = make_inputs(
+        (M, K), N, (8, 3) if dropout_p == 0.5 else (4,), dtype, torch.float32, dropout_p=dropout_p, dora=dora
+    )
     packed = four_bit.quantize(made.weight, *form)
     return replace(made, weight=packed.dequantize(dtype), packed=packed)
 
