@@ -114,8 +114,6 @@ _BF16 = (
         Bound("layer: step over the base", 1.18, times("base"), "layer", "bf16", "step", True, _LARGE),
         Bound("model: step over the base", 1.12, times("base"), "model", "bf16", "step", False),
         Bound("model: step over the base", 1.15, times("base"), "model", "bf16", "step", True),
-        Bound("kept: x, u and the seed alone", 1.0, kept_over_needed, "layer", phase="step"),
-        Bound("kept: share of PEFT's", 0.6, kept_over_peft, phase="step", dropout=True),
     ),
     *_of(
         "dora",
@@ -123,7 +121,6 @@ _BF16 = (
         Bound("layer: step over the base", 2.2, times("base"), "layer", "bf16", "step", True, _LARGE),
         Bound("model: step over the base", 1.25, times("base"), "model", "bf16", "step", False),
         Bound("model: step over the base", 2.0, times("base"), "model", "bf16", "step", True),
-        Bound("kept: share of PEFT's", 0.4, kept_over_peft, dtype="bf16", phase="step"),
     ),
     *_of(
         "qlora",
@@ -165,6 +162,12 @@ _FP32 = (
 BOUNDS = (
     *_on(_WITH_BF16, *_BF16),
     *_on(_AVX2, *_FP32),
+    *_of(
+        "lora",
+        Bound("kept: x, u and the seed alone", 1.0, kept_over_needed, "layer", phase="step"),
+        Bound("kept: share of PEFT's", 0.6, kept_over_peft, phase="step", dropout=True),
+    ),
+    *_of("dora", Bound("kept: share of PEFT's", 0.4, kept_over_peft, dtype="bf16", phase="step")),
     Bound("never slower than PEFT", 1.0, times("peft")),
     *_on_gpu(
         *_of(

@@ -13,11 +13,11 @@ from rich.text import Text
 from fastpeft.experiments.models import METHODS
 
 from .bounds import STATED_FOR, Finding
-from .contestants import BASE, CONTESTANTS, FASTPEFT
+from .contestants import BASE, BASE_FLOAT32, CONTESTANTS, FASTPEFT
 from .rows import Row
 
 _NOTHING = "–"
-_COLUMNS = {contestant.name: contestant.label for contestant in CONTESTANTS}
+_COLUMNS = {contestant.name: contestant.label for contestant in (*CONTESTANTS, BASE_FLOAT32)}
 CAPTION = (
     "Wall time as a multiple of the frozen base layer's in the same round: median [quartiles]. Less is better; "
     "1.00 would be an adapter for free. Kept: what autograd holds from forward to backward."
@@ -26,10 +26,14 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Section:
-    """The cases of one method, dtype and dropout: for each shape, a line for each phase and one for the kept bytes."""
+    """The cases of one method, dtype and dropout: for each shape, a line for each phase and one for the kept bytes.
+
+    ``columns``: the contestants' labels by their names.
+    """
 
     method: str
     title: str
+    columns: Mapping[str, str]
     lines: list[list[str]]
 
 
@@ -44,14 +48,16 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     found = []
     for (method, title), shapes in by_section.items():
         lines = []
+        measured = {name for phases in shapes.values() for contestants in phases.values() for name in contestants}
+        columns = {name: text for name, text in _COLUMNS.items() if name in measured or name != BASE_FLOAT32.name}
         for shape, phases in shapes.items():
             label = shape
             for phase, contestants in phases.items():
-                lines.append([label, phase, *(time_cell(contestants.get(name)) for name in _COLUMNS)])
+                lines.append([label, phase, *(time_cell(contestants.get(name)) for name in columns)])
                 label = ""
             kept = phases.get("step", {})
-            lines.append([label, "kept, MiB", *(kept_cell(kept.get(name)) for name in _COLUMNS)])
-        found.append(Section(method, title, lines))
+            lines.append([label, "kept, MiB", *(kept_cell(kept.get(name)) for name in columns)])
+        found.append(Section(method, title, columns, lines))
     return found
 
 
@@ -126,7 +132,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
         table.collapse_padding = narrow
         table.add_column("M×K×N", min_width=14, max_width=14)
         table.add_column("phase", min_width=9)
-        for name, label in _COLUMNS.items():
+        for name, label in section.columns.items():
             width = 8 if narrow or name == BASE.name else 17
             style = "bold green" if name == FASTPEFT.name else ""
             table.add_column(label, justify="right", min_width=width, max_width=width, style=style)
@@ -149,7 +155,7 @@ def markdown(rows: Sequence[Row], pictures: Mapping[str, str]) -> str:
             name = METHODS[section.method]
             parts.append(f"![{name}: time over the frozen base's]({undrawn.pop(section.method)})")
         parts.append(f"## {section.title}")
-        parts.append(markdown_table(["M×K×N", "phase"], list(_COLUMNS.values()), section.lines))
+        parts.append(markdown_table(["M×K×N", "phase"], list(section.columns.values()), section.lines))
     parts.append("\n".join(f"- {note}" for note in notes(rows)))
     return "\n\n".join(parts) + "\n"
 

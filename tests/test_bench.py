@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from fastpeft.bench import bounds, cli, contestants, parity, plot, rows, table, timing
+from fastpeft.bench import bounds, cli, contestants, parity, play, plot, rows, table, timing
 from fastpeft.bench.cases import LayerCase, ModelCase
 from fastpeft.bench.contestants import BASE, CONTESTANTS, FASTPEFT, PEFT, PEFT_AUTOCAST, PEFT_COMPILED
 from fastpeft.bench.measure import Run, measure
@@ -20,6 +22,7 @@ from fastpeft.bench.rows import Row
 from rich.console import Console
 from torch import nn
 
+from fastpeft import extension
 from fastpeft.experiments.models import METHODS
 from fastpeft.peft.layers import FusedLinear
 
@@ -56,7 +59,7 @@ def row(contestant: str = "fastpeft", **changes: Any) -> Row:
         "case": {"kind": "layer", "shape": case.shape, **vars(case)},
         "phase": "step",
         "contestant": contestant,
-        "backend": "cpu",
+        "backend": "cpu, amx",
         "rounds": 15,
         "seconds": flat,
         "cpu_seconds": flat,
@@ -112,7 +115,7 @@ def test_a_case_yields_a_complete_row_for_each_contestant_and_phase() -> None:
     for r in found:
         assert Row.from_json(r.to_json()) == r
         assert set(json.loads(r.to_json())) == {field.name for field in fields(Row)}
-        assert r.machine.keys() == {"name", "cpu", "cores", "memory_gib", "features", "system"}
+        assert r.machine.keys() == {"name", "played", "cpu", "cores", "memory_gib", "features", "system"}
         assert r.versions.keys() == {"python", "torch", "triton", "peft", "transformers", "fastpeft"}
         assert r.threads == torch.get_num_threads()
         assert r.case["shape"] == "1×32×48"
@@ -176,7 +179,7 @@ def test_no_speed_up_is_shown_while_parity_fails(monkeypatch: pytest.MonkeyPatch
     (section,) = table.sections(found)
     assert [line[-1] for line in section.lines[:2]] == ["parity fails"] * 2
     assert any("parity" in note and "dA" in note for note in table.notes(found))
-    verdicts = {f.verdict for f in bounds.check(found) if f.bound.text == "not slower than PEFT"}
+    verdicts = {f.verdict for f in bounds.check(found) if f.bound.text == "never slower than PEFT"}
     assert verdicts == {"miss: parity fails"}
     assert plot.pictures(ours, tmp_path / "rows.jsonl") == {}
 
@@ -269,19 +272,67 @@ def test_table_shows_every_row_in_the_terminal_and_in_markdown() -> None:
 def test_bounds_pass_miss_or_were_not_measured() -> None:
     slow = {"min": 1.1, "q1": 1.1, "median": 1.13, "q3": 1.2}
     findings = bounds.check([row("peft"), row(against={"base": slow, "peft": slow})])
-    step, kept = (
-        [f for f in findings if f.bound.text == text and f.bound.dropout is not True]
-        for text in ("LoRA layer: step over the base", "LoRA kept: x, u and the seed alone")
-    )
-    assert [(f.verdict, f.measured, f.missed) for f in step] == [("miss", 1.13, True)]
-    assert [(f.verdict, f.measured, f.missed) for f in kept] == [("pass", 1.0, False)]
-    assert all(f.verdict == "not measured" and not f.missed for f in findings if f not in step + kept)
+    measured = {f.bound.text: (f.verdict, f.measured) for f in findings if f.verdict != "not measured"}
+    assert measured == {
+        "LoRA layer: step over the base": ("miss", 1.13),
+        "LoRA kept: x, u and the seed alone": ("pass", 1.0),
+        "never slower than PEFT": ("miss", 1.13),
+    }
+    assert [f.missed for f in findings] == [f.verdict == "miss" for f in findings]
     assert {f.bound for f in findings} == {bound for bound in bounds.BOUNDS if bound.device == "cpu"}
 
     dropped = row().case | {"dropout": 0.05}
     pair = [row("peft", case=dropped, kept_bytes=10), row(case=dropped, kept_bytes=7)]
     share = [f for f in bounds.check(pair) if f.bound.text == "LoRA kept: share of PEFT's"]
     assert [(f.verdict, f.measured) for f in share] == [("miss", 0.7)]
+
+
+def test_bounds_are_stated_for_instruction_sets() -> None:
+    def judged(isa: str, dtype: str, **against: float) -> set[str]:
+        ratios = {rival: {"min": r, "q1": r, "median": r, "q3": r} for rival, r in against.items()}
+        found = bounds.check([row(backend=f"cpu, {isa}", case=row().case | {"dtype": dtype}, against=ratios)])
+        return {f.bound.text for f in found if f.missed and f.bound.measure is not bounds.kept_over_needed}
+
+    step = "LoRA layer: step over the base"
+    assert judged("avx2", "fp32", base=1.05, peft=0.9) == {step}
+    assert judged("amx", "fp32", base=1.05, peft=0.9) == set()
+    assert judged("avx2", "bf16", base=0.02, peft=0.02, **{"base-float32": 1.2}) == {
+        "LoRA layer: step over float32's base"
+    }
+    assert judged("avx512", "fp32", base=1.0, peft=1.01) == {"never slower than PEFT"}
+
+
+def test_a_machine_is_named_by_its_instruction_set() -> None:
+    C = extension.built()
+    fastest, least = C.isas()[0], C.isas()[-1]
+    assert rows.machine()["played"] is None
+    assert f"-{rows.slug(fastest)}-" in rows.machine()["name"]
+    C.set_isa(least)
+    try:
+        assert rows.machine()["played"] == least
+        assert f"-playing-{rows.slug(least)}-" in rows.machine()["name"]
+    finally:
+        C.set_isa("auto")
+
+
+def test_a_processor_plays_a_lesser_one(tmp_path: Path) -> None:
+    command = "bench --isa avx2 --shape 6x32x48 --dtype bf16 --method lora --dropout 0 --rounds 2 --no-compile --out"
+    done = subprocess.run(
+        [sys.executable, "-m", "fastpeft", *command.split(), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.jsonl")
+    found = rows.load(path)
+    ours = [r for r in found if r.contestant == "fastpeft"]
+    assert {r.backend for r in ours} == {"cpu, avx2"}
+    assert all(r.against is not None and r.against.keys() == {"base", "peft", "base-float32"} for r in ours)
+    assert "base, float32" in path.with_suffix(".md").read_text()
+
+
+def test_a_part_that_the_processor_cannot_play_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension.built(), "isas", lambda: ["plain"])
+    with pytest.raises(play.CannotPlay, match="this processor has plain, not avx512"):
+        play.play("avx512", [])
 
 
 def test_a_gpus_rows_have_bounds_of_their_own() -> None:

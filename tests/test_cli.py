@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -96,6 +97,13 @@ def test_info_shows_versions_backends_and_the_check() -> None:
         passed = output.count(f"{backend.name}, ")
         assert passed >= len(DTYPES) if reason is None else squeezed(reason) in squeezed(output)
     assert "FAILED" not in output
+
+
+def test_info_warns_where_stock_torch_emulates_bfloat16() -> None:
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-m", "fastpeft", "info"]
+    done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, check=True)
+    assert "stocktorchemulatesithere" in squeezed(done.stdout)
 
 
 def squeezed(text: str) -> str:
