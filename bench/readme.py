@@ -33,8 +33,8 @@ def command(root: Path) -> None:
     machines = recorded(root)
     for path, found in machines.items():
         page.write(found, root / path)
-    if machines:
-        plot.draw_summary(list(machines.values()), root / PICTURE)
+    if own := _themselves(machines):
+        plot.draw_summary(list(own.values()), root / PICTURE)
     readme = root / "README.md"
     readme.write_text(rewritten(readme.read_text(encoding="utf-8"), block(root)), encoding="utf-8")
 
@@ -55,25 +55,31 @@ def recorded(root: Path) -> dict[Path, list[Row]]:
     return {path: rows for path, rows in found.items() if rows}
 
 
+def _themselves(machines: dict[Path, list[Row]]) -> dict[Path, list[Row]]:
+    """Without those that play another: they have a page, and no part in README's numbers."""
+    return {path: found for path, found in machines.items() if not found[-1].machine.get("played")}
+
+
 def block(root: Path) -> str:
     """Markdown for the rows in ``root/bench/results``; links are relative to ``root``."""
     machines = recorded(root)
     if not machines:
         return NO_ROWS
-    compared = [comparison for found in machines.values() for comparison in comparisons(found)]
+    own = _themselves(machines)
+    compared = [comparison for found in own.values() for comparison in comparisons(found)]
     return "\n\n".join(
         [
             "**How much faster a training step is** than PEFT's, and **how near to free**: fastpeft's and PEFT's time "
             "as a multiple of the frozen base's alone, 1.00 being an adapter for free.",
-            _table(list(machines.values())),
+            _table(list(own.values())),
             f"bfloat16, rank {RANK}; M×K×N are M tokens through a layer from K to N features, the small Llama has "
             f"{_MODEL.layers} blocks of width {_MODEL.hidden} and reads {_MODEL.tokens} tokens; the frozen base is "
             "dense, QLoRA's too. Medians over rounds in which all take turns; – is not measured.",
             f"![A training step as a multiple of the frozen base's]({PICTURE.as_posix()})",
-            "All cases on record, of every size, dtype and method, from the least to the most. PEFT at its fastest is "
+            "All cases on record of these machines, of every size, dtype and method, from the least to the most. PEFT at its fastest is "
             "PEFT as it comes, under autocast or, where that was measured, compiled:",
             _bullets([*(_range(compared, phase) for phase in _PHASES), _slower(compared), _kept(compared)]),
-            "Each machine has a page of all its cases:",
+            "Each machine has a page of all its cases, also where it played a lesser one:",
             _bullets([_origin(path, found) for path, found in machines.items()]),
         ]
     )
