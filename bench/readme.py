@@ -76,8 +76,8 @@ def block(root: Path) -> str:
             f"{_MODEL.layers} blocks of width {_MODEL.hidden} and reads {_MODEL.tokens} tokens; the frozen base is "
             "dense, QLoRA's too. Medians over rounds in which all take turns; – is not measured.",
             f"![A training step as a multiple of the frozen base's]({PICTURE.as_posix()})",
-            "All cases on record of these machines, of every size, dtype and method, from the least to the most. PEFT at its fastest is "
-            "PEFT as it comes, under autocast or, where that was measured, compiled:",
+            "All cases on record of these machines, of every size, dtype and method, from the least to the most. PEFT "
+            "at its fastest is PEFT as it comes, under autocast or, where that was measured, compiled:",
             _bullets([*(_range(compared, phase) for phase in _PHASES), _slower(compared), _kept(compared)]),
             "Each machine has a page of all its cases, also where it played a lesser one:",
             _bullets([_origin(path, found) for path, found in machines.items()]),

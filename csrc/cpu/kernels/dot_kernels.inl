@@ -142,7 +142,8 @@ void dot_as(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const 
         dot_row<D>(static_cast<const float*>(x) + t * ld_x, ld_x, at(w.data, w.dtype, n * w.row_stride), w.columns,
                    sums);
     };
-    dot_rows < kDotSums<4 ? kDotSums : 4>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    constexpr int kMost = kDotSums < 4 ? kDotSums : 4;
+    dot_rows<kMost>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
@@ -205,7 +206,8 @@ void dot_four_bit_as(const float* x, int64_t tokens, int64_t columns, const Four
     const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
         dot_four_bit_row<Rounding>(x + t * columns, columns, w, n * columns, columns / 64, sums);
     };
-    dot_rows < kDotSums<8 ? kDotSums : 8>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    constexpr int kMost = kDotSums < 8 ? kDotSums : 8;
+    dot_rows<kMost>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
 }
 
 void dot_four_bit_float(const void* x, DType rounding, int64_t tokens, int64_t columns, const FourBit& w,
