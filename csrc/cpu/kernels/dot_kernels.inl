@@ -114,21 +114,46 @@ inline void dot_row(const float* x, int64_t ld_x, const void* w, int64_t columns
     }
 }
 
-// Runs row(sums, first token, n) for each row n of W and up to Most tokens at a time, and adds the low-rank part.
+// Rows of W, ld_w elements apart, against one token: so many streams that memory is kept busy.
+template <DType D, int Rows>
+inline void dot_one_token(const float* x, const void* w, int64_t ld_w, int64_t columns, V16 (&sums)[Rows]) {
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) {
+        const V16 v = load(x + c);
+        for (int i = 0; i < Rows; ++i) sums[i] = fma(load_as<D>(at(w, D, i * ld_w + c)), v, sums[i]);
+    }
+    if (c < columns) {
+        const V16 v = load(x + c);
+        for (int i = 0; i < Rows; ++i) sums[i] = fma(load_first(at(w, D, i * ld_w + c), D, columns - c), v, sums[i]);
+    }
+}
+
+// What follows the sum over row n of W for token t: the low-rank part, the bias, y.
+struct DotTail {
+    const float* q;
+    const Matrix& b;
+    const float* bias;
+    void* y;
+    DType y_dtype;
+    int64_t ld_y;
+
+    void put(V16 sums, int64_t t, int64_t n) const {
+        for (int64_t r = 0; q && r < b.columns; r += kLanes) {
+            const V16 up = load_first(at(b.data, b.dtype, n * b.row_stride + r), b.dtype, b.columns - r);
+            sums = fma(up, load_first(q + t * b.columns + r, DType::f32, b.columns - r), sums);
+        }
+        store_first(at(y, y_dtype, t * ld_y + n), y_dtype, splat(sum(sums) + (bias ? bias[n] : 0.0f)), 1);
+    }
+};
+
+// Runs row(sums, first token, n) for each row n of W and up to Most tokens at a time, and the tail.
 template <int Most, typename Row>
-void dot_rows(Row row, int64_t tokens, const float* q, const Matrix& b, const float* bias, void* y, DType y_dtype,
-              int64_t ld_y, int64_t begin, int64_t end) {
+void dot_rows(Row row, int64_t tokens, const DotTail& tail, int64_t begin, int64_t end) {
     const auto some = [&]<int Tokens>(int64_t n, int64_t t0) {
         V16 sums[Tokens];
         for (int t = 0; t < Tokens; ++t) sums[t] = zero();
         row(sums, t0, n);
-        for (int64_t r = 0; q && r < b.columns; r += kLanes) {
-            const V16 up = load_first(at(b.data, b.dtype, n * b.row_stride + r), b.dtype, b.columns - r);
-            for (int t = 0; t < Tokens; ++t)
-                sums[t] = fma(up, load_first(q + (t0 + t) * b.columns + r, DType::f32, b.columns - r), sums[t]);
-        }
-        for (int t = 0; t < Tokens; ++t)
-            store_first(at(y, y_dtype, (t0 + t) * ld_y + n), y_dtype, splat(sum(sums[t]) + (bias ? bias[n] : 0.0f)), 1);
+        for (int t = 0; t < Tokens; ++t) tail.put(sums[t], t0 + t, n);
     };
     for (int64_t n = begin; n < end; ++n)
         for (int64_t t = 0; t < tokens; t += Most)
@@ -136,14 +161,22 @@ void dot_rows(Row row, int64_t tokens, const float* q, const Matrix& b, const fl
 }
 
 template <DType D>
-void dot_as(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
-            const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+void dot_as(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const DotTail& tail, int64_t begin,
+            int64_t end) {
+    constexpr int kMost = kDotSums < 4 ? kDotSums : 4;
+    if (tokens == 1)
+        for (; begin + kMost <= end; begin += kMost) {
+            V16 sums[kMost];
+            for (int i = 0; i < kMost; ++i) sums[i] = zero();
+            dot_one_token<D>(static_cast<const float*>(x), at(w.data, D, begin * w.row_stride), w.row_stride, w.columns,
+                             sums);
+            for (int i = 0; i < kMost; ++i) tail.put(sums[i], 0, begin + i);
+        }
     const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
         dot_row<D>(static_cast<const float*>(x) + t * ld_x, ld_x, at(w.data, w.dtype, n * w.row_stride), w.columns,
                    sums);
     };
-    constexpr int kMost = kDotSums < 4 ? kDotSums : 4;
-    dot_rows<kMost>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows<kMost>(row, tokens, tail, begin, end);
 }
 
 void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const float* q, const Matrix& b,
@@ -151,7 +184,7 @@ void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, con
     const auto run = w.dtype == DType::bf16  ? dot_as<DType::bf16>
                      : w.dtype == DType::f16 ? dot_as<DType::f16>
                                              : dot_as<DType::f32>;
-    run(x, ld_x, tokens, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    run(x, ld_x, tokens, w, {q, b, bias, y, y_dtype, ld_y}, begin, end);
 }
 
 // Runs run(group, scale) for the groups of 64 elements that begin at `first`, each within a block: the scales of many
@@ -201,13 +234,13 @@ inline void dot_four_bit_row(const float* x, int64_t ld_x, const FourBit& w, int
 }
 
 template <DType Rounding>
-void dot_four_bit_as(const float* x, int64_t tokens, int64_t columns, const FourBit& w, const float* q, const Matrix& b,
-                     const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end) {
+void dot_four_bit_as(const float* x, int64_t tokens, int64_t columns, const FourBit& w, const DotTail& tail,
+                     int64_t begin, int64_t end) {
     const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
         dot_four_bit_row<Rounding>(x + t * columns, columns, w, n * columns, columns / 64, sums);
     };
     constexpr int kMost = kDotSums < 8 ? kDotSums : 8;
-    dot_rows<kMost>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows<kMost>(row, tokens, tail, begin, end);
 }
 
 void dot_four_bit_float(const void* x, DType rounding, int64_t tokens, int64_t columns, const FourBit& w,
@@ -216,7 +249,7 @@ void dot_four_bit_float(const void* x, DType rounding, int64_t tokens, int64_t c
     const auto run = rounding == DType::bf16  ? dot_four_bit_as<DType::bf16>
                      : rounding == DType::f16 ? dot_four_bit_as<DType::f16>
                                               : dot_four_bit_as<DType::f32>;
-    run(static_cast<const float*>(x), tokens, columns, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    run(static_cast<const float*>(x), tokens, columns, w, {q, b, bias, y, y_dtype, ld_y}, begin, end);
 }
 
 }  // namespace

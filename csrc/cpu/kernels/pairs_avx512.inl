@@ -186,7 +186,7 @@ void dot(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const flo
         const auto* w_row = static_cast<const uint16_t*>(w.data) + n * w.row_stride;
         dot_pair_row(static_cast<const uint16_t*>(x) + t * ld_x, ld_x, w_row, w.columns, sums);
     };
-    dot_rows<4>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows<4>(row, tokens, {q, b, bias, y, y_dtype, ld_y}, begin, end);
 }
 
 // The row of a 4-bit weight that begins at `first` against x [groups][ld_x / 64][32 even elements, 32 odd ones].
@@ -215,7 +215,7 @@ void dot_four_bit(const void* x, DType dtype, int64_t tokens, int64_t columns, c
     const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
         dot_four_bit_row(static_cast<const uint16_t*>(x) + t * 64, tokens * 64, w, n * columns, columns / 64, sums);
     };
-    dot_rows<8>(row, tokens, q, b, bias, y, y_dtype, ld_y, begin, end);
+    dot_rows<8>(row, tokens, {q, b, bias, y, y_dtype, ld_y}, begin, end);
 }
 
 // ---- the tail of expand --------------------------------------------------------------------------------------
