@@ -66,8 +66,7 @@ class Task {
         sums_ = reinterpret_cast<float*>(sums.lines(operands * kPart * kStripe * sizeof(float)));
         stripe_ = stripe.lines(depth_ * kStripe * element_);
         if (apart.outputs)
-            columns_ =
-                reinterpret_cast<float*>(columns.lines(ceil_div(depth_, kStripe) * 4 * kTurned * sizeof(float)));
+            columns_ = reinterpret_cast<float*>(columns.lines(ceil_div(depth_, kStripe) * 4 * kTurned * sizeof(float)));
         left_ = left.lines(kRows * sweep.ranks * sizeof(float));
         if (right.packed) decoded_ = decoded.lines(kStripe * kColumns * element_);
     }

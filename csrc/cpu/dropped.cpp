@@ -28,7 +28,8 @@ Dropped::Dropped(const Kernels& kernels, uint64_t seed, uint32_t threshold, int6
             for (int64_t m = 0; m < count; ++m) {
                 int64_t at_block = 0;
                 const auto close_blocks = [&](int64_t upto) {
-                    for (; at_block < upto; ++at_block) part.starts.push_back(static_cast<int32_t>(part.columns.size()));
+                    for (; at_block < upto; ++at_block)
+                        part.starts.push_back(static_cast<int32_t>(part.columns.size()));
                 };
                 for (int64_t c = 0; c < columns; c += 64) {
                     const int64_t tile = c / kColumns, word = c % kColumns / 64;

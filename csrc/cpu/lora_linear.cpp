@@ -189,7 +189,8 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
         const RankGroup& group = layout.groups[0];
         dropped.emplace(kernels, group.seed, group.threshold, x2.size(0), x2.size(1), depth_of(x2.size(1), false),
                         inputs[0].const_data_ptr<float>(), inputs[0].stride(0));
-        if (dropped->finite()) apart = {.inputs = &*dropped, .factor = static_cast<float>(dropout_scale(group.threshold))};
+        if (dropped->finite())
+            apart = {.inputs = &*dropped, .factor = static_cast<float>(dropout_scale(group.threshold))};
     }
     if (dora)
         for (size_t i = 0; i < adapters.c.size(); ++i) {
