@@ -23,8 +23,8 @@ Measure = Callable[[Row, Others], float | None]
 
 
 def times(rival: str) -> Measure:
-    """Median ratio of wall seconds to ``rival``'s; None while parity fails."""
-    return lambda row, others: None if row.against is None else row.against[rival]["median"]
+    """Median ratio of wall seconds to ``rival``'s; None while parity fails or where the rival was not measured."""
+    return lambda row, others: (row.against or {}).get(rival, {}).get("median")
 
 
 def times_autocast(row: Row, others: Others) -> float | None:
@@ -71,6 +71,7 @@ class Bound:
     shapes: Sequence[str] | None = None
     method: str | None = None
     device: str = "cpu"
+    isas: Sequence[str] | None = None
 
     def fits(self, row: Row) -> bool:
         return (
@@ -83,6 +84,7 @@ class Bound:
             and self.phase in (None, row.phase)
             and self.dropout in (None, row.case["dropout"] > 0)
             and (self.shapes is None or row.case["shape"] in self.shapes)
+            and (self.isas is None or (row.backend or "").rpartition(", ")[2] in self.isas)
         )
 
 
@@ -94,7 +96,17 @@ def _of(method: str, *bounds: Bound) -> tuple[Bound, ...]:
     return tuple(replace(bound, method=method, text=f"{METHODS[method]} {bound.text}") for bound in bounds)
 
 
-BOUNDS = (
+# Processors with instructions for bfloat16; earlier rows call the second avx512.
+_WITH_BF16 = ("amx", "avx512_bf16", "avx512")
+_AVX2 = ("avx2",)
+_ONE_TOKEN = ("1×2048×2048", "1×4096×4096")
+
+
+def _on(isas: Sequence[str], *bounds: Bound) -> tuple[Bound, ...]:
+    return tuple(replace(bound, isas=isas) for bound in bounds)
+
+
+_BF16 = (
     *_of(
         "lora",
         Bound("layer: forward over the base", 1.08, times("base"), "layer", "bf16", "forward", False, _LARGE),
@@ -123,8 +135,37 @@ BOUNDS = (
         "qdora",
         Bound("layer: step over LoRA's", 1.45, times_lora, "layer", "bf16", "step", False, _LARGE),
     ),
-    Bound("not slower than PEFT", 1.0, times("peft"), dtype="fp32"),
-    Bound("one token: not slower than PEFT", 1.0, times("peft"), phase="generate"),
+)
+# Without them: the frozen float32 layer is what there is to be as fast as.
+_FP32 = (
+    *_of(
+        "lora",
+        Bound("layer: forward over the base", 1.0, times("base"), "layer", "fp32", "forward", False, _TOKENS_512),
+        Bound("layer: step over the base", 1.0, times("base"), "layer", "fp32", "step", False, _TOKENS_512),
+        Bound("layer: step over the base", 1.05, times("base"), "layer", "fp32", "step", True, _TOKENS_512),
+        Bound("model: step over the base", 0.97, times("base"), "model", "fp32", "step", False),
+        Bound("model: step over the base", 1.02, times("base"), "model", "fp32", "step", True),
+        Bound(
+            "layer: step over float32's base", 1.15, times("base-float32"), "layer", "bf16", "step", shapes=_TOKENS_512
+        ),
+    ),
+    *_of(
+        "dora",
+        Bound("layer: step over the base", 1.08, times("base"), "layer", "fp32", "step", False, _TOKENS_512),
+        Bound("layer: step over the base", 1.4, times("base"), "layer", "fp32", "step", True, _TOKENS_512),
+    ),
+    *_of(
+        "qlora",
+        Bound("one token: over the base", 0.6, times("base"), "layer", "fp32", "generate", shapes=_ONE_TOKEN),
+        Bound(
+            "layer: step over float32's base", 1.15, times("base-float32"), "layer", "bf16", "step", shapes=_TOKENS_512
+        ),
+    ),
+)
+BOUNDS = (
+    *_on(_WITH_BF16, *_BF16),
+    *_on(_AVX2, *_FP32),
+    Bound("never slower than PEFT", 1.0, times("peft")),
     *_on_gpu(
         *_of(
             "lora",

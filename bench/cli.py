@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastpeft.experiments.models import FOUR_BIT_METHODS, METHODS
 from fastpeft.experiments.options import Probability
 from fastpeft.experiments.packages import MissingPackage, require_package
+from fastpeft.info import emulates_bfloat16
 
 from . import bounds, page, rows, table
 from .cases import (
@@ -28,8 +30,9 @@ from .cases import (
     LayerCase,
     ModelCase,
 )
-from .contestants import CONTESTANTS
+from .contestants import BASE_FLOAT32, CONTESTANTS
 from .measure import Run, measure
+from .play import LIMITS, CannotPlay, play
 
 QUICK_SHAPES = ((1, 2048, 2048), (512, 1024, 1024), (512, 2048, 2048))
 
@@ -89,6 +92,9 @@ def choose_cases(
 )
 @click.option("--threads", type=click.IntRange(min=1), help="[torch's own choice]")
 @click.option(
+    "--isa", type=click.Choice(list(LIMITS)), help="Play a processor that has these instructions and no more."
+)
+@click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"), show_default=True
 )
 @click.option(
@@ -111,6 +117,7 @@ def command(
     rounds: int,
     compiled: bool | None,
     threads: int | None,
+    isa: str | None,
     out: Path,
     plot_only: bool,
     check: bool,
@@ -129,6 +136,11 @@ def command(
             require_package(package, "pip install 'fastpeft[bench]'")
     except MissingPackage as missing:
         raise click.ClickException(str(missing)) from missing
+    if isa is not None:
+        try:
+            play(isa, sys.argv[1:])
+        except CannotPlay as reason:
+            raise click.BadParameter(str(reason), param_hint="--isa") from reason
     console = Console()
     if device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("torch finds no NVIDIA GPU", param_hint="--device")
@@ -170,6 +182,7 @@ def command(
 
 def _run(cases: Sequence[Case], rounds: int, compiled: bool, run: Run, path: Path, console: Console) -> list[rows.Row]:
     contestants = [contestant for contestant in CONTESTANTS if compiled or not contestant.compiled]
+    beside = [BASE_FLOAT32] if emulates_bfloat16() else []
     measured: list[rows.Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -178,7 +191,7 @@ def _run(cases: Sequence[Case], rounds: int, compiled: bool, run: Run, path: Pat
             progress.update(
                 task, description=f"{METHODS[case.method]} {case.shape} {case.dtype}, dropout {case.dropout:g}"
             )
-            found = list(measure(case, contestants, rounds, run))
+            found = list(measure(case, [*contestants, *(beside if case.dtype == "bf16" else [])], rounds, run))
             rows.append(path, found)
             measured += found
             progress.advance(task)

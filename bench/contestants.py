@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Contestant:
     adapt: Callable[[nn.Module, Case], nn.Module]
     autocast: bool = False
     compiled: bool = False
+    float32: bool = False
 
     def refuses(self, case: Case) -> str | None:
         """Why this contestant has no place in ``case``; None when it has."""
@@ -38,6 +39,7 @@ class Contestant:
 
     def setup(self, case: Case) -> Runner:
         """A fresh model on the case's inputs."""
+        case = replace(case, dtype="fp32") if self.float32 else case
         return Runner(case, self.adapt(case.base(), case), autocast=self.autocast, compiled=self.compiled)
 
 
@@ -149,4 +151,6 @@ PEFT = Contestant("peft", "PEFT", with_peft)
 PEFT_AUTOCAST = Contestant("peft-autocast", "PEFT, autocast", with_peft, autocast=True)
 PEFT_COMPILED = Contestant("peft-compiled", "PEFT, compiled", with_peft, compiled=True)
 FASTPEFT = Contestant("fastpeft", "fastpeft", with_fastpeft)
+# Beside them in bfloat16, where stock torch emulates it: what the same layer takes in float32.
+BASE_FLOAT32 = Contestant("base-float32", "base, float32", frozen, float32=True)
 CONTESTANTS = (BASE, PEFT, PEFT_AUTOCAST, PEFT_COMPILED, FASTPEFT)

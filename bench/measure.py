@@ -17,7 +17,7 @@ from fastpeft.experiments.memory import kept_bytes
 
 from . import parity, rows
 from .cases import DTYPES, Case
-from .contestants import BASE, FASTPEFT, PEFT, Contestant, Runner
+from .contestants import BASE, BASE_FLOAT32, FASTPEFT, PEFT, Contestant, Runner
 from .rows import Row
 from .timing import Samples, interleave, ratios, summary
 
@@ -128,7 +128,8 @@ def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run
 
 
 def _against(timed: Samples, samples: dict[str, Samples]) -> dict[str, dict[str, float]]:
-    return {rival.name: summary(ratios(timed.wall, samples[rival.name].wall)) for rival in (BASE, PEFT)}
+    rivals = [rival.name for rival in (BASE, PEFT, BASE_FLOAT32) if rival.name in samples]
+    return {rival: summary(ratios(timed.wall, samples[rival].wall)) for rival in rivals}
 
 
 def _compile_failure(runner: Runner, case: Case) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import fastpeft
+from fastpeft import extension
 from fastpeft.experiments.models import METHODS
 
 from .cases import DTYPES
@@ -94,7 +95,9 @@ class Row:
     @property
     def where(self) -> str:
         """Names the GPU, or the processor and its cores."""
-        return self.machine.get("gpu") or f"{self.machine['cpu']}, {self.machine['cores']} cores"
+        played = self.machine.get("played")  # rows of before have none
+        playing = f" playing {played}" if played else ""
+        return self.machine.get("gpu") or f"{self.machine['cpu']}{playing}, {self.machine['cores']} cores"
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -149,7 +152,9 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Facts about this machine, or about its GPU; ``name`` is fit for a file name."""
+    """Facts about this machine, or about its GPU; ``name`` is fit for a file name. A CPU's says with which instruction
+    set fastpeft's kernels run: what is fast differs by it, also between processors of one name. ``played`` is it where
+    the processor has a faster one (:mod:`.play`)."""
     import psutil
 
     if device == "cuda":
@@ -166,8 +171,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # newer torch has it
     cpu = capabilities.get("cpu_name") or platform.processor() or platform.machine()
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+    kernels, played = "reference", False
+    if extension.C is not None:
+        kernels = extension.C.isa()
+        played = kernels != extension.C.isas()[0]
     return {
-        "name": f"{slug(cpu)}-{cores}-cores",
+        "name": f"{slug(cpu)}-{'playing-' * played}{slug(kernels)}-{cores}-cores",
+        "played": kernels if played else None,
         "cpu": cpu,
         "cores": cores,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

@@ -120,18 +120,17 @@ class Task {
     void decode_and_pack(int64_t k, int64_t depth, int64_t column) {
         const int64_t columns = std::min(kStripe, s_.columns - column);
         const int64_t length = right_.transposed ? s_.rows : s_.columns;  // of a row of W
-        const auto decode = [&](int64_t first, int64_t count, int64_t at) {
-            k_.decode(*right_.packed, first, count, s_.dtype, decoded_ + at * element_, decoded_dtype_);
-        };
         for (int64_t d = 0; d < depth; d += kColumns) {
             const int64_t rows = std::min(kColumns, depth - d);
             Matrix tile{decoded_, decoded_dtype_, rows, columns, kStripe, 1};
             if (right_.transposed) {
                 tile.row_stride = 1;
                 tile.column_stride = kColumns;
-                for (int64_t i = 0; i < columns; ++i) decode((column + i) * length + k + d, rows, i * kColumns);
+                k_.decode(*right_.packed, column * length + k + d, length, columns, rows, s_.dtype, decoded_,
+                          decoded_dtype_, kColumns);
             } else {
-                for (int64_t i = 0; i < rows; ++i) decode((k + d + i) * length + column, columns, i * kStripe);
+                k_.decode(*right_.packed, (k + d) * length + column, length, rows, columns, s_.dtype, decoded_,
+                          decoded_dtype_, kStripe);
             }
             pack_tile(tile, 0, rows, 0, d);
         }

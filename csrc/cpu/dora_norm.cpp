@@ -45,9 +45,7 @@ Tensor dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double 
                 return {static_cast<const char*>(w.const_data_ptr()) + at, tile_dtype, w.stride(0)};
             }
             char* out = static_cast<char*>(decoded.mutable_data_ptr());
-            for (int64_t i = 0; i < row_count; ++i)
-                kernels.decode(codes, (row + i) * columns + c, count, tile_dtype,
-                               out + i * kColumns * like.element_size(), tile_dtype);
+            kernels.decode(codes, row * columns + c, columns, row_count, count, tile_dtype, out, tile_dtype, kColumns);
             return {out, tile_dtype, kColumns};
         };
         for (; m < m_end; m += kRows) {

@@ -57,7 +57,8 @@ void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bia
             const Tensor tile = at::empty({kRowsAtOnce, columns}, x.options());
             for (int64_t n = begin * kRowsAtOnce; n < std::min(end * kRowsAtOnce, weight.N); n += kRowsAtOnce) {
                 const int64_t rows = std::min(kRowsAtOnce, weight.N - n);
-                kernels.decode(w, n * columns, rows * columns, dtype_of(x), tile.mutable_data_ptr(), dtype_of(tile));
+                kernels.decode(w, n * columns, columns, rows, columns, dtype_of(x), tile.mutable_data_ptr(), dtype_of(tile),
+                               columns);
                 kernels.dot(input.const_data_ptr(), input.stride(0), tokens, matrix(tile), q.const_data_ptr<float>(),
                             matrix(b.narrow(0, n, rows)), bias32 ? bias32 + n : nullptr,
                             static_cast<char*>(y.mutable_data_ptr()) + n * y.element_size(), dtype_of(y), y.stride(0),

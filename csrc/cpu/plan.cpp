@@ -22,11 +22,17 @@ int64_t few_tokens(at::ScalarType dtype) { return dtype == at::kBFloat16 ? 4 : d
 constexpr int64_t kFewTokensBytes = 16384;
 constexpr int64_t kFewTokensFourBit = 8;  // the same of a 4-bit W, at any size: each weight is decoded once for all
 
+// From so many tokens on, packing W in float32 is worth its time where the kernels prefer it.
+constexpr int64_t kTokensPacked = 64;
+
 // Of 65,536: up to this share of x, products with its dropped elements take less time than one with all of it.
 constexpr int64_t kMostDropped = 65536 / 4;
 
-bool drops_few(const Adapters& adapters) {
-    return adapters.dora() && adapters.count() == 1 && adapters.thresholds[0] > 0 &&
+// Fewer tokens than that take little of the second product's time, most of which is packing.
+constexpr int64_t kTokensApart = 16;
+
+bool drops_few(const Tensor& x, const Adapters& adapters) {
+    return tokens_of(x) >= kTokensApart && adapters.dora() && adapters.count() == 1 && adapters.thresholds[0] > 0 &&
            adapters.thresholds[0] <= kMostDropped;
 }
 
@@ -59,9 +65,12 @@ Plan product_plan(const Tensor& x, const Weight& weight, const Adapters& adapter
     const at::ScalarType dtype = x.scalar_type();
     if (weight.four_bit()) return Plan::one_accumulator;
     if (dtype == at::kFloat)
-        return kernels.prefers.packs_float || drops_few(adapters) ? Plan::one_accumulator : Plan::base_first;
+        return (kernels.prefers.packs_float && tokens_of(x) >= kTokensPacked) || drops_few(x, adapters)
+                   ? Plan::one_accumulator
+                   : Plan::base_first;
     if (dtype == at::kHalf) return has_float16_products() ? Plan::base_first : Plan::one_accumulator;
-    if (!kernels.pairs(DType::bf16)) return Plan::one_accumulator;
+    // Of an odd number of elements oneDNN reads the next one, too, and a nan there comes through.
+    if (!kernels.pairs(DType::bf16) || x.size(-1) % 2) return Plan::one_accumulator;
     if (kernels.prefers.packs_dense && multiplies_pairs(kernels, DType::bf16, x.size(-1))) return Plan::one_accumulator;
     // DoRA scales the base product: it comes first.
     return kernels.prefers.low_rank_first && !adapters.dora() ? Plan::low_rank_first : Plan::base_first;
@@ -83,7 +92,7 @@ Plan backward_plan(const Tensor& dy, const Weight& weight, const Adapters& adapt
 }
 
 bool takes_dropped_apart(Plan plan, const Tensor& x, const Adapters& adapters) {
-    return plan == Plan::one_accumulator && drops_few(adapters) &&
+    return plan == Plan::one_accumulator && drops_few(x, adapters) &&
            !multiplies_pairs(kernels(), dtype_of(x), x.size(-1));
 }
 

@@ -45,34 +45,46 @@ struct BlockCodes {
     Codes codes;
 };
 
-template <DType Rounding>
-void decode_as(const FourBit& w, int64_t first, int64_t count, void* out, DType dtype) {
+template <DType Rounding, DType To>
+inline void decode_row(BlockCodes<Rounding>& block, const FourBit& w, int64_t first, int64_t count, void* out) {
     constexpr int64_t kStep = 2 * kLanes;
-    BlockCodes<Rounding> block(w);
     each_block(w, first, count, [&](int64_t begin, int64_t n, float scale, int64_t done) {
         block.begin(splat(scale));
         for (int64_t i = 0; i < n; i += kStep) {
             const int64_t here = smaller(kStep, n - i), from = begin + i;
-            const uint8_t* bytes = w.packed + from / 2;
-            uint8_t moved[kStep / 2] = {};
-            if (from % 2 || here < kStep) {  // into whole bytes
-                for (int64_t j = 0; j < here; ++j)
-                    moved[j / 2] |= (w.packed[(from + j) / 2] >> ((from + j) % 2 ? 0 : 4) & 15) << (j % 2 ? 0 : 4);
-                bytes = moved;
-            }
+            void* to = at(out, To, done + i);
             V16 v[2];
-            block.look_up(bytes, v);
-            store_first(at(out, dtype, done + i), dtype, v[0], here);
-            if (here > kLanes) store_first(at(out, dtype, done + i + kLanes), dtype, v[1], here - kLanes);
+            if (from % 2 == 0 && here == kStep) {
+                block.look_up(w.packed + from / 2, v);
+                store_any(to, To, v[0]);
+                store_any(at(to, To, kLanes), To, v[1]);
+                continue;
+            }
+            uint8_t whole[kStep / 2] = {};  // codes that begin or end within a byte
+            for (int64_t j = 0; j < here; ++j)
+                whole[j / 2] |= (w.packed[(from + j) / 2] >> ((from + j) % 2 ? 0 : 4) & 15) << (j % 2 ? 0 : 4);
+            block.look_up(whole, v);
+            store_first(to, To, v[0], here);
+            if (here > kLanes) store_first(at(to, To, kLanes), To, v[1], here - kLanes);
         }
     });
 }
 
-void decode(const FourBit& w, int64_t first, int64_t count, DType rounding, void* out, DType dtype) {
-    const auto run = rounding == DType::bf16  ? decode_as<DType::bf16>
-                     : rounding == DType::f16 ? decode_as<DType::f16>
-                                              : decode_as<DType::f32>;
-    run(w, first, count, out, dtype);
+template <DType Rounding, DType To>
+void decode_as(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, void* out, int64_t ld_out) {
+    BlockCodes<Rounding> block(w);
+    for (int64_t i = 0; i < rows; ++i)
+        decode_row<Rounding, To>(block, w, first + i * ld_w, count, at(out, To, i * ld_out));
+}
+
+void decode(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, DType rounding, void* out,
+            DType dtype, int64_t ld_out) {
+    const bool wide = dtype == DType::f32;
+    const auto run = rounding == DType::f32 ? decode_as<DType::f32, DType::f32>
+                     : rounding == DType::bf16
+                         ? (wide ? decode_as<DType::bf16, DType::f32> : decode_as<DType::bf16, DType::bf16>)
+                         : (wide ? decode_as<DType::f16, DType::f32> : decode_as<DType::f16, DType::f16>);
+    run(w, first, ld_w, rows, count, out, ld_out);
 }
 
 // ---- few tokens: dot products with the rows of W ----------------------------------------------------------------
@@ -150,9 +162,12 @@ inline void each_group(const FourBit& w, int64_t first, int64_t groups, Run run)
     const bool there = w.absmax && w.block_bits == 6;
     for (int64_t g = 0; g < groups; g += kAhead) {
         const int64_t count = smaller(kAhead, groups - g);
-        const float* scales = there ? w.absmax + first / 64 + g : worked_out;
-        for (int64_t i = 0; !there && i < count; ++i)
-            worked_out[i] = block_scale(w, (first + (g + i) * 64) >> w.block_bits);
+        const int64_t begin = first / 64 + g;
+        const float* scales = there ? w.absmax + begin : worked_out;
+        if (w.block_bits == 6)  // a loop without shifts
+            for (int64_t i = 0; !there && i < count; ++i) worked_out[i] = block_scale(w, begin + i);
+        else
+            for (int64_t i = 0; i < count; ++i) worked_out[i] = block_scale(w, (begin + i) >> (w.block_bits - 6));
         for (int64_t i = 0; i < count; ++i) run(g + i, splat(scales[i]));
     }
 }

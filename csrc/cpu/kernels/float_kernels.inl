@@ -248,55 +248,71 @@ inline void expand_rows(const float* q, int64_t m, int64_t c, int64_t ranks, con
     for (int i = 0; i < Rows; ++i) sink.put(sums[i], m + i, c);
 }
 
+// Columns [begin, end) of a tile.
 template <typename Sink>
-inline void expand_tile(const void* q, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
+inline void expand_tile(const void* q, int64_t rows, int64_t begin, int64_t end, int64_t ranks, const void* panel,
                         int64_t panel_stride, const Sink& sink) {
     const float* left_q = static_cast<const float*>(q);
     const auto panel_at = [&](int64_t c) { return static_cast<const float*>(panel) + c / kLanes * panel_stride; };
     // A few rows at a time along all columns: whole lines of y are written one after the other.
     for (int64_t m = 0; m < rows; m += kFloatRows)
         with_count<kFloatRows>(rows - m, [&]<int Rows>() {
-            for (int64_t c = 0; c < columns; c += kLanes) expand_rows<Rows>(left_q, m, c, ranks, panel_at(c), sink);
+            for (int64_t c = begin; c < end; c += kLanes) expand_rows<Rows>(left_q, m, c, ranks, panel_at(c), sink);
         });
 }
 
-// Put where neither DoRA's scale nor a second product is: with the dtypes known, a few instructions are left.
-template <DType From, DType To>
-struct ShortPut : Tail {
-    int64_t columns;
-
+// The same for whole vectors where it is known what the tail is: a few instructions. From is the dtype of what is added,
+// To that of y; Plain: neither a second product nor DoRA's scale.
+template <DType From, DType To, bool Plain>
+struct WholePut : Put {
     void put(V16 product, int64_t m, int64_t c) const {
-        const int64_t n = columns - c;
-        if (keep) product = where_kept(product, keep_bits(keep + m * kKeepWords, c));
-        if (n < kLanes) return put_first(product, m, c, n);
-        if (from.data) product = add(product, load_as<From>(at(from.data, From, m * from.ld + c)));
-        if (bias) product = add(product, load(bias + c));
-        store_any(at(y, To, m * ld_y + c), To, product);
-    }
-    void put_first(V16 product, int64_t m, int64_t c, int64_t n) const {
-        if (from.data) product = add(product, load_tile(from, m, c, n));
-        if (bias) product = add(product, load_first(bias + c, DType::f32, n));
-        store_first(at(y, To, m * ld_y + c), To, product, n);
+        V16 out;
+        if constexpr (Plain) {
+            if (keep) product = where_kept(product, keep_bits(keep + m * kKeepWords, c));
+            out = from.data ? add(product, load_as<From>(at(from.data, From, m * from.ld + c))) : product;
+        } else {
+            const V16 below = load_as<From>(at(from.data, From, m * from.ld + c));
+            const V16 other = second.data ? load_as<From>(at(second.data, From, m * second.ld + c)) : below;
+            const V16 sum = add(product, other);
+            if (z) store_any(at(z, z_dtype, m * ld_z + c), z_dtype, sum);
+            out = mul(sum, load(scale + c));
+            if (second.data) out = add(out, sub(below, other));
+        }
+        if (bias) out = add(out, load(bias + c));
+        store_any(at(y, To, m * ld_y + c), To, out);
     }
 };
 
 void expand_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
                   int64_t panel_stride, const Tail& tail) {
-    const auto run = [&](const auto& sink) { expand_tile(q, rows, columns, ranks, panel, panel_stride, sink); };
-    const DType from = tail.from.data ? tail.from.dtype : DType::f32;
-    if (tail.scale || tail.second.data || (from != DType::f32 && from != tail.dtype)) return run(Put{tail, columns});
-    if (tail.dtype == DType::f32) return run(ShortPut<DType::f32, DType::f32>{tail, columns});
-    if (tail.dtype == DType::bf16 && from == DType::f32) return run(ShortPut<DType::f32, DType::bf16>{tail, columns});
-    if (tail.dtype == DType::bf16) return run(ShortPut<DType::bf16, DType::bf16>{tail, columns});
-    if (from == DType::f32) return run(ShortPut<DType::f32, DType::f16>{tail, columns});
-    run(ShortPut<DType::f16, DType::f16>{tail, columns});
+    const auto run = [&](const auto& sink, int64_t begin, int64_t end) {
+        if (begin < end) expand_tile(q, rows, begin, end, ranks, panel, panel_stride, sink);
+    };
+    const Put any{tail, columns};
+    const auto run_as = [&]<DType From, DType To>() {
+        const int64_t whole = columns / kLanes * kLanes;
+        if (!tail.scale && !tail.second.data)
+            run(WholePut<From, To, true>{any}, 0, whole);
+        else if (tail.scale && tail.from.data && (!tail.second.data || tail.second.dtype == From))
+            run(WholePut<From, To, false>{any}, 0, whole);
+        else
+            return run(any, 0, columns);
+        run(any, whole, columns);
+    };
+    const DType from = tail.from.data ? tail.from.dtype : DType::f32, to = tail.dtype;
+    if (from == DType::f32 && to == DType::f32) return run_as.template operator()<DType::f32, DType::f32>();
+    if (from == DType::f32 && to == DType::bf16) return run_as.template operator()<DType::f32, DType::bf16>();
+    if (from == DType::f32) return run_as.template operator()<DType::f32, DType::f16>();
+    if (from == DType::bf16 && to == from) return run_as.template operator()<DType::bf16, DType::bf16>();
+    if (from == DType::f16 && to == from) return run_as.template operator()<DType::f16, DType::f16>();
+    run(any, 0, columns);
 }
 
 void squares_float(const void* q, bool, int64_t rows, int64_t columns, int64_t ranks, const void* panel,
                    int64_t panel_stride, Tile w, float* row_sums, float* column_sums) {
     struct Sink : Squares {};
     sum_squares<Sink>(rows, columns, w, row_sums, column_sums,
-                      [&](const Sink& sink) { expand_tile(q, rows, columns, ranks, panel, panel_stride, sink); });
+                      [&](const Sink& sink) { expand_tile(q, rows, 0, columns, ranks, panel, panel_stride, sink); });
 }
 
 // ---- DoRA's operands and the gradient of its scale ----------------------------------------------------------------

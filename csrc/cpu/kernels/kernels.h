@@ -121,9 +121,10 @@ struct Kernels {
     void (*product_sampled)(const float* x, int64_t ld_x, const SparseBlock& wanted, int64_t rows, int64_t depth,
                             const float* panel, int64_t panel_stride, bool onto, float* out, int64_t ld_out);
 
-    // The elements [first, first + count) of a 4-bit weight: value times scale in float32, rounded once to `rounding`,
-    // which is as narrow as dtype or narrower.
-    void (*decode)(const FourBit& w, int64_t first, int64_t count, DType rounding, void* out, DType dtype);
+    // Elements [first, first + count) of a 4-bit weight, and as many ld_w further on for each further row: value times
+    // scale in float32, rounded once to `rounding`, which is as narrow as dtype or narrower.
+    void (*decode)(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, DType rounding, void* out,
+                   DType dtype, int64_t ld_out);
 
     // For the base product: rows [row, row + rows) and columns [column, column + kStripe) of S, with zeros beyond the
     // edges of S. In float32 the panel of `product`, sixteen columns ld_out elements behind the sixteen before.

@@ -116,16 +116,21 @@ struct PairCodes {
 };
 
 // In bfloat16 64 elements at a time, where a part starts at a whole byte.
-void decode_pairs(const FourBit& w, int64_t first, int64_t count, DType rounding, void* out, DType dtype) {
-    const bool whole_groups = w.block_bits >= 6 && first % 64 == 0 && count % 64 == 0;
-    if (dtype != DType::bf16 || !whole_groups) return decode(w, first, count, rounding, out, dtype);
+void decode_pairs(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, DType rounding, void* out,
+                  DType dtype, int64_t ld_out) {
+    const bool whole_groups = w.block_bits >= 6 && first % 64 == 0 && ld_w % 64 == 0 && count % 64 == 0;
+    if (dtype != DType::bf16 || !whole_groups) return decode(w, first, ld_w, rows, count, rounding, out, dtype, ld_out);
     const Interleave interleave;
     const V16 table = load(w.code);
-    each_group(w, first, count / 64, [&](int64_t g, V16 scale) {
-        const PairCodes codes(w.packed + first / 2 + g * 32, mul(table, scale));
-        _mm512_storeu_si512(at(out, dtype, g * 64), interleave.low(codes.even, codes.odd));
-        _mm512_storeu_si512(at(out, dtype, g * 64 + 32), interleave.high(codes.even, codes.odd));
-    });
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t begin = first + i * ld_w;
+        uint16_t* to = static_cast<uint16_t*>(out) + i * ld_out;
+        each_group(w, begin, count / 64, [&](int64_t g, V16 scale) {
+            const PairCodes codes(w.packed + begin / 2 + g * 32, mul(table, scale));
+            _mm512_storeu_si512(to + g * 64, interleave.low(codes.even, codes.odd));
+            _mm512_storeu_si512(to + g * 64 + 32, interleave.high(codes.even, codes.odd));
+        });
+    }
 }
 
 // ---- staging ---------------------------------------------------------------------------------------------------

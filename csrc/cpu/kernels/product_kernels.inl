@@ -58,8 +58,16 @@ inline void product_rows(const float* x, int64_t ld_x, int64_t depth, const floa
 
 void product(const float* x, int64_t ld_x, int64_t rows, int64_t depth, const float* panel, int64_t panel_stride,
              int64_t blocks, bool onto, float* out, int64_t ld_out) {
-    constexpr int64_t kTogether =
-        96 / kProductRows * kProductRows;  // rows of x that wait for the next panel in a cache
+    constexpr int64_t kTogether = 96 / kProductRows * kProductRows;  // rows of x that wait for the next panel in a cache
+    // The sums of a few rows are made of short ones, as those of dot products in many chains are: no less exact than
+    // what a vendor computes for so few.
+    constexpr int64_t kFewRows = 16, kShort = 32;
+    if (rows < kFewRows && depth > kShort) {
+        for (int64_t k = 0; k < depth; k += kShort)
+            product(x + k, ld_x, rows, smaller(kShort, depth - k), panel + k * kLanes, panel_stride, blocks,
+                    onto || k > 0, out, ld_out);
+        return;
+    }
     for (int64_t first = 0; first < rows; first += kTogether) {
         const int64_t end = smaller(first + kTogether, rows);
         const auto some = [&]<int Blocks>(int64_t b) {
