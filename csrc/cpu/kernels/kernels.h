@@ -153,6 +153,8 @@ extern const Kernels kAvx512;  // without BF16
 extern const Kernels kAvx512Bf16;
 extern const Kernels kAmx;
 extern const Kernels kEmulatedAmx;  // for tests, only by override
+#elif defined(__aarch64__)
+extern const Kernels kNeon;
 #endif
 
 // select.cpp

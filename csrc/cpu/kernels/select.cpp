@@ -51,6 +51,8 @@ struct Candidates {
         if (has_avx512_bf16()) offer(kAvx512Bf16);
         if (has_avx512()) offer(kAvx512);
         if (has_avx2()) offer(kAvx2);
+#elif defined(__aarch64__)
+        offer(kNeon);
 #endif
         offer(kPlain);
     }

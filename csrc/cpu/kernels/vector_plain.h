@@ -63,19 +63,36 @@ inline void store_bf16(uint16_t* p, V16 v) {
         p[i] = static_cast<uint16_t>(std::isnan(v.lane[i]) ? 0x7fc0 : rounded);
     }
 }
+// Float16 by float32's arithmetic: compilers have a type for it that is called differently, or none.
 inline V16 load_f16(const uint16_t* p) {
     V16 v;
     for (int i = 0; i < 16; ++i) {
-        _Float16 half;
-        std::memcpy(&half, p + i, 2);
-        v.lane[i] = static_cast<float>(half);
+        const uint32_t magnitude = (p[i] & 0x7fffu) << 13, sign = (p[i] & 0x8000u) << 16;
+        const bool finite = magnitude < 0x7c00u << 13;
+        float scaled;  // the exponent's bias is 112 less
+        std::memcpy(&scaled, &magnitude, 4);
+        scaled *= 0x1p112f;
+        uint32_t bits;
+        std::memcpy(&bits, &scaled, 4);
+        bits = (finite ? bits : magnitude | 0x7f800000) | sign;
+        std::memcpy(&v.lane[i], &bits, 4);
     }
     return v;
 }
 inline void store_f16(uint16_t* p, V16 v) {
     for (int i = 0; i < 16; ++i) {
-        const _Float16 half = static_cast<_Float16>(v.lane[i]);
-        std::memcpy(p + i, &half, 2);
+        constexpr float kSmallestNormal = 0x1p-14f, kBeyond = 65520.0f;
+        const float magnitude = std::fabs(v.lane[i]);
+        const float aligned = magnitude + 0.5f;  // rounds a subnormal number: its last bit is the sum's last
+        uint32_t bits, sum_bits;
+        std::memcpy(&bits, &magnitude, 4);
+        std::memcpy(&sum_bits, &aligned, 4);
+        const uint32_t normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+        const uint32_t half = std::isnan(magnitude)          ? 0x7e00
+                              : magnitude >= kBeyond         ? 0x7c00
+                              : magnitude >= kSmallestNormal ? normal
+                                                             : sum_bits - (126u << 23);
+        p[i] = static_cast<uint16_t>(half | (std::signbit(v.lane[i]) ? 0x8000 : 0));
     }
 }
 inline void transpose(V16 (&v)[16]) {
