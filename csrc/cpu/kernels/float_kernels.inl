@@ -261,8 +261,8 @@ inline void expand_tile(const void* q, int64_t rows, int64_t begin, int64_t end,
         });
 }
 
-// The same for whole vectors where it is known what the tail is: a few instructions. From is the dtype of what is added,
-// To that of y; Plain: neither a second product nor DoRA's scale.
+// The same for whole vectors where it is known what the tail is: a few instructions. From is the dtype of what is
+// added, To that of y; Plain: neither a second product nor DoRA's scale.
 template <DType From, DType To, bool Plain>
 struct WholePut : Put {
     void put(V16 product, int64_t m, int64_t c) const {

@@ -112,8 +112,8 @@ struct Kernels {
     void (*product)(const float* x, int64_t ld_x, int64_t rows, int64_t depth, const float* panel, int64_t panel_stride,
                     int64_t blocks, bool onto, float* out, int64_t ld_out);
 
-    // Of elements that dropout drops. out [rows, 16 blocks] = x · panel, or `onto` what is there; with a `base`, for the
-    // last part of the contracted dimension, factor · (base - that).
+    // Of elements that dropout drops. out [rows, 16 blocks] = x · panel, or `onto` what is there; with a `base`, for
+    // the last part of the contracted dimension, factor · (base - that).
     void (*product_dropped)(const SparseBlock& x, int64_t rows, const float* panel, int64_t panel_stride,
                             int64_t blocks, bool onto, const float* base, float factor, float* out, int64_t ld_out);
     // Where `wanted` has elements: out = x [rows, depth] · Sᵀ, or `onto` what is there. S [.., depth] in blocks of
@@ -123,8 +123,8 @@ struct Kernels {
 
     // Elements [first, first + count) of a 4-bit weight, and as many ld_w further on for each further row: value times
     // scale in float32, rounded once to `rounding`, which is as narrow as dtype or narrower.
-    void (*decode)(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, DType rounding, void* out,
-                   DType dtype, int64_t ld_out);
+    void (*decode)(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, DType rounding,
+                   void* out, DType dtype, int64_t ld_out);
 
     // For the base product: rows [row, row + rows) and columns [column, column + kStripe) of S, with zeros beyond the
     // edges of S. In float32 the panel of `product`, sixteen columns ld_out elements behind the sixteen before.
@@ -155,6 +155,7 @@ extern const Kernels kAmx;
 extern const Kernels kEmulatedAmx;  // for tests, only by override
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
+extern const Kernels kNeonBf16;
 #endif
 
 // select.cpp

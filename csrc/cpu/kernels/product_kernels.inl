@@ -58,7 +58,8 @@ inline void product_rows(const float* x, int64_t ld_x, int64_t depth, const floa
 
 void product(const float* x, int64_t ld_x, int64_t rows, int64_t depth, const float* panel, int64_t panel_stride,
              int64_t blocks, bool onto, float* out, int64_t ld_out) {
-    constexpr int64_t kTogether = 96 / kProductRows * kProductRows;  // rows of x that wait for the next panel in a cache
+    constexpr int64_t kTogether =
+        96 / kProductRows * kProductRows;  // rows of x that wait for the next panel in a cache
     // The sums of a few rows are made of short ones, as those of dot products in many chains are: no less exact than
     // what a vendor computes for so few.
     constexpr int64_t kFewRows = 16, kShort = 32;
