@@ -8,7 +8,7 @@ REVIEWS := data/vaderSentiment-3.3.2.tar.gz
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test lint format bench tables gpu-check microbench clean
+.PHONY: setup demo test sanitize lint format bench tables gpu-check microbench clean
 
 setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(REVIEWS)
 
@@ -17,6 +17,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+# Each CPU kernel under the address and undefined-behaviour sanitizers.
+sanitize: setup
+	$(BIN)/python tests/kernel_program.py $(ARGS)
 
 lint: $(VENV)/packages.stamp
 	$(BIN)/ruff check .

@@ -23,13 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mbmi2", "-mf16c", "-mfma"]
-_AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 warns of its own intrinsics
+# GCC 12 warns of its own intrinsics; Clang knows one of the two warnings.
+_AVX512 += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 X86_FLAGS = {
     "*_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "*_avx512.cpp": _AVX512,
     "*_avx512_bf16.cpp": [*_AVX512, "-mavx512bf16"],
     "*_amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
+ARM_FLAGS = {"*_neon_bf16.cpp": ["-march=armv8.2-a+bf16"]}
+MACHINE_FLAGS = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
 # No contraction: a product and a sum that are written as two roundings stay two, as in bitsandbytes' statistics.
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=off"]
 COMPILERS = ("g++", "c++", "clang++")
@@ -146,11 +149,10 @@ def compile_and_link(
     linked.replace(library)
 
 
-def machine_flags(source: Path) -> list[str]:
-    """The ``-m`` flags of a source file named after an instruction set; none on processors other than x86-64."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return []
-    return [flag for pattern, flags in X86_FLAGS.items() if fnmatch.fnmatch(source.name, pattern) for flag in flags]
+def machine_flags(source: Path, machine: str | None = None) -> list[str]:
+    """The flags of a source file named after an instruction set of ``machine``, by default the one this runs on."""
+    patterns = MACHINE_FLAGS.get(machine or platform.machine(), {})
+    return [flag for pattern, flags in patterns.items() if fnmatch.fnmatch(source.name, pattern) for flag in flags]
 
 
 def find_compiler() -> list[str]:

@@ -53,7 +53,8 @@ def versions() -> list[tuple[str, str]]:
 def emulates_bfloat16() -> bool:
     """Whether stock torch has no fast product of bfloat16 matrices here and computes it at a small part of float32's
     speed."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # a torch without oneDNN lacks it
+    return supported is None or not supported()
 
 
 def processor() -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import kernel_program
 import pytest
 
 from fastpeft import build
@@ -126,14 +127,27 @@ def test_the_variable_cxx_chooses_the_compiler(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_machine_flags_stay_on_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert build.machine_flags(Path("kernels_avx512.cpp")) == []
+    for arm in ("aarch64", "arm64"):
+        monkeypatch.setattr(platform, "machine", lambda arm=arm: arm)
+        assert build.machine_flags(Path("kernels_avx512.cpp")) == []
+        assert build.machine_flags(Path("kernels_neon.cpp")) == []
+        assert build.machine_flags(Path("kernels_neon_bf16.cpp")) == ["-march=armv8.2-a+bf16"]
+    assert "-mavx2" in build.machine_flags(Path("kernels_avx2.cpp"), "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert build.machine_flags(Path("kernels_avx2.cpp")) == build.machine_flags(Path("kernels_neon_bf16.cpp")) == []
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    assert build.machine_flags(Path("kernels_plain.cpp")) == []
+    assert build.machine_flags(Path("kernels_plain.cpp")) == build.machine_flags(Path("kernels_neon_bf16.cpp")) == []
     assert "-mavx512bf16" in build.machine_flags(Path("kernels_avx512_bf16.cpp"))
     assert "-mavx512bf16" not in build.machine_flags(Path("kernels_avx512.cpp"))
     assert "-mamx-bf16" not in build.machine_flags(Path("kernels_avx512_bf16.cpp"))
     assert {"-mavx512bf16", "-mamx-bf16"} <= set(build.machine_flags(Path("kernels_amx.cpp")))
+
+
+def test_on_a_mac_clang_is_told_nothing_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    compile_flags, link_flags = build._torch_flags()
+    assert "-fopenmp" not in compile_flags
+    assert link_flags[-2:] == ["-undefined", "dynamic_lookup"]
 
 
 @needs_nvcc
@@ -207,5 +221,4 @@ def test_instruction_sets_share_no_function(source: Path, tmp_path: Path) -> Non
     target = tmp_path / "kernels.o"
     command = [*build.find_compiler(), *build.COMPILE_FLAGS, *build.machine_flags(source), "-c", source, "-o", target]
     subprocess.run(command, check=True)
-    symbols = subprocess.run(["nm", "--defined-only", target], check=True, capture_output=True, text=True).stdout
-    assert [line for line in symbols.splitlines() if line.split()[-2] == "W"] == []
+    assert kernel_program.weak_symbols(target) == []

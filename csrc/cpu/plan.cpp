@@ -36,10 +36,13 @@ bool drops_few(const Tensor& x, const Adapters& adapters) {
            adapters.thresholds[0] <= kMostDropped;
 }
 
-// Whether the vendor's float16 product is fast here; without instructions for it, it is slower than float32's.
+// Whether the vendor's float16 product is fast here; without instructions for it, it is slower than float32's. A torch
+// without oneDNN, as on a Mac, has nobody to ask.
 bool has_float16_products() {
-    static const bool found =
-        c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_is_mkldnn_fp16_supported", "").typed<bool()>().call();
+    static const bool found = [] {
+        const auto asked = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_fp16_supported", ""});
+        return asked && asked->typed<bool()>().call();
+    }();
     return found;
 }
 

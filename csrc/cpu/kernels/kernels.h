@@ -155,6 +155,7 @@ extern const Kernels kAmx;
 extern const Kernels kEmulatedAmx;  // for tests, only by override
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
+extern const Kernels kNeonBf16;
 #endif
 
 // select.cpp

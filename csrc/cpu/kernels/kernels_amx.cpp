@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 #include "vector_avx512.h"
 //
+#include "pairs_avx512.h"
+//
 #include "pair_kernels_amx.inl"
 
 #define PAIR(name) name##_amx

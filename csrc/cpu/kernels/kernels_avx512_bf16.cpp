@@ -3,7 +3,9 @@
 #if defined(__x86_64__)
 #include "vector_avx512.h"
 //
-#include "pair_kernels_avx512.inl"
+#include "pairs_avx512.h"
+//
+#include "pair_kernels.inl"
 
 #define PAIR(name) name##_pairs
 #include "pair_table.inl"

@@ -3,6 +3,8 @@
 #include "amx_emulation.h"
 #include "vector_avx512.h"
 //
+#include "pairs_avx512.h"
+//
 #include "pair_kernels_amx.inl"
 
 #define PAIR(name) name##_amx

@@ -1,6 +1,6 @@
 // Bfloat16-pair kernels with AMX: a tile register holds 16 rows of 64 bytes, TDPBF16PS multiplies 16 x 32 by 32 x 16.
-// Included after the tile intrinsics, real or emulated. Staging, masks and float32 arithmetic are AVX-512's.
-#include "pairs_avx512.inl"
+// Included after the tile intrinsics, real or emulated, and AVX-512's V16 and V32.
+#include "pairs.inl"
 
 namespace {
 
@@ -72,6 +72,13 @@ void left_outer_amx(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, u
             transpose(v);
             for (int64_t r = 0; r < kLanes; ++r) store_bf16(out + (b + r) * kRows + half, v[r]);
         }
+}
+
+// 16 columns of two rows of a tile, side by side.
+inline __m512i interleave(const uint16_t* even, const uint16_t* odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
 void outer_amx(const void* tile, int64_t rows, int64_t columns, const void* q, int64_t blocks, float* out,

@@ -4,17 +4,31 @@
 
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace fastpeft::cpu {
 namespace {
 
 #if defined(__x86_64__)
+// For what older compilers have no name in __builtin_cpu_supports.
+struct Cpuid {
+    explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &eax, &ebx, &ecx, &edx); }
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    constexpr unsigned kF16c = 1u << 29;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (Cpuid(1).ecx & kF16c);
 }
 
 bool has_avx512() {
@@ -27,9 +41,23 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 
 bool has_amx() {
 #if defined(__linux__)
-    if (!has_avx512_bf16() || !__builtin_cpu_supports("amx-bf16") || !__builtin_cpu_supports("amx-tile")) return false;
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    if (!has_avx512_bf16() || !(Cpuid(7).edx & kAmxBf16) || !(Cpuid(7).edx & kAmxTile)) return false;
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#elif defined(__aarch64__)
+bool has_neon_bf16() {
+#if defined(__linux__)
+    constexpr unsigned long kBf16 = 1 << 14;  // HWCAP2_BF16
+    return getauxval(AT_HWCAP2) & kBf16;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
 #else
     return false;
 #endif
@@ -52,6 +80,7 @@ struct Candidates {
         if (has_avx512()) offer(kAvx512);
         if (has_avx2()) offer(kAvx2);
 #elif defined(__aarch64__)
+        if (has_neon_bf16()) offer(kNeonBf16);
         offer(kNeon);
 #endif
         offer(kPlain);

@@ -58,10 +58,14 @@ inline V16 load_bf16(const uint16_t* p) {
             widen_bf16(vld1_u16(p + 12))};
 }
 inline uint16x4_t round_bf16(float32x4_t v) {  // to nearest even
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+    return vreinterpret_u16_bf16(vcvt_bf16_f32(v));
+#else
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
     return vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, vdupq_n_u32(0x7fc00000)), 16);
+#endif
 }
 inline void store_bf16(uint16_t* p, V16 v) {
     vst1q_u16(p, vcombine_u16(round_bf16(v.a), round_bf16(v.b)));

@@ -1,90 +1,54 @@
-// What the bfloat16-pair kernels of AVX-512 and of AMX share: masks, staging, the tail of `expand`.
-#include <immintrin.h>
-
+// Kernels of bfloat16 pairs over the V32 of an instruction set, whatever multiplies the pairs: packing, staging, 4-bit
+// weights, dot products, the tail of `expand`. Included after V16 and V32.
 #include "dot_kernels.inl"
 #include "keep.inl"
 #include "product_kernels.inl"
 
 namespace {
 
-inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh&>(a), reinterpret_cast<__m512bh&>(b));
-}
-// 16 columns of two rows of a tile, side by side.
-inline __m512i interleave(const uint16_t* even, const uint16_t* odd) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
+constexpr int64_t kHalves = 2 * kLanes;  // elements of a V32
 
 bool bf16_pairs(DType dtype) { return dtype == DType::bf16; }
 
 // ---- packing ----------------------------------------------------------------------------------------------------
 
-inline void store_pair(uint16_t* p, V16 even, V16 odd) {  // bfloat16, element by element side by side
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(reinterpret_cast<const __m512i&>(rounded)));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(reinterpret_cast<const __m512i&>(rounded), 1));
-    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-
 void pack(const Matrix& s, bool pairs, void* panel, int64_t begin, int64_t end) {
     if (!pairs) return pack_float(s, pairs, panel, begin, end);
     pack_blocks(s, begin, end, [&](const V16(&v)[16], int64_t offset) {
         for (int64_t i = 0; i < kLanes; i += 2)
-            store_pair(static_cast<uint16_t*>(panel) + offset + i * kLanes, v[i], v[i + 1]);
+            store_halves(static_cast<uint16_t*>(panel) + offset + i * kLanes, round_pairs(v[i], v[i + 1]));
     });
 }
-
-// 32 columns of two rows side by side: the pairs of the lower 16 columns, and of the higher 16.
-struct Interleave {
-    Interleave() {
-        alignas(64) uint16_t order[2][32];
-        for (uint16_t i = 0; i < 32; ++i) {
-            order[0][i] = i / 2 + i % 2 * 32;
-            order[1][i] = order[0][i] + 16;
-        }
-        low_ = _mm512_load_si512(order[0]);
-        high_ = _mm512_load_si512(order[1]);
-    }
-    __m512i low(__m512i even, __m512i odd) const { return _mm512_permutex2var_epi16(even, low_, odd); }
-    __m512i high(__m512i even, __m512i odd) const { return _mm512_permutex2var_epi16(even, high_, odd); }
-
-    __m512i low_, high_;
-};
-
-inline uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0u; }
 
 // Neighbouring rows lie side by side already: 16 pairs of 16 columns are a transposition of 32-bit elements.
 void pack_stripe_columns(const Matrix& s, int64_t row, int64_t rows, int64_t column, uint16_t* out) {
     const int64_t stop = smaller(row + rows, s.rows);
     for (int64_t c = 0; c < kStripe; c += kLanes)
-        for (int64_t k = 0; k < rows; k += 2 * kLanes) {  // along the rows of W: sixteen streams to prefetch
-            const uint32_t here = first_bits(stop - row - k);
+        for (int64_t k = 0; k < rows; k += kHalves) {  // along the rows of W: sixteen streams to prefetch
             V16 v[16];
             for (int64_t i = 0; i < kLanes; ++i) {
                 const uint16_t* p = static_cast<const uint16_t*>(s.data) + (column + c + i) * s.column_stride + row + k;
-                v[i] = column + c + i < s.columns ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(here, p)) : zero();
+                v[i] = column + c + i < s.columns ? as_floats(load_first_halves(p, stop - row - k)) : zero();
             }
             transpose(v);
             const int64_t pairs = smaller(kLanes, (rows - k + 1) / 2);
-            for (int64_t i = 0; i < pairs; ++i) _mm512_storeu_ps(out + ((k / 2 + i) * kStripe + c) * 2, v[i]);
+            for (int64_t i = 0; i < pairs; ++i) store_halves(out + ((k / 2 + i) * kStripe + c) * 2, as_halves(v[i]));
         }
 }
 
 void pack_stripe_rows(const Matrix& s, int64_t row, int64_t rows, int64_t column, uint16_t* out) {
     const Interleave interleave;
     for (int64_t k = 0; k < rows; k += 2)
-        for (int64_t c = 0; c < kStripe; c += 2 * kLanes) {
+        for (int64_t c = 0; c < kStripe; c += kHalves) {
             const uint16_t* p = static_cast<const uint16_t*>(s.data) + (row + k) * s.row_stride + column + c;
-            const uint32_t here = first_bits(s.columns - column - c);
-            _mm_prefetch(reinterpret_cast<const char*>(p + 32 * s.row_stride), _MM_HINT_T1);
-            _mm_prefetch(reinterpret_cast<const char*>(p + 33 * s.row_stride), _MM_HINT_T1);
-            const __m512i even = _mm512_maskz_loadu_epi16(row + k < s.rows ? here : 0, p);
-            const __m512i odd = _mm512_maskz_loadu_epi16(row + k + 1 < s.rows ? here : 0, p + s.row_stride);
+            const int64_t here = s.columns - column - c;
+            __builtin_prefetch(p + 32 * s.row_stride, 0, 2);
+            __builtin_prefetch(p + 33 * s.row_stride, 0, 2);
+            const V32 even = load_first_halves(p, row + k < s.rows ? here : 0);
+            const V32 odd = load_first_halves(p + s.row_stride, row + k + 1 < s.rows ? here : 0);
             uint16_t* pair = out + (k * kStripe / 2 + c) * 2;
-            _mm512_storeu_si512(pair, interleave.low(even, odd));
-            _mm512_storeu_si512(pair + 2 * kLanes, interleave.high(even, odd));
+            store_halves(pair, interleave.low(even, odd));
+            store_halves(pair + kHalves, interleave.high(even, odd));
         }
 }
 
@@ -102,19 +66,6 @@ void left(const float* q, int64_t ld_q, int64_t rows, int64_t ranks, bool pairs,
 
 // ---- 4-bit weights ----------------------------------------------------------------------------------------------
 
-// 64 elements of one block in bfloat16, the even ones and the odd ones. The table times the scale is rounded as each
-// decoded element would be, and stands twice in a vector: the permutation looks at the low five bits of an index.
-struct PairCodes {
-    PairCodes(const uint8_t* bytes, V16 scaled_table) {
-        const __m512bh twice = _mm512_cvtne2ps_pbh(scaled_table, scaled_table);
-        const __m512i table = reinterpret_cast<const __m512i&>(twice);
-        const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-        even = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
-        odd = _mm512_permutexvar_epi16(codes, table);
-    }
-    __m512i even, odd;
-};
-
 // In bfloat16 64 elements at a time, where a part starts at a whole byte.
 void decode_pairs(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, int64_t count, DType rounding, void* out,
                   DType dtype, int64_t ld_out) {
@@ -127,8 +78,8 @@ void decode_pairs(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, i
         uint16_t* to = static_cast<uint16_t*>(out) + i * ld_out;
         each_group(w, begin, count / 64, [&](int64_t g, V16 scale) {
             const PairCodes codes(w.packed + begin / 2 + g * 32, mul(table, scale));
-            _mm512_storeu_si512(to + g * 64, interleave.low(codes.even, codes.odd));
-            _mm512_storeu_si512(to + g * 64 + 32, interleave.high(codes.even, codes.odd));
+            store_halves(to + g * 64, interleave.low(codes.even, codes.odd));
+            store_halves(to + g * 64 + kHalves, interleave.high(codes.even, codes.odd));
         });
     }
 }
@@ -138,16 +89,16 @@ void decode_pairs(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, i
 // A tile of bfloat16, zero-padded to 32 columns and to two rows.
 void stage_pairs(const uint16_t* src, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep, uint16_t* tile) {
     for (int64_t m = 0; m < rows; ++m)
-        for (int64_t c = 0; c < columns; c += 32) {
-            uint32_t wanted = first_bits(columns - c);
+        for (int64_t c = 0; c < columns; c += kHalves) {
+            const uint16_t* p = src + m * ld + c;
             // The next tile of these rows: a row is too short a stream for the processor to foresee it.
-            _mm_prefetch(reinterpret_cast<const char*>(src + m * ld + c + kColumns), _MM_HINT_T1);
-            if (keep) wanted &= static_cast<uint32_t>(keep[m * kKeepWords + c / 64] >> (c % 64));
-            _mm512_storeu_si512(tile + m * kColumns + c, _mm512_maskz_loadu_epi16(wanted, src + m * ld + c));
+            __builtin_prefetch(p + kColumns, 0, 2);
+            V32 v = load_first_halves(p, columns - c);
+            if (keep) v = where_kept(v, static_cast<uint32_t>(keep[m * kKeepWords + c / 64] >> (c % 64)));
+            store_halves(tile + m * kColumns + c, v);
         }
     if (rows % 2)
-        for (int64_t c = 0; c < columns; c += 32)
-            _mm512_storeu_si512(tile + rows * kColumns + c, _mm512_setzero_si512());
+        for (int64_t c = 0; c < columns; c += kHalves) store_halves(tile + rows * kColumns + c, as_halves(zero()));
 }
 
 void stage(const void* src, DType dtype, int64_t ld, int64_t rows, int64_t columns, const uint64_t* keep, void* tile) {
@@ -157,24 +108,24 @@ void stage(const void* src, DType dtype, int64_t ld, int64_t rows, int64_t colum
 
 // ---- few tokens -------------------------------------------------------------------------------------------------
 
+constexpr int kMostTokens = kDotSums / 2;  // at once: two sums each
+
 template <int Tokens>
 inline void dot_pair_row(const uint16_t* x, int64_t ld_x, const uint16_t* w, int64_t columns, V16 (&sums)[Tokens]) {
-    constexpr int64_t kStep = 32;
     V16 odd[Tokens];
     for (int t = 0; t < Tokens; ++t) odd[t] = zero();
     int64_t c = 0;
-    for (; c + 2 * kStep <= columns; c += 2 * kStep) {
-        const __m512i w0 = _mm512_loadu_si512(w + c), w1 = _mm512_loadu_si512(w + c + kStep);
+    for (; c + 2 * kHalves <= columns; c += 2 * kHalves) {
+        const V32 w0 = load_halves(w + c), w1 = load_halves(w + c + kHalves);
         for (int t = 0; t < Tokens; ++t) {
-            sums[t] = dot_pairs(sums[t], w0, _mm512_loadu_si512(x + t * ld_x + c));
-            odd[t] = dot_pairs(odd[t], w1, _mm512_loadu_si512(x + t * ld_x + c + kStep));
+            sums[t] = dot_pairs(sums[t], w0, load_halves(x + t * ld_x + c));
+            odd[t] = dot_pairs(odd[t], w1, load_halves(x + t * ld_x + c + kHalves));
         }
     }
-    for (; c < columns; c += kStep) {
-        const uint32_t here = first_bits(columns - c);
-        const __m512i w0 = _mm512_maskz_loadu_epi16(here, w + c);
+    for (; c < columns; c += kHalves) {
+        const V32 w0 = load_first_halves(w + c, columns - c);
         for (int t = 0; t < Tokens; ++t)
-            sums[t] = dot_pairs(sums[t], w0, _mm512_maskz_loadu_epi16(here, x + t * ld_x + c));
+            sums[t] = dot_pairs(sums[t], w0, load_first_halves(x + t * ld_x + c, columns - c));
     }
     for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
 }
@@ -186,7 +137,8 @@ void dot(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const flo
         const auto* w_row = static_cast<const uint16_t*>(w.data) + n * w.row_stride;
         dot_pair_row(static_cast<const uint16_t*>(x) + t * ld_x, ld_x, w_row, w.columns, sums);
     };
-    dot_rows<4>(row, tokens, {q, b, bias, y, y_dtype, ld_y}, begin, end);
+    constexpr int kMost = kMostTokens < 4 ? kMostTokens : 4;
+    dot_rows<kMost>(row, tokens, {q, b, bias, y, y_dtype, ld_y}, begin, end);
 }
 
 // The row of a 4-bit weight that begins at `first` against x [groups][ld_x / 64][32 even elements, 32 odd ones].
@@ -200,8 +152,8 @@ inline void dot_four_bit_row(const uint16_t* x, int64_t ld_x, const FourBit& w, 
         const PairCodes codes(w.packed + first / 2 + g * 32, mul(table, scale));
         for (int t = 0; t < Tokens; ++t) {
             const uint16_t* x_group = x + g * ld_x + t * 64;
-            sums[t] = dot_pairs(sums[t], codes.even, _mm512_loadu_si512(x_group));
-            odd[t] = dot_pairs(odd[t], codes.odd, _mm512_loadu_si512(x_group + 32));
+            sums[t] = dot_pairs(sums[t], codes.even, load_halves(x_group));
+            odd[t] = dot_pairs(odd[t], codes.odd, load_halves(x_group + kHalves));
         }
     });
     for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], odd[t]);
@@ -215,7 +167,7 @@ void dot_four_bit(const void* x, DType dtype, int64_t tokens, int64_t columns, c
     const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
         dot_four_bit_row(static_cast<const uint16_t*>(x) + t * 64, tokens * 64, w, n * columns, columns / 64, sums);
     };
-    dot_rows<8>(row, tokens, {q, b, bias, y, y_dtype, ld_y}, begin, end);
+    dot_rows<kMostTokens>(row, tokens, {q, b, bias, y, y_dtype, ld_y}, begin, end);
 }
 
 // ---- the tail of expand --------------------------------------------------------------------------------------
@@ -223,7 +175,7 @@ void dot_four_bit(const void* x, DType dtype, int64_t tokens, int64_t columns, c
 // Two vectors of columns; where all 32 are there, bfloat16 is stored at once, and LoRA takes a short way.
 struct PairPut : Put {
     void put_both(V16 first, V16 last, int64_t m, int64_t c) const {
-        if (dtype != DType::bf16 || c + 2 * kLanes > columns) {
+        if (dtype != DType::bf16 || c + kHalves > columns) {
             put(first, m, c);
             if (c + kLanes < columns) put(last, m, c + kLanes);
             return;
@@ -235,20 +187,19 @@ struct PairPut : Put {
         store_both(finish(first, m, c, kLanes), finish(last, m, c + kLanes, kLanes), m, c);
     }
     void store_both(V16 first, V16 last, int64_t m, int64_t c) const {
-        const __m512bh rounded = _mm512_cvtne2ps_pbh(last, first);
-        _mm512_storeu_si512(static_cast<uint16_t*>(y) + m * ld_y + c, reinterpret_cast<const __m512i&>(rounded));
+        store_halves(static_cast<uint16_t*>(y) + m * ld_y + c, round_both(first, last));
     }
 };
 
 struct PairSquares : Squares {
     void put_both(V16 first, V16 last, int64_t m, int64_t c) const {
-        if (c + 2 * kLanes > columns) {
+        if (c + kHalves > columns) {
             put(first, m, c);
             if (c + kLanes < columns) put(last, m, c + kLanes);
             return;
         }
         const uint16_t* p = static_cast<const uint16_t*>(w.data) + m * w.ld + c;
-        _mm_prefetch(reinterpret_cast<const char*>(p + kColumns), _MM_HINT_T1);
+        __builtin_prefetch(p + kColumns, 0, 2);
         first = add(first, load_bf16(p));
         last = add(last, load_bf16(p + kLanes));
         if (down) {

@@ -1,29 +1,19 @@
-// Bfloat16-pair products with AVX-512's VDPBF16PS, which adds two products to each float32 sum.
-#include "pairs_avx512.inl"
+// Products of bfloat16 pairs with an instruction that adds two products to each float32 sum.
+#include "pairs.inl"
 
 namespace {
-
-constexpr int kPairRows = 8;
-
-inline __m512i load_pairs(const uint16_t* p) { return _mm512_loadu_si512(p); }
-inline V16 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
-inline __m512i splat_pair(const uint16_t* p) {
-    int32_t pair;
-    __builtin_memcpy(&pair, p, 4);
-    return _mm512_set1_epi32(pair);
-}
 
 template <int Rows, int Blocks>
 inline void multiply_pair_rows(const uint16_t* tile, int64_t columns, const uint16_t* panel, int64_t panel_stride,
                                float* out, int64_t ld_out) {
-    __m512 sums[Rows][Blocks];
+    V16 sums[Rows][Blocks];
     for (int i = 0; i < Rows; ++i)
         for (int b = 0; b < Blocks; ++b) sums[i][b] = zero();
     for (int64_t c = 0; c < columns; c += 2) {
-        __m512i p[Blocks];
-        for (int b = 0; b < Blocks; ++b) p[b] = load_pairs(panel + b * panel_stride + c * kLanes);
+        V32 p[Blocks];
+        for (int b = 0; b < Blocks; ++b) p[b] = load_halves(panel + b * panel_stride + c * kLanes);
         for (int i = 0; i < Rows; ++i) {
-            const __m512i t = splat_pair(tile + i * kColumns + c);
+            const V32 t = splat_pair(tile + i * kColumns + c);
             for (int b = 0; b < Blocks; ++b) sums[i][b] = dot_pairs(sums[i][b], t, p[b]);
         }
     }
@@ -50,9 +40,11 @@ void multiply_pairs(const void* tile, int64_t rows, int64_t columns, const void*
     const uint16_t* p = static_cast<const uint16_t*>(panel);
     int64_t b = 0;
     for (; b + 2 <= blocks; b += 2)
-        multiply_pair_blocks<8, 2>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes, ld_out);
+        multiply_pair_blocks<kPairRows, 2>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes,
+                                           ld_out);
     if (b < blocks)
-        multiply_pair_blocks<16, 1>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes, ld_out);
+        multiply_pair_blocks<2 * kPairRows, 1>(t, rows, columns, p + b * panel_stride, panel_stride, out + b * kLanes,
+                                               ld_out);
 }
 
 // [blocks][kRows / 2][16][2]
@@ -61,32 +53,31 @@ void left_outer_pairs(const float* q, int64_t ld_q, int64_t rows, int64_t ranks,
         for (int64_t m = 0; m < kRows; m += 2) {
             const V16 even = m < rows ? load(q + m * ld_q + b) : zero();
             const V16 odd = m + 1 < rows ? load(q + (m + 1) * ld_q + b) : zero();
-            store_pair(out + b * kRows + m * kLanes, even, odd);
+            store_halves(out + b * kRows + m * kLanes, round_pairs(even, odd));
         }
 }
 
-// Two vectors of columns and half a block of ranks at once.
+// Two vectors of columns and a part of a block of ranks at once.
 void outer_pairs(const void* tile, int64_t rows, int64_t columns, const void* q, int64_t blocks, float* out,
                  int64_t ld_out) {
-    constexpr int kHalf = kLanes / 2;
     const uint16_t* t = static_cast<const uint16_t*>(tile);
     const Interleave interleave;
-    for (int64_t c = 0; c < columns; c += 2 * kLanes)
-        for (int64_t r0 = 0; r0 < blocks * kLanes; r0 += kHalf) {
+    for (int64_t c = 0; c < columns; c += kHalves)
+        for (int64_t r0 = 0; r0 < blocks * kLanes; r0 += kPairRanks) {
             const uint16_t* left_q = static_cast<const uint16_t*>(q) + r0 / kLanes * kRows * kLanes + r0 % kLanes * 2;
-            __m512 sums[kHalf][2];
-            for (int r = 0; r < kHalf; ++r) sums[r][0] = sums[r][1] = zero();
+            V16 sums[kPairRanks][2];
+            for (int r = 0; r < kPairRanks; ++r) sums[r][0] = sums[r][1] = zero();
             for (int64_t m = 0; m < rows; m += 2) {
-                const __m512i even = load_pairs(t + m * kColumns + c), odd = load_pairs(t + (m + 1) * kColumns + c);
-                const __m512i low = interleave.low(even, odd), high = interleave.high(even, odd);
-                for (int r = 0; r < kHalf; ++r) {
-                    const __m512i pair = splat_pair(left_q + m * kLanes + 2 * r);
+                const V32 even = load_halves(t + m * kColumns + c), odd = load_halves(t + (m + 1) * kColumns + c);
+                const V32 low = interleave.low(even, odd), high = interleave.high(even, odd);
+                for (int r = 0; r < kPairRanks; ++r) {
+                    const V32 pair = splat_pair(left_q + m * kLanes + 2 * r);
                     sums[r][0] = dot_pairs(sums[r][0], pair, low);
                     sums[r][1] = dot_pairs(sums[r][1], pair, high);
                 }
             }
             float* o = out + r0 * ld_out + c;
-            for (int r = 0; r < kHalf; ++r, o += ld_out) {
+            for (int r = 0; r < kPairRanks; ++r, o += ld_out) {
                 store(o, add(load(o), sums[r][0]));
                 if (c + kLanes < columns) store(o + kLanes, add(load(o + kLanes), sums[r][1]));
             }
@@ -98,12 +89,12 @@ template <int Rows, typename Sink>
 inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t ranks, const uint16_t* panel,
                              int64_t panel_stride, const Sink& sink) {
     const uint16_t* second = c + kLanes < sink.columns ? panel + panel_stride : panel;
-    __m512 sums[Rows][2];
+    V16 sums[Rows][2];
     for (int i = 0; i < Rows; ++i) sums[i][0] = sums[i][1] = zero();
     for (int64_t r = 0; r < ranks; r += 2) {
-        const __m512i p0 = load_pairs(panel + r * kLanes), p1 = load_pairs(second + r * kLanes);
+        const V32 p0 = load_halves(panel + r * kLanes), p1 = load_halves(second + r * kLanes);
         for (int i = 0; i < Rows; ++i) {
-            const __m512i t = splat_pair(q + (m + i) * ranks + r);
+            const V32 t = splat_pair(q + (m + i) * ranks + r);
             sums[i][0] = dot_pairs(sums[i][0], t, p0);
             sums[i][1] = dot_pairs(sums[i][1], t, p1);
         }
@@ -114,7 +105,7 @@ inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t ra
 template <int Rows, typename Sink>
 inline void expand_pair_columns(const uint16_t* q, int64_t m, int64_t ranks, const uint16_t* panel,
                                 int64_t panel_stride, const Sink& sink) {
-    for (int64_t c = 0; c < sink.columns; c += 2 * kLanes)
+    for (int64_t c = 0; c < sink.columns; c += kHalves)
         expand_pair_rows<Rows>(q, m, c, ranks, panel + c / kLanes * panel_stride, panel_stride, sink);
 }
 
@@ -141,21 +132,21 @@ inline void square_pair_rows(const uint16_t* q, int64_t columns, int64_t ranks, 
     for (int64_t first = 0; first < columns; first += kColumns) {
         V16 squares[Rows];
         for (int i = 0; i < Rows; ++i) squares[i] = zero();
-        for (int64_t c = first; c < smaller(first + kColumns, columns); c += 2 * kLanes) {
+        for (int64_t c = first; c < smaller(first + kColumns, columns); c += kHalves) {
             const uint16_t* low = panel + c / kLanes * panel_stride;
             const uint16_t* high = c + kLanes < columns ? low + panel_stride : low;
-            const uint32_t here = first_bits(columns - c);
+            const int64_t here = columns - c;
             V16 sums[Rows][2];
             for (int i = 0; i < Rows; ++i) {
                 const uint16_t* p = w + i * ld_w + c;
-                _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T1);
-                sums[i][0] = widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(here), p));
-                sums[i][1] = widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(here >> kLanes), p + kLanes));
+                __builtin_prefetch(p + kAhead, 0, 2);
+                sums[i][0] = load_first_bf16(p, here);
+                sums[i][1] = load_first_bf16(p + kLanes, here - kLanes);
             }
             for (int64_t r = 0; r < ranks; r += 2) {
-                const __m512i p0 = load_pairs(low + r * kLanes), p1 = load_pairs(high + r * kLanes);
+                const V32 p0 = load_halves(low + r * kLanes), p1 = load_halves(high + r * kLanes);
                 for (int i = 0; i < Rows; ++i) {
-                    const __m512i t = splat_pair(q + i * ranks + r);
+                    const V32 t = splat_pair(q + i * ranks + r);
                     sums[i][0] = dot_pairs(sums[i][0], t, p0);
                     sums[i][1] = dot_pairs(sums[i][1], t, p1);
                 }
