@@ -1,4 +1,4 @@
-"""Each CPU kernel against what ``kernels.h`` says of it, on raw pointers: this processor's, and Arm's under emulation."""
+"""Each CPU kernel against what ``kernels.h`` says of it, on raw pointers: here, and Arm's under emulation."""
 
 from __future__ import annotations
 
