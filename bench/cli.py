@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastpeft import extension
 from fastpeft.experiments.models import FOUR_BIT_METHODS, METHODS
 from fastpeft.experiments.options import Probability
 from fastpeft.experiments.packages import MissingPackage, require_package
-from fastpeft.info import emulates_bfloat16
 
 from . import bounds, page, rows, table
 from .cases import (
@@ -182,7 +182,7 @@ def command(
 
 def _run(cases: Sequence[Case], rounds: int, compiled: bool, run: Run, path: Path, console: Console) -> list[rows.Row]:
     contestants = [contestant for contestant in CONTESTANTS if compiled or not contestant.compiled]
-    beside = [BASE_FLOAT32] if emulates_bfloat16() else []
+    widens = extension.C is not None and not extension.C.multiplies_pairs()
     measured: list[rows.Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -191,7 +191,8 @@ def _run(cases: Sequence[Case], rounds: int, compiled: bool, run: Run, path: Pat
             progress.update(
                 task, description=f"{METHODS[case.method]} {case.shape} {case.dtype}, dropout {case.dropout:g}"
             )
-            found = list(measure(case, [*contestants, *(beside if case.dtype == "bf16" else [])], rounds, run))
+            beside = [BASE_FLOAT32] if widens and case.device == "cpu" and case.dtype == "bf16" else []
+            found = list(measure(case, [*contestants, *beside], rounds, run))
             rows.append(path, found)
             measured += found
             progress.advance(task)

@@ -39,7 +39,7 @@ class Contestant:
 
     def setup(self, case: Case) -> Runner:
         """A fresh model on the case's inputs."""
-        case = replace(case, dtype="fp32") if self.float32 else case
+        case = replace(case, dtype="fp32") if self.float32 else case  # type: ignore[type-var]
         return Runner(case, self.adapt(case.base(), case), autocast=self.autocast, compiled=self.compiled)
 
 
@@ -151,6 +151,6 @@ PEFT = Contestant("peft", "PEFT", with_peft)
 PEFT_AUTOCAST = Contestant("peft-autocast", "PEFT, autocast", with_peft, autocast=True)
 PEFT_COMPILED = Contestant("peft-compiled", "PEFT, compiled", with_peft, compiled=True)
 FASTPEFT = Contestant("fastpeft", "fastpeft", with_fastpeft)
-# Beside them in bfloat16, where stock torch emulates it: what the same layer takes in float32.
+# Beside them in bfloat16, where the CPU has no product of it: what the same layer takes in float32.
 BASE_FLOAT32 = Contestant("base-float32", "base, float32", frozen, float32=True)
 CONTESTANTS = (BASE, PEFT, PEFT_AUTOCAST, PEFT_COMPILED, FASTPEFT)

@@ -78,6 +78,7 @@ def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run
 
     Args:
         contestants: the base and PEFT, which the others are compared with, among them.
+        rounds: at most so many, see :func:`.timing.interleave`.
     """
     verdict = parity.check(case)
     torch.compiler.reset()
@@ -117,7 +118,7 @@ def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run
                 phase=phase,
                 contestant=name,
                 backend=backend if contestant is FASTPEFT else None,
-                rounds=rounds,
+                rounds=len(samples[BASE.name].wall),
                 seconds=None if timed is None else summary(timed.wall),
                 cpu_seconds=None if timed is None else summary(timed.cpu),
                 against=_against(timed, samples) if timed is not None and to_be_trusted else None,

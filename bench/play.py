@@ -33,8 +33,10 @@ def play(isa: str, arguments: Sequence[str]) -> None:
     process becomes another: ``python -m fastpeft`` with the arguments.
 
     Raises:
-        CannotPlay: the processor lacks the instructions, or torch did not obey.
+        CannotPlay: the processor lacks the instructions, torch did not obey, or there is no extension.
     """
+    if (reason := extension.missing()) is not None:
+        raise CannotPlay(reason)
     C = extension.built()
     if isa not in C.isas():
         raise CannotPlay(f"this processor has {', '.join(C.isas())}, not {isa}")

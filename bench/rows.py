@@ -17,6 +17,7 @@ import torch
 import fastpeft
 from fastpeft import extension
 from fastpeft.experiments.models import METHODS
+from fastpeft.info import capabilities
 
 from .cases import DTYPES
 
@@ -31,19 +32,20 @@ class Row:
     Attributes:
         run: start of the ``fastpeft bench`` that measured it, ISO 8601 in UTC; shared by its rows.
         date: when this row was measured.
-        machine: ``name, cpu, cores, memory_gib, features, system``; of what ran on a GPU ``name, gpu, …``.
+        machine: ``name, played, cpu, cores, memory_gib, features, system``; of what ran on a GPU ``name, gpu, …``.
         versions: of python, torch, peft, transformers, fastpeft.
         commit: fastpeft's git commit; None outside of its repository.
         dirty: whether tracked files differed from it, results left out.
         threads: of torch.
         case: ``kind, shape, dtype, rank, dropout`` and what else describes it.
         phase: forward, step or generate.
-        contestant: base, peft, peft-autocast, peft-compiled or fastpeft.
+        contestant: base, peft, peft-autocast, peft-compiled, fastpeft or base-float32.
         backend: what ran fastpeft's op (the CPU's with its instruction set); None for the others.
         rounds: samples behind each summary.
         seconds: wall seconds per call; None when the contestant could not run.
         cpu_seconds: processor seconds per call, summed over threads.
-        against: ratios of wall seconds, round by round, to ``base`` and to ``peft``; None while parity fails.
+        against: ratios of wall seconds, round by round, to ``base``, to ``peft`` and, where it was measured, to
+            ``base-float32``; None while parity fails.
         kept_bytes: what autograd keeps for the backward pass; None for ``generate``.
         parity: what ``parity.check`` found for the case.
         refused: why the contestant could not run.
@@ -168,8 +170,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "system": f"{platform.system()} {platform.machine()}",
         }
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # newer torch has it
-    cpu = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    found = capabilities()
+    cpu = found.get("cpu_name") or platform.processor() or platform.machine()
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
     kernels, played = "reference", False
     if extension.C is not None:
@@ -181,7 +183,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu,
         "cores": cores,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "features": sorted(name for name, present in capabilities.items() if present is True),
+        "features": sorted(name for name, present in found.items() if present is True),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastpeft.experiments.models import METHODS
 
 from .cases import DROPOUTS, RANK
-from .contestants import BASE, FASTPEFT, PEFT, Contestant
+from .contestants import BASE, FASTPEFT, PEFT, PEFT_AUTOCAST, PEFT_COMPILED, Contestant
 from .rows import Row
 
 _LAYERS = {"cpu": "512×4096×4096", "cuda": "4096×4096×4096"}  # of one size, with as many tokens as keep each busy
@@ -54,11 +54,7 @@ class Comparison:
         """The same with the fastest of PEFT as it comes, under autocast and compiled."""
         if self.ours.against is None:
             return None
-        others = [
-            row.against[BASE.name]["median"]
-            for name, row in self.rows.items()
-            if name not in (BASE.name, FASTPEFT.name) and row.against is not None
-        ]
+        others = [ratio for peft in (PEFT, PEFT_AUTOCAST, PEFT_COMPILED) if (ratio := self.over_base(peft)) is not None]
         return min(others) / self.ours.against[BASE.name]["median"] if others else None
 
     @property

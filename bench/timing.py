@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WARM_UP = 3
+LONGEST_WARM_UP = 5.0
+"""Seconds after which a callable is warm, however few calls these were."""
+LONGEST_ROUNDS = 300.0
+"""Seconds after which no further round begins, once each has two samples: products that stock torch emulates take
+minutes, and what is that slow needs no many samples."""
 SHORTEST_SAMPLE = 0.005
 """Seconds that a sample lasts at least: faster calls are repeated within it."""
 
@@ -30,20 +35,26 @@ def interleave(
 
     Args:
         runs: callables by name; each is called :data:`WARM_UP` times beforehand, untimed.
-        rounds: number of samples of each.
+        rounds: number of samples of each; fewer where they take longer than :data:`LONGEST_ROUNDS`.
         synchronize: waits for work that a device still has in its queue.
     """
     fastest = math.inf
     for run in runs.values():
+        began = time.perf_counter()
         for _ in range(WARM_UP):
             fastest = min(fastest, _sample(run, 1, synchronize)[0])
+            if time.perf_counter() - began > LONGEST_WARM_UP:
+                break
     calls = max(1, math.ceil(SHORTEST_SAMPLE / fastest))
     samples = {name: Samples() for name in runs}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
+    began = time.perf_counter()
     try:
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= 2 and time.perf_counter() - began > LONGEST_ROUNDS:
+                break
             for name, run in runs.items():
                 wall, cpu = _sample(run, calls, synchronize)
                 samples[name].wall.append(wall)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import click
 import torch
@@ -11,16 +13,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__
+from . import __version__, extension
 from .dispatch import BACKENDS
 from .selfcheck import Verdict, self_check
 
 PACKAGES = ("torch", "peft", "transformers", "triton", "bitsandbytes")
 FEATURES = {"AVX2": "avx2", "AVX-512": "avx512_f", "AVX-512 bfloat16": "avx512_bf16", "AMX bfloat16": "amx_bf16"}
 EMULATED = (
-    "[yellow]stock torch emulates it here[/]: a frozen bfloat16 layer takes many times what a float32 one takes. The "
-    "layers that fastpeft fuses are computed in float32 arithmetic by its own product, about as fast as a float32 "
-    "layer; whatever else a bfloat16 model has stays slow"
+    "[yellow]stock torch emulates it here[/]: a frozen bfloat16 layer takes several times what a float32 one takes, "
+    "without AVX-512 many times"
+)
+WIDENED = (
+    "The layers that fastpeft fuses are computed in float32 arithmetic by its own product, which widens or decodes W "
+    "while it packs it: about as fast as a float32 layer. Whatever else a bfloat16 model has stays slow"
 )
 
 
@@ -50,16 +55,24 @@ def versions() -> list[tuple[str, str]]:
     return own + [(name, _version(name)) for name in PACKAGES]
 
 
+def capabilities() -> Mapping[str, Any]:
+    """What torch knows of the processor; older ones say nothing."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
 def emulates_bfloat16() -> bool:
-    """Whether stock torch has no fast product of bfloat16 matrices here and computes it at a small part of float32's
-    speed."""
+    """Whether stock torch computes a product of bfloat16 matrices at a part of float32's speed. oneDNN has one where
+    there is AVX-512, and says so; but without the instructions for bfloat16 that one is slow, too."""
+    found = capabilities()
+    if found.get("avx512_f") and not found.get("avx512_bf16"):
+        return True
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # a torch without oneDNN lacks it
     return supported is None or not supported()
 
 
 def processor() -> list[tuple[str, str]]:
     """Model, instruction sets and threads, as torch sees them."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # newer torch has it
+    found = capabilities()
     features = [f"{name} {'yes' if found.get(key) else 'no'}" for name, key in FEATURES.items() if key in found]
     rows = [
         ("model", found.get("cpu_name") or platform.processor() or platform.machine()),
@@ -67,7 +80,9 @@ def processor() -> list[tuple[str, str]]:
         ("torch's own kernels", torch.backends.cpu.get_cpu_capability()),
         ("threads", str(torch.get_num_threads())),
     ]
-    return [*rows, ("bfloat16", EMULATED)] if emulates_bfloat16() else rows
+    if emulates_bfloat16():
+        rows.append(("bfloat16", EMULATED if extension.missing() else f"{EMULATED}. {WIDENED}"))
+    return rows
 
 
 def gpus() -> list[tuple[str, str]]:

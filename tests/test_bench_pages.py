@@ -51,6 +51,7 @@ def test_readmes_block_compares_the_newest_rows_of_each_machine(tmp_path: Path) 
             of(SHOWN, 9.0, 3.0, commit="old"),
             of(SHOWN, 2.0, contestant="peft", kept_bytes=4000),
             of(SHOWN, 1.5, contestant="peft-autocast"),
+            of(SHOWN, 0.1, contestant="base-float32"),  # another dtype's: no part of what PEFT can do
             of(SHOWN, 1.25, 0.625, kept_bytes=1000, date="2026-01-02"),
             of(SLOW, 1.0, contestant="peft", kept_bytes=4000),
             of(SLOW, 1.5, 1.5, kept_bytes=3000),

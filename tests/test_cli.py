@@ -12,9 +12,10 @@ import cuda_emulation
 import pytest
 import torch
 from click.testing import CliRunner
+from fastpeft.bench.play import LIMITS
 
 import fastpeft
-from fastpeft import cli, dispatch
+from fastpeft import cli, dispatch, extension, info
 from fastpeft.backends.gpu.cuda import CudaBackend
 from fastpeft.ops import Forward
 from fastpeft.selfcheck import DTYPES, self_check
@@ -100,10 +101,31 @@ def test_info_shows_versions_backends_and_the_check() -> None:
 
 
 def test_info_warns_where_stock_torch_emulates_bfloat16() -> None:
-    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-m", "fastpeft", "info"]
-    done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=os.environ | LIMITS["avx2"], capture_output=True, text=True, check=True)
     assert "stocktorchemulatesithere" in squeezed(done.stdout)
+    assert "computedinfloat32arithmeticbyitsownproduct" in squeezed(done.stdout)
+
+
+def test_bfloat16_is_emulated_where_a_processor_has_no_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN says that it has a product of bfloat16 with AVX-512 alone, and is slow there."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for found, emulated in (
+        ({"avx512_f": True, "avx512_bf16": False}, True),
+        ({"avx512_f": True, "avx512_bf16": True}, False),
+        ({"asimd_hp": True}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert info.emulates_bfloat16() == emulated
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert info.emulates_bfloat16()
+
+
+def test_what_fastpeft_does_about_it_takes_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "emulates_bfloat16", lambda: True)
+    assert info.WIDENED in dict(info.processor())["bfloat16"]
+    monkeypatch.setattr(extension, "C", None)
+    assert dict(info.processor())["bfloat16"] == info.EMULATED
 
 
 def squeezed(text: str) -> str:
