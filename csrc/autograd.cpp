@@ -2,6 +2,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+
 #include "ops.h"
 #include "tensors.h"
 
@@ -161,10 +163,21 @@ struct LoraLinear : Function<LoraLinear> {
     }
 };
 
+bool needs_gradient(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias,
+                    const Adapters& adapters) {
+    if (!at::GradMode::is_enabled()) return false;
+    const auto asks = [](const Tensor& t) { return t.requires_grad(); };
+    const auto any = [&](const Tensors& some) { return std::any_of(some.begin(), some.end(), asks); };
+    return asks(x) || asks(weight.data) || (bias && asks(*bias)) || any(adapters.A) || any(adapters.B) ||
+           any(adapters.c);
+}
+
 }  // namespace
 
 Tensor lora_linear_with_gradient(const Where& where, const Tensor& x, const Weight& weight,
                                  const std::optional<Tensor>& bias, const Adapters& adapters, bool keep_z) {
+    if (!needs_gradient(x, weight, bias, adapters))
+        return std::get<0>(lora_linear(where, x, weight, bias, adapters, keep_z));
     Call call{where,
               weight.blocksize,
               weight.N,

@@ -1,13 +1,11 @@
 // The pybind11 module fastpeft._C: thin. Python's nouns (fastpeft/call.py) come as the tuples that they are.
 #include <torch/extension.h>
 
-#include <algorithm>
-#include <cmath>
-
 #include "cpu/base_product.h"
 #include "cpu/lora_linear.h"
 #include "ops.h"
 #include "tensors.h"
+#include "usual.h"
 
 namespace {
 
@@ -32,21 +30,22 @@ fastpeft::Weight weight_of(const PyWeight& weight, const Tensor& A, const Tensor
     return {data, quant, blocksize, B.size(0), A.size(1)};
 }
 
-// p in steps of 2^-16, see fastpeft/dropout.py::dropout_threshold.
-int64_t threshold_of(double p) {
-    const auto rounded = static_cast<int64_t>(std::nearbyint(p * 65536));
-    return std::clamp<int64_t>(rounded, p > 0, 65535);
-}
-
 fastpeft::Adapters adapters_of(const PyAdapters& adapters) {
     const auto& [A, B, c, scaling, dropout_p, seed, index] = adapters;
     fastpeft::Adapters call{A, B, {}, scaling, std::vector<int64_t>(A.size()), seed, index};
     for (const Tensor& each : c) call.c.push_back(each.contiguous());
     for (size_t i = 0; seed && i < A.size(); ++i) {
-        call.thresholds[i] = threshold_of(dropout_p[i]);
+        call.thresholds[i] = fastpeft::dropout_threshold(dropout_p[i]);
         if (call.thresholds[i]) call.scaling[i] *= fastpeft::dropout_scale(call.thresholds[i]);
     }
     return call;
+}
+
+template <auto Function>
+auto of_arguments(pybind11::handle x, pybind11::handle weight, const Tensors& quant, int64_t blocksize,
+                  const std::optional<std::pair<int64_t, int64_t>>& shape, pybind11::handle bias,
+                  pybind11::tuple adapters, pybind11::handle training) {
+    return Function({x, weight, quant, blocksize, shape, bias, std::move(adapters), training});
 }
 
 fastpeft::Forward lora_linear(const PyWhere& where, const Tensor& x, const PyWeight& weight, const MaybeTensor& bias,
@@ -109,6 +108,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("lora_linear", &lora_linear, release());
     m.def("lora_linear_with_gradient", &lora_linear_with_gradient, release());
+    m.def("is_usual", &of_arguments<fastpeft::is_usual>);
+    m.def("usual_lora_linear", &of_arguments<fastpeft::usual_lora_linear>);
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
     m.def("fingerprint", &fingerprint, arg("small"), arg("large"), arg("first"), arg("count"));

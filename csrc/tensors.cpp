@@ -2,7 +2,9 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 
 namespace fastpeft {
 
@@ -53,6 +55,10 @@ Tensor with_leading_shape_of(const Tensor& like, const Tensor& rows) {
     std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
     shape.back() = rows.size(1);
     return rows.view(shape);
+}
+
+int64_t dropout_threshold(double p) {
+    return std::clamp<int64_t>(static_cast<int64_t>(std::nearbyint(p * 65536)), p > 0, 65535);
 }
 
 double dropout_scale(int64_t threshold) { return 65536.0 / static_cast<double>(65536 - threshold); }

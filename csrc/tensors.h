@@ -10,6 +10,7 @@ Matrix matrix(const at::Tensor& t);
 FourBit four_bit(const Weight& weight);
 at::Tensor flat_rows(const at::Tensor& t);  // [..., C] as [M, C] with contiguous rows; a copy where a view cannot be
 at::Tensor with_leading_shape_of(const at::Tensor& like, const at::Tensor& rows);  // the way back
-double dropout_scale(int64_t threshold);                                           // what kept elements count
+int64_t dropout_threshold(double p);      // p in steps of 2^-16, see fastpeft/dropout.py
+double dropout_scale(int64_t threshold);  // what kept elements count
 
 }  // namespace fastpeft

@@ -12,9 +12,9 @@ from torch import Tensor
 from . import ops
 from .call import Adapters
 from .four_bit import FourBit
+from .usual import is_usual
 
-USUAL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BASE_DTYPES = (torch.float64, *USUAL_DTYPES)
+BASE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -28,7 +28,7 @@ def as_adapters(A: Any, B: Any, scaling: Any, dropout_p: Any, adapter_index: Ten
 
 def check_call(x: Tensor, weight: Tensor | FourBit, bias: Tensor | None, adapters: Adapters, training: object) -> None:
     """Raises TypeError or ValueError where an argument does not fit the others."""
-    if isinstance(training, bool) and is_usual(x, weight, bias, adapters):
+    if is_usual(x, weight, bias, adapters, training):
         return
     check_base(x, weight, bias)
     check_adapters(x, weight, adapters)
@@ -37,42 +37,6 @@ def check_call(x: Tensor, weight: Tensor | FourBit, bias: Tensor | None, adapter
         raise TypeError(f"training must be True or False, got {training!r}")
     if not isinstance(weight, FourBit) and x.dtype != weight.dtype and not is_autocast(x):
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
-
-
-def is_usual(x: Any, weight: Any, bias: Any, adapters: Adapters) -> bool:
-    """Whether a call of one adapter is right beyond doubt: seen sooner than by the checks, which name what is wrong and
-    know what else is right. A small layer's time on a GPU is no longer than theirs."""
-    As, Bs, _, scalings, ps, _, index = adapters
-    if not (len(As) == len(Bs) == len(scalings) == len(ps) == 1) or index is not None:
-        return False
-    if not isinstance(x, Tensor) or not isinstance(weight, (Tensor, FourBit)) or len(weight.shape) != 2:
-        return False
-    (A,), (B,), (scaling,), (p,), (N, K), dtype, device = As, Bs, scalings, ps, weight.shape, x.dtype, x.device
-    return (
-        dtype in USUAL_DTYPES
-        and type(scaling) is float
-        and -math.inf < scaling < math.inf
-        and type(p) is float
-        and 0.0 <= p < 1.0
-        and (isinstance(weight, FourBit) or (weight.dtype == dtype and weight.layout is torch.strided))
-        and x.dim() > 0
-        and x.shape[-1] == K
-        and B.dim() == 2
-        and A.shape == (B.shape[1], K)
-        and A.dtype in USUAL_DTYPES
-        and B.shape[0] == N
-        and B.dtype in USUAL_DTYPES
-        and A.shape[0] > 0
-        and weight.device == A.device == B.device == device
-        and x.layout is A.layout is B.layout is torch.strided
-        and device.type != "meta"
-        and not x.is_nested
-        and (bias is None or _is_usual_bias(bias, N, dtype, device))
-    )
-
-
-def _is_usual_bias(bias: Any, N: int, dtype: torch.dtype, device: torch.device) -> bool:
-    return isinstance(bias, Tensor) and bias.shape == (N,) and bias.dtype == dtype and bias.device == device
 
 
 def check_weight(weight: Tensor | FourBit) -> None:

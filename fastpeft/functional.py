@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, usual
 from .call import Adapters, ForwardCall, Weight
 from .dispatch import check_backend_name
 from .dropout import dropout_seeds
@@ -142,6 +142,9 @@ def adapted_linear(
 ) -> Tensor:
     """:func:`lora_linear` of adapters that are put together; those with ``c = m / norm``, checked to be finite, are
     DoRA's."""
+    y = usual.lora_linear(x, weight, bias, adapters, training, backend)
+    if y is not None:
+        return y
     check_backend_name(backend)
     checks.check_call(x, weight, bias, adapters, training)
     return _run(x, weight, bias, with_constant_scaling(adapters, x), training, backend)

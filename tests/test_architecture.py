@@ -20,7 +20,7 @@ MAX_LINES = 500
 
 # From the specification up to what users call: each may import those before it.
 LAYERS = ("reference", "judge", "dropout", "four_bit", "call", "extension", "backends", "dispatch", "ops", "norm_cache")
-LAYERS += ("checks", "functional", "nn", "verdicts", "peft", "explain")
+LAYERS += ("usual", "checks", "functional", "nn", "verdicts", "peft", "explain")
 # Who may name an instruction set: the backends, the compiler flags of each kernel file, and what `info` shows.
 MACHINE_MODULES = {PACKAGE / "build.py", PACKAGE / "info.py", *(PACKAGE / "backends").rglob("*.py")}
 MACHINE_NAMES = re.compile(

@@ -1,0 +1,31 @@
+// The call that nearly every layer makes: one adapter, dense tensors of the usual dtypes that fit each other, nobody
+// who has to see the op. It is told apart, and on the CPU computed, in one step from Python: the checks of
+// fastpeft/checks.py and the way through fastpeft/ops.py take as long as a small layer.
+#pragma once
+#include <torch/extension.h>
+
+#include <optional>
+
+#include "call.h"
+
+namespace fastpeft {
+
+// Python's arguments, whatever they are: a weight's tensors and (N, K) apart, and the tuple of call.py's Adapters.
+struct Arguments {
+    pybind11::handle x, weight;
+    const std::vector<at::Tensor>& quant;
+    int64_t blocksize;
+    std::optional<std::pair<int64_t, int64_t>> shape;  // of a 4-bit weight, which its data does not tell
+    pybind11::handle bias;
+    pybind11::tuple adapters;
+    pybind11::handle training;
+};
+
+// Whether the arguments are right beyond doubt; if not, the checks know what is wrong, or what else is right.
+bool is_usual(const Arguments& arguments);
+
+// y of a usual call on the CPU, with its autograd node; none where the call is not usual, or a tracer, a mode or a
+// profiler has to see the op, or autocast casts.
+std::optional<at::Tensor> usual_lora_linear(const Arguments& arguments);
+
+}  // namespace fastpeft

@@ -1,0 +1,45 @@
+"""The call that nearly every layer makes, told apart and on the CPU computed in one step in C++ (csrc/usual.h): the way
+through checks, functional, ops and dispatch takes as long as a small layer, and twice as long when a large weight has
+just gone through the caches. What is not usual goes that way, which knows what is wrong or what else is right.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import extension, ops
+from .call import Adapters
+from .four_bit import FourBit
+
+_BACKENDS = (None, "cpu")
+
+
+def is_usual(x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any) -> bool:
+    """Whether the arguments of a call with one adapter are right beyond doubt."""
+    C = _extension()
+    return C is not None and C.is_usual(*_arguments(x, weight, bias, adapters, training))
+
+
+def lora_linear(
+    x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any, backend: Any
+) -> Tensor | None:
+    """``y`` of a usual call on the CPU, differentiable; None where the call is another one."""
+    C = _extension()
+    if C is None or backend not in _BACKENDS or ops.is_transformed():
+        return None
+    return C.usual_lora_linear(*_arguments(x, weight, bias, adapters, training))
+
+
+def _extension() -> ModuleType | None:
+    """None, too, where a compiler could not look into it."""
+    return None if torch.compiler.is_compiling() else extension.C
+
+
+def _arguments(x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any) -> tuple[Any, ...]:
+    if isinstance(weight, FourBit):
+        return x, weight.packed, weight.quant, weight.blocksize, weight.shape, bias, adapters, training
+    return x, weight, [], 0, None, bias, adapters, training
