@@ -11,6 +11,26 @@ namespace fastpeft::cpu {
 
 using at::Tensor;
 
+namespace {
+
+constexpr int64_t kGroup = 64;
+
+// x [tokens, columns] as [columns / 64][tokens][64], each 64 in another order.
+template <typename T>
+Tensor arranged(const Tensor& x, const Order64& order) {
+    const int64_t tokens = x.size(0), groups = x.size(1) / kGroup;
+    const Tensor out = at::empty({groups, tokens, kGroup}, x.options());
+    T* to = out.mutable_data_ptr<T>();
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t t = 0; t < tokens; ++t, to += kGroup) {
+            const T* from = x.const_data_ptr<T>() + t * x.stride(0) + g * kGroup;
+            for (int64_t i = 0; i < kGroup; ++i) to[i] = from[order.at[i]];
+        }
+    return out;
+}
+
+}  // namespace
+
 void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bias, const Adapters& adapters,
                         const Tensor& u, const Tensor& y) {
     const Kernels& kernels = cpu::kernels();
@@ -24,9 +44,13 @@ void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bia
         }
         return wide;
     };
+    // Parts of the rows of a matrix with as many columns as x.
+    const auto each_part = [&](int64_t rows, auto run) {
+        constexpr int64_t kGrainElements = 1 << 15;
+        at::parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / columns), run);
+    };
     const auto dot = [&](const Tensor& input, const Tensor& w, const Tensor& q, const Tensor& b, const Tensor& out) {
-        constexpr int64_t kGrainElements = 1 << 15;  // of w a thread should have, at least
-        at::parallel_for(0, w.size(0), std::max<int64_t>(1, kGrainElements / columns), [&](int64_t begin, int64_t end) {
+        each_part(w.size(0), [&](int64_t begin, int64_t end) {
             kernels.dot(input.const_data_ptr(), input.stride(0), tokens, matrix(w),
                         q.defined() ? q.const_data_ptr<float>() : nullptr, q.defined() ? matrix(b) : Matrix{},
                         q.defined() && bias.defined() ? bias.const_data_ptr<float>() : nullptr, out.mutable_data_ptr(),
@@ -37,23 +61,18 @@ void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bia
     const auto dot_four_bit = [&](const Tensor& q, const Tensor& b, bool pairs) {
         const FourBit w = four_bit(weight);
         const float* bias32 = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
-        constexpr int64_t kGroup = 64;
         if (columns % kGroup == 0 && w.block_bits >= 6) {
-            const Tensor input =
-                pairs ? x.reshape({tokens, columns / kGroup, kGroup / 2, 2}).permute({1, 0, 3, 2}) : x.to(at::kFloat);
-            const Tensor rows = input.contiguous();
-            constexpr int64_t kGrainElements = 1 << 16;
-            at::parallel_for(0, weight.N, std::max<int64_t>(1, kGrainElements / columns),
-                             [&](int64_t begin, int64_t end) {
-                                 kernels.dot_four_bit(rows.const_data_ptr(), dtype_of(x), tokens, columns, w,
-                                                      q.const_data_ptr<float>(), matrix(b), bias32,
-                                                      y.mutable_data_ptr(), dtype_of(y), y.stride(0), begin, end);
-                             });
+            const Tensor rows = pairs ? arranged<at::BFloat16>(x, kEvenThenOdd)
+                                      : arranged<float>(x.to(at::kFloat), *kernels.float_order);
+            each_part(weight.N, [&](int64_t begin, int64_t end) {
+                kernels.dot_four_bit(rows.const_data_ptr(), dtype_of(x), tokens, columns, w, q.const_data_ptr<float>(),
+                                     matrix(b), bias32, y.mutable_data_ptr(), dtype_of(y), y.stride(0), begin, end);
+            });
             return;
         }
         constexpr int64_t kRowsAtOnce = 16;
         const Tensor& input = pairs ? x : widened();
-        at::parallel_for(0, (weight.N + kRowsAtOnce - 1) / kRowsAtOnce, 1, [&](int64_t begin, int64_t end) {
+        at::parallel_for(0, ceil_div(weight.N, kRowsAtOnce), 1, [&](int64_t begin, int64_t end) {
             const Tensor tile = at::empty({kRowsAtOnce, columns}, x.options());
             for (int64_t n = begin * kRowsAtOnce; n < std::min(end * kRowsAtOnce, weight.N); n += kRowsAtOnce) {
                 const int64_t rows = std::min(kRowsAtOnce, weight.N - n);

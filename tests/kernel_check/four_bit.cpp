@@ -1,4 +1,5 @@
 // 4-bit weights, and dot products of a few tokens with the rows of W, dense or of 4 bits.
+#include <algorithm>
 #include <cmath>
 
 #include "check.h"
@@ -145,8 +146,10 @@ void check_dot_four_bit_of(const Kernels& k, DType dtype, int64_t tokens, int64_
                            Special special) {
     const bool pairs = k.pairs(dtype);
     const Elements x(pairs ? DType::bf16 : DType::f32, tokens * columns, special);
-    const auto x_at = [&](int64_t t, int64_t c) {  // pairs: [groups of 64][tokens][even ones, odd ones]
-        return x[pairs ? (c / 64 * tokens + t) * 64 + c % 2 * 32 + c % 64 / 2 : t * columns + c];
+    const Order64& order = pairs ? kEvenThenOdd : *k.float_order;
+    const auto x_at = [&](int64_t t, int64_t c) {
+        const auto* place = std::find(std::begin(order.at), std::end(order.at), c % 64);
+        return x[(c / 64 * tokens + t) * 64 + (place - order.at)];
     };
     const LowRankTail tail(tokens, 5, special);
     k.dot_four_bit(x.at(), dtype, tokens, columns, w.weight(), tail.q_data(), tail.b_matrix(), tail.bias_data(),

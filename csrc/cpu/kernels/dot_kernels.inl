@@ -1,12 +1,15 @@
 // 4-bit weights decoded over V16, and dot products of a few tokens with the rows of W, dense or of 4 bits.
+#include <type_traits>
+
 #include "float_kernels.inl"
 
 namespace {
 
 // ---- 4-bit weights ----------------------------------------------------------------------------------------------
 
+constexpr int64_t kNestedBlock = 256;
+
 inline float block_scale(const FourBit& w, int64_t block) {
-    constexpr int64_t kNestedBlock = 256;
     if (w.absmax) return w.absmax[block];
     return w.code2[w.q[block]] * w.absmax2[block / kNestedBlock] + *w.offset;  // two roundings, see build.py
 }
@@ -23,16 +26,16 @@ inline void each_block(const FourBit& w, int64_t first, int64_t count, Run run) 
 
 // What the codes of a block stand for, rounded. In float32 one table serves all blocks, and what is looked up is
 // scaled; a narrower one is scaled and rounded itself, once a block.
-template <DType Rounding>
-struct BlockCodes {
-    explicit BlockCodes(const FourBit& w) : table(load(w.code)), codes(table) {}
+template <DType Rounding, typename Table>
+struct BlockCodesOf {
+    explicit BlockCodesOf(const FourBit& w) : table(load(w.code)), codes(table) {}
 
     void begin(V16 of_block) {
         scale = of_block;
         if constexpr (Rounding != DType::f32) {
             alignas(64) char rounded[64];
             store_any(rounded, Rounding, mul(table, scale));
-            codes = Codes(load_as<Rounding>(rounded));
+            codes = Table(load_as<Rounding>(rounded));
         }
     }
     void look_up(const uint8_t* bytes, V16 (&v)[2]) const {
@@ -40,10 +43,14 @@ struct BlockCodes {
         if constexpr (Rounding == DType::f32)
             for (V16& some : v) some = mul(some, scale);
     }
+    // In float32 not yet scaled.
+    [[gnu::always_inline]] void look_up_64(const uint8_t* bytes, V16 (&v)[4]) const { codes.look_up_64(bytes, v); }
 
     V16 table, scale;
-    Codes codes;
+    Table codes;
 };
+template <DType Rounding>
+using BlockCodes = BlockCodesOf<Rounding, std::conditional_t<Rounding == DType::bf16, Bf16Codes, Codes>>;
 
 template <DType Rounding, DType To>
 inline void decode_row(BlockCodes<Rounding>& block, const FourBit& w, int64_t first, int64_t count, void* out) {
@@ -187,57 +194,89 @@ void dot_float(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, con
     run(x, ld_x, tokens, w, {q, b, bias, y, y_dtype, ld_y}, begin, end);
 }
 
-// Runs run(group, scale) for the groups of 64 elements that begin at `first`, each within a block: the scales of many
-// are worked out ahead, where no vector instruction waits for them.
+// The scales of groups of 64 elements, each within a block, of the groups before `last`. Those of nested statistics are
+// worked out for many groups ahead, some rows of W at a time, so that no product waits for them.
+class Scales {
+  public:
+    Scales(const FourBit& w, int64_t last) : w_(w), there_(w.absmax && w.block_bits == 6), last_(last) {}
+
+    static constexpr int64_t kAtOnce = 64;
+
+    // Of `count` groups from `group` on, up to kAtOnce.
+    const float* of(int64_t group, int64_t count) {
+        if (there_) return w_.absmax + group;
+        if (group < begin_ || group + count > end_) work_out(group);
+        return ahead_ + (group - begin_);
+    }
+
+  private:
+    [[gnu::noinline]] void work_out(int64_t group) {
+        const int64_t count = smaller(kAhead, last_ - group);
+        begin_ = group;
+        end_ = group + count;
+        if (w_.absmax || w_.block_bits != 6) {
+            for (int64_t i = 0; i < count; ++i) ahead_[i] = block_scale(w_, (group + i) >> (w_.block_bits - 6));
+            return;
+        }
+        for (int64_t i = 0; i < count; ++i) ahead_[i] = w_.code2[w_.q[group + i]];
+        for (int64_t i = 0; i < count;) {
+            const float factor = w_.absmax2[(group + i) / kNestedBlock], offset = *w_.offset;
+            const int64_t end = smaller(count, i + kNestedBlock - (group + i) % kNestedBlock);
+            for (; i < end; ++i) ahead_[i] = ahead_[i] * factor + offset;
+        }
+    }
+
+    static constexpr int64_t kAhead = 512;
+
+    const FourBit& w_;
+    const bool there_;
+    const int64_t last_;
+    int64_t begin_ = 0, end_ = 0;
+    float ahead_[kAhead];
+};
+
+// Runs run(i, scale) for the groups `first` + i up to `groups` of them.
 template <typename Run>
-inline void each_group(const FourBit& w, int64_t first, int64_t groups, Run run) {
-    constexpr int64_t kAhead = 64;
-    float worked_out[kAhead];
-    const bool there = w.absmax && w.block_bits == 6;
-    for (int64_t g = 0; g < groups; g += kAhead) {
-        const int64_t count = smaller(kAhead, groups - g);
-        const int64_t begin = first / 64 + g;
-        const float* scales = there ? w.absmax + begin : worked_out;
-        if (w.block_bits == 6)  // a loop without shifts
-            for (int64_t i = 0; !there && i < count; ++i) worked_out[i] = block_scale(w, begin + i);
-        else
-            for (int64_t i = 0; i < count; ++i) worked_out[i] = block_scale(w, (begin + i) >> (w.block_bits - 6));
-        for (int64_t i = 0; i < count; ++i) run(g + i, splat(scales[i]));
+inline void each_group(Scales& scales, int64_t first, int64_t groups, Run run) {
+    for (int64_t g = 0; g < groups; g += Scales::kAtOnce) {
+        const int64_t count = smaller(Scales::kAtOnce, groups - g);
+        const float* some = scales.of(first + g, count);
+        for (int64_t i = 0; i < count; ++i) run(g + i, splat(some[i]));
     }
 }
 
-// The row of a 4-bit weight that begins at `first` against x [Tokens, 64 groups].
+// The row of a 4-bit weight that begins with the group `first` against x [groups][ld_x / 64][64].
 template <DType Rounding, int Tokens>
-inline void dot_four_bit_row(const float* x, int64_t ld_x, const FourBit& w, int64_t first, int64_t groups,
-                             V16 (&sums)[Tokens]) {
+inline void dot_four_bit_row(const float* x, int64_t ld_x, const FourBit& w, Scales& scales, int64_t first,
+                             int64_t groups, V16 (&sums)[Tokens]) {
     BlockCodes<Rounding> block(w);
-    const uint8_t* packed = w.packed + first / 2;
-    V16 more[Tokens];
-    for (int t = 0; t < Tokens; ++t) more[t] = zero();
-    each_group(w, first, groups, [&](int64_t g, V16 scale) {
+    const uint8_t* packed = w.packed + first * 32;
+    V16 row[Tokens];
+    for (int t = 0; t < Tokens; ++t) row[t] = zero();
+    each_group(scales, first, groups, [&](int64_t g, V16 scale) {
         block.begin(scale);
-        for (int64_t i = 0; i < 2; ++i) {
-            V16 v[2];
-            block.look_up(packed + g * 32 + i * kLanes, v);
-            const float* x_part = x + g * 64 + i * 2 * kLanes;
-            for (int t = 0; t < Tokens; ++t) {
-                sums[t] = fma(v[0], load(x_part + t * ld_x), sums[t]);
-                const V16 x1 = load(x_part + t * ld_x + kLanes);
-                if constexpr (kChains<Tokens> == 2)
-                    more[t] = fma(v[1], x1, more[t]);
-                else
-                    sums[t] = fma(v[1], x1, sums[t]);
-            }
+        V16 v[4];
+        block.look_up_64(packed + g * 32, v);
+        for (int t = 0; t < Tokens; ++t) {
+            const float* x_group = x + g * ld_x + t * 64;
+            V16 part = mul(v[0], load(x_group));
+            for (int i = 1; i < 4; ++i) part = fma(v[i], load(x_group + i * kLanes), part);
+            if constexpr (Rounding == DType::f32)
+                row[t] = fma(part, scale, row[t]);
+            else
+                row[t] = add(part, row[t]);
         }
     });
-    for (int t = 0; t < Tokens; ++t) sums[t] = add(sums[t], more[t]);
+    for (int t = 0; t < Tokens; ++t) sums[t] = row[t];
 }
 
 template <DType Rounding>
 void dot_four_bit_as(const float* x, int64_t tokens, int64_t columns, const FourBit& w, const DotTail& tail,
                      int64_t begin, int64_t end) {
+    const int64_t groups = columns / 64;
+    Scales scales(w, end * groups);
     const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
-        dot_four_bit_row<Rounding>(x + t * columns, columns, w, n * columns, columns / 64, sums);
+        dot_four_bit_row<Rounding>(x + t * 64, tokens * 64, w, scales, n * groups, groups, sums);
     };
     constexpr int kMost = kDotSums < 8 ? kDotSums : 8;
     dot_rows<kMost>(row, tokens, tail, begin, end);

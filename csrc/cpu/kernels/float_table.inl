@@ -29,6 +29,7 @@ constexpr Kernels float_table(const char* name, fastpeft::cpu::Preferences prefe
         .decode = decode,
         .pack_stripe_float = pack_stripe_float,
         .dot = dot_float,
+        .float_order = &Codes::kOrder,
         .dot_four_bit = dot_four_bit_float,
     };
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../../matrix.h"
+#include "order64.h"
 
 namespace fastpeft::cpu {
 
@@ -139,8 +140,9 @@ struct Kernels {
                 const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin, int64_t end);
 
     // The same for a 4-bit W [N, columns] of whole blocks, columns a multiple of 64, decoded in registers and rounded
-    // to dtype. Where dtype computes in pairs, x is [columns / 64][tokens][2][32] in bfloat16, the even elements and
-    // the odd ones of each 64; else [tokens, columns] in float32.
+    // to dtype. x is [columns / 64][tokens][64], in bfloat16 where dtype computes in pairs, else in float32, each 64 in
+    // the order in which decoded elements come: a table's own for float32, kEvenThenOdd for pairs.
+    const Order64* float_order;
     void (*dot_four_bit)(const void* x, DType dtype, int64_t tokens, int64_t columns, const FourBit& w, const float* q,
                          const Matrix& b, const float* bias, void* y, DType y_dtype, int64_t ld_y, int64_t begin,
                          int64_t end);

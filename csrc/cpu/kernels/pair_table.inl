@@ -57,6 +57,7 @@ constexpr Kernels pair_table(const char* name, fastpeft::cpu::Preferences prefer
         .pack_stripe_float = pack_stripe_float,
         .pack_stripe = pack_stripe,
         .dot = dot,
+        .float_order = &Codes::kOrder,
         .dot_four_bit = dot_four_bit,
     };
 }

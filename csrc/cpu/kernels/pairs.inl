@@ -74,10 +74,11 @@ void decode_pairs(const FourBit& w, int64_t first, int64_t ld_w, int64_t rows, i
     const Interleave interleave;
     const V16 table = load(w.code);
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t begin = first + i * ld_w;
+        const int64_t begin = (first + i * ld_w) / 64, groups = count / 64;
         uint16_t* to = static_cast<uint16_t*>(out) + i * ld_out;
-        each_group(w, begin, count / 64, [&](int64_t g, V16 scale) {
-            const PairCodes codes(w.packed + begin / 2 + g * 32, mul(table, scale));
+        Scales scales(w, begin + groups);
+        each_group(scales, begin, groups, [&](int64_t g, V16 scale) {
+            const PairCodes codes(w.packed + (begin + g) * 32, mul(table, scale));
             store_halves(to + g * 64, interleave.low(codes.even, codes.odd));
             store_halves(to + g * 64 + kHalves, interleave.high(codes.even, codes.odd));
         });
@@ -141,15 +142,15 @@ void dot(const void* x, int64_t ld_x, int64_t tokens, const Matrix& w, const flo
     dot_rows<kMost>(row, tokens, {q, b, bias, y, y_dtype, ld_y}, begin, end);
 }
 
-// The row of a 4-bit weight that begins at `first` against x [groups][ld_x / 64][32 even elements, 32 odd ones].
+// The row of a 4-bit weight that begins with the group `first` against x [groups][ld_x / 64][64].
 template <int Tokens>
-inline void dot_four_bit_row(const uint16_t* x, int64_t ld_x, const FourBit& w, int64_t first, int64_t groups,
-                             V16 (&sums)[Tokens]) {
+inline void dot_four_bit_row(const uint16_t* x, int64_t ld_x, const FourBit& w, Scales& scales, int64_t first,
+                             int64_t groups, V16 (&sums)[Tokens]) {
     const V16 table = load(w.code);
     V16 odd[Tokens];
     for (int t = 0; t < Tokens; ++t) odd[t] = zero();
-    each_group(w, first, groups, [&](int64_t g, V16 scale) {
-        const PairCodes codes(w.packed + first / 2 + g * 32, mul(table, scale));
+    each_group(scales, first, groups, [&](int64_t g, V16 scale) {
+        const PairCodes codes(w.packed + (first + g) * 32, mul(table, scale));
         for (int t = 0; t < Tokens; ++t) {
             const uint16_t* x_group = x + g * ld_x + t * 64;
             sums[t] = dot_pairs(sums[t], codes.even, load_halves(x_group));
@@ -164,8 +165,10 @@ void dot_four_bit(const void* x, DType dtype, int64_t tokens, int64_t columns, c
                   int64_t end) {
     if (dtype != DType::bf16)
         return dot_four_bit_float(x, dtype, tokens, columns, w, q, b, bias, y, y_dtype, ld_y, begin, end);
+    const int64_t groups = columns / 64;
+    Scales scales(w, end * groups);
     const auto row = [&]<int Tokens>(V16(&sums)[Tokens], int64_t t, int64_t n) {
-        dot_four_bit_row(static_cast<const uint16_t*>(x) + t * 64, tokens * 64, w, n * columns, columns / 64, sums);
+        dot_four_bit_row(static_cast<const uint16_t*>(x) + t * 64, tokens * 64, w, scales, n * groups, groups, sums);
     };
     dot_rows<kMostTokens>(row, tokens, {q, b, bias, y, y_dtype, ld_y}, begin, end);
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "order64.h"
+
 namespace {
 
 struct V16 {
@@ -97,21 +99,25 @@ inline void transpose(V16 (&v)[16]) {
         v[i + 8].high = lower[i];
     }
 }
-// The table's bytes, those of the same place in a float side by side: four shuffles of bytes look 32 codes up.
-struct Codes {
-    explicit Codes(V16 table) {
+// The table's bytes, those of the same place in a float side by side: four shuffles of bytes look 32 codes up, or two
+// where the values are bfloat16's, whose floats begin with two bytes of zeros.
+template <int Places>
+struct CodesOf {
+    explicit CodesOf(V16 table) {
         const __m256i by_place = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
                                                   0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         const __m256i low = _mm256_shuffle_epi8(_mm256_castps_si256(table.low), by_place);
         const __m256i high = _mm256_shuffle_epi8(_mm256_castps_si256(table.high), by_place);
         const __m128i a = _mm256_castsi256_si128(low), b = _mm256_extracti128_si256(low, 1);
         const __m128i c = _mm256_castsi256_si128(high), d = _mm256_extracti128_si256(high, 1);
-        const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
         const __m128i ab2 = _mm_unpackhi_epi32(a, b), cd2 = _mm_unpackhi_epi32(c, d);
-        place[0] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab, cd));
-        place[1] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab, cd));
-        place[2] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab2, cd2));
-        place[3] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab2, cd2));
+        place[Places - 2] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab2, cd2));
+        place[Places - 1] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab2, cd2));
+        if constexpr (Places == 4) {
+            const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+            place[0] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab, cd));
+            place[1] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab, cd));
+        }
     }
     void look_up(const uint8_t* codes, V16 (&v)[2]) const {
         // Codes in the order that lets the interleaving below, which stays within 128 bits, end in the right one.
@@ -121,17 +127,44 @@ struct Codes {
             _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), order);
         const __m256i index = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f)),
                                               _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00)));
-        const __m256i b0 = _mm256_shuffle_epi8(place[0], index), b1 = _mm256_shuffle_epi8(place[1], index);
-        const __m256i b2 = _mm256_shuffle_epi8(place[2], index), b3 = _mm256_shuffle_epi8(place[3], index);
-        const __m256i low = _mm256_unpacklo_epi8(b0, b1), low2 = _mm256_unpacklo_epi8(b2, b3);
-        const __m256i high = _mm256_unpackhi_epi8(b0, b1), high2 = _mm256_unpackhi_epi8(b2, b3);
+        values(index, v);
+    }
+    [[gnu::always_inline]] void look_up_64(const uint8_t* codes, V16 (&v)[4]) const {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+        const __m256i low = _mm256_set1_epi8(0x0f);
+        V16 even[2], odd[2];
+        values(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), even);
+        values(_mm256_and_si256(bytes, low), odd);
+        for (int i = 0; i < 2; ++i) {
+            v[i] = even[i];
+            v[2 + i] = odd[i];
+        }
+    }
+    static constexpr auto kOrder = fastpeft::cpu::order_of_64([](int i) {
+        const int lane = i % 32;  // interleaving stays within 128 bits
+        return 2 * (lane / 8 * 4 + lane % 4 + (lane % 8 < 4 ? 0 : 16)) + i / 32;
+    });
+
+    // Of 32 codes a byte each; of each 128 bits the first four, the second four and so on.
+    [[gnu::always_inline]] void values(__m256i index, V16 (&v)[2]) const {
+        const __m256i b2 = _mm256_shuffle_epi8(place[Places - 2], index);
+        const __m256i b3 = _mm256_shuffle_epi8(place[Places - 1], index);
+        __m256i low = _mm256_setzero_si256(), high = low;
+        if constexpr (Places == 4) {
+            const __m256i b0 = _mm256_shuffle_epi8(place[0], index), b1 = _mm256_shuffle_epi8(place[1], index);
+            low = _mm256_unpacklo_epi8(b0, b1);
+            high = _mm256_unpackhi_epi8(b0, b1);
+        }
+        const __m256i low2 = _mm256_unpacklo_epi8(b2, b3), high2 = _mm256_unpackhi_epi8(b2, b3);
         v[0] = {_mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)),
                 _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2))};
         v[1] = {_mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)),
                 _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2))};
     }
-    __m256i place[4];
+    __m256i place[Places];
 };
+using Codes = CodesOf<4>;
+using Bf16Codes = CodesOf<2>;
 
 // Philox's counters, one in the lower half of each 64-bit lane.
 using U64 = __m256i;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "order64.h"
+
 namespace {
 
 using V16 = __m512;
@@ -81,8 +83,22 @@ struct Codes {
             v[i] = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), table);  // it looks at the low four bits
         }
     }
+    // The eight words of 32 bytes stand in both halves of a vector; each shift brings a code of every word down, one of
+    // the lower two bytes in the one half and one of the upper two in the other.
+    [[gnu::always_inline]] void look_up_64(const uint8_t* codes, V16 (&v)[4]) const {
+        const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+        const __m512i upper = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16);
+        for (int i = 0; i < 4; ++i)
+            v[i] = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, _mm512_add_epi32(upper, _mm512_set1_epi32(4 * i))),
+                                         table);
+    }
+    static constexpr auto kOrder = fastpeft::cpu::order_of_64([](int i) {
+        const int word = i % 8, code = i / 16 + i % 16 / 8 * 4;  // counted from the lowest bits of a word
+        return 8 * word + code / 2 * 2 + (code % 2 ? 0 : 1);
+    });
     V16 table;
 };
+using Bf16Codes = Codes;
 
 // Philox's counters, one in the lower half of each 64-bit lane.
 using U64 = __m512i;

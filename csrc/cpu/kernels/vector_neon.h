@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "order64.h"
+
 namespace {
 
 struct V16 {
@@ -130,6 +132,15 @@ struct Codes {
         v[0] = values(vzip1q_u8(even, odd));
         v[1] = values(vzip2q_u8(even, odd));
     }
+    [[gnu::always_inline]] void look_up_64(const uint8_t* codes,
+                                           V16 (&v)[4]) const {  // evens before odds saves the interleaving of codes
+        for (int i = 0; i < 2; ++i) {
+            const uint8x16_t bytes = vld1q_u8(codes + 16 * i);
+            v[i] = values(vshrq_n_u8(bytes, 4));
+            v[2 + i] = values(vandq_u8(bytes, vdupq_n_u8(15)));
+        }
+    }
+    static constexpr auto kOrder = fastpeft::cpu::kEvenThenOdd;
     V16 values(uint8x16_t index) const {
         const uint8x16_t b0 = vqtbl1q_u8(place[0], index), b1 = vqtbl1q_u8(place[1], index);
         const uint8x16_t b2 = vqtbl1q_u8(place[2], index), b3 = vqtbl1q_u8(place[3], index);
@@ -141,6 +152,7 @@ struct Codes {
     }
     uint8x16_t place[4];
 };
+using Bf16Codes = Codes;
 
 // Philox's counters: the lower halves of four 64-bit numbers in one register, the upper ones in another.
 struct U64 {

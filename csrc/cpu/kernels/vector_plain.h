@@ -4,6 +4,8 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "order64.h"
+
 namespace {
 
 struct V16 {
@@ -110,8 +112,14 @@ struct Codes {
     void look_up(const uint8_t* codes, V16 (&v)[2]) const {  // sixteen bytes
         for (int i = 0; i < 32; ++i) v[i / 16].lane[i % 16] = table.lane[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
     }
+    // The 64 codes of 32 bytes, in the order that kOrder has.
+    [[gnu::always_inline]] void look_up_64(const uint8_t* codes, V16 (&v)[4]) const {
+        for (int i = 0; i < 64; ++i) v[i / 16].lane[i % 16] = table.lane[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
+    }
+    static constexpr auto kOrder = fastpeft::cpu::order_of_64([](int i) { return i; });
     V16 table;
 };
+using Bf16Codes = Codes;  // for a table of values that are bfloat16's
 
 // Philox's counters, kCounters of them, each in the lower half of 64 bits whose upper half is never read.
 using U64 = uint64_t;
