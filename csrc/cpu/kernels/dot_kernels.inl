@@ -32,7 +32,9 @@ struct BlockCodesOf {
 
     void begin(V16 of_block) {
         scale = of_block;
-        if constexpr (Rounding != DType::f32) {
+        if constexpr (Rounding == DType::bf16) {
+            codes = Table(bf16_rounded(mul(table, scale)));
+        } else if constexpr (Rounding == DType::f16) {
             alignas(64) char rounded[64];
             store_any(rounded, Rounding, mul(table, scale));
             codes = Table(load_as<Rounding>(rounded));

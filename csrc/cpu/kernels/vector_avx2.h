@@ -57,6 +57,10 @@ inline void store_bf16(uint16_t* p, V16 v) {
     const __m256i packed = _mm256_packus_epi32(round_bf16(v.low), round_bf16(v.high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
+inline V16 bf16_rounded(V16 v) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(round_bf16(v.low), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(round_bf16(v.high), 16))};
+}
 inline V16 load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};

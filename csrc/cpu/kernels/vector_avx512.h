@@ -21,24 +21,23 @@ inline V16 add(V16 a, V16 b) { return _mm512_add_ps(a, b); }
 inline V16 mul(V16 a, V16 b) { return _mm512_mul_ps(a, b); }
 inline V16 where_kept(V16 v, uint16_t bits) { return _mm512_maskz_mov_ps(bits, v); }
 inline float sum(V16 v) { return _mm512_reduce_add_ps(v); }
-inline V16 load_bf16(const uint16_t* p) {
-    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-}
-inline void store_bf16(uint16_t* p, V16 v) {
+inline V16 widen_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline __m256i round_bf16(V16 v) {
 #ifdef __AVX512BF16__
     const __m256bh rounded = _mm512_cvtneps_pbh(v);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<const __m256i&>(rounded));
+    return reinterpret_cast<const __m256i&>(rounded);
 #else
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded =
         _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
 #endif
 }
+inline V16 load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void store_bf16(uint16_t* p, V16 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16(v)); }
+inline V16 bf16_rounded(V16 v) { return widen_bf16(round_bf16(v)); }
 inline V16 load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

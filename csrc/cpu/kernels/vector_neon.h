@@ -73,6 +73,10 @@ inline void store_bf16(uint16_t* p, V16 v) {
     vst1q_u16(p, vcombine_u16(round_bf16(v.a), round_bf16(v.b)));
     vst1q_u16(p + 8, vcombine_u16(round_bf16(v.c), round_bf16(v.d)));
 }
+inline V16 bf16_rounded(V16 v) {
+    return {widen_bf16(round_bf16(v.a)), widen_bf16(round_bf16(v.b)), widen_bf16(round_bf16(v.c)),
+            widen_bf16(round_bf16(v.d))};
+}
 inline float32x4_t widen_f16(uint16x4_t bits) { return vcvt_f32_f16(vreinterpret_f16_u16(bits)); }
 inline V16 load_f16(const uint16_t* p) {
     return {widen_f16(vld1_u16(p)), widen_f16(vld1_u16(p + 4)), widen_f16(vld1_u16(p + 8)),

@@ -65,6 +65,11 @@ inline void store_bf16(uint16_t* p, V16 v) {
         p[i] = static_cast<uint16_t>(std::isnan(v.lane[i]) ? 0x7fc0 : rounded);
     }
 }
+inline V16 bf16_rounded(V16 v) {
+    uint16_t bits[16];
+    store_bf16(bits, v);
+    return load_bf16(bits);
+}
 // Float16 by float32's arithmetic: compilers have a type for it that is called differently, or none.
 inline V16 load_f16(const uint16_t* p) {
     V16 v;
