@@ -18,8 +18,8 @@ Tensor floats(at::IntArrayRef shape) { return at::empty(shape, at::dtype(at::kFl
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// One line more than whole vectors, so that rows do not share a cache set.
-int64_t gradient_stride(int64_t columns) { return padded(columns) + kLanes; }
+// One line more than whole vectors, so that rows do not share a cache set, unless each line is written once anyway.
+int64_t gradient_stride(int64_t tokens, int64_t columns) { return padded(columns) + (tokens > kRows ? kLanes : 0); }
 
 uint64_t seed_of(const Adapters& adapters, size_t i) {
     const Tensor& seed = *adapters.seed;
@@ -28,6 +28,8 @@ uint64_t seed_of(const Adapters& adapters, size_t i) {
 
 Tensor panel(const Kernels& kernels, const Tensor& s, bool pairs) {
     const int64_t elements = panel_elements(s.size(0), s.size(1));
+    if (!pairs && s.scalar_type() == at::kFloat && s.numel() == elements && s.size(1) == kLanes && s.is_contiguous())
+        return s;  // it is one already: sixteen columns wide, whole blocks long
     Tensor packed = at::empty({elements}, at::dtype(pairs ? at::kBFloat16 : at::kFloat));
     // One stride must be 1: the packing loads sixteen neighbours at a time.
     const Tensor rows = s.stride(0) == 1 || s.stride(1) == 1 ? s : s.contiguous();
@@ -117,6 +119,7 @@ void Layout::select_(const Tensor& q) const {
 
 Tensor Layout::rows_of(const Tensor& sums, size_t i, int64_t columns) const {
     const int64_t n = rank(i), ld = sums.size(1);
+    if (sums.size(0) == n && ld == columns) return sums.to(adapters_.A[i].scalar_type());
     const Tensor grad = floats({n, columns});
     const float* in = sums.const_data_ptr<float>() + first_rank[i] * ld;
     float* out = grad.mutable_data_ptr<float>();

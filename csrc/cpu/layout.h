@@ -7,7 +7,8 @@ namespace fastpeft::cpu {
 
 at::Tensor floats(at::IntArrayRef shape);  // uninitialised
 int64_t padded(int64_t n);                 // up to whole vectors
-int64_t gradient_stride(int64_t columns);  // of a [ranks, columns] sum
+// Of a [ranks, columns] sum over so many tokens.
+int64_t gradient_stride(int64_t tokens, int64_t columns);
 uint64_t seed_of(const Adapters& adapters, size_t i);
 at::Tensor panel(const Kernels& kernels, const at::Tensor& s, bool pairs);
 

@@ -247,7 +247,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         }
         if (need_B) {
             q = layout.padded_from(*kept.u);
-            dB = floats({layout.ranks, gradient_stride(N)});
+            dB = floats({layout.ranks, gradient_stride(M, N)});
             sweep.q = q.const_data_ptr<float>();
             sweep.gradient = dB.mutable_data_ptr<float>();
             sweep.ld_gradient = dB.size(1);
@@ -286,7 +286,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         sweep.q = v.const_data_ptr<float>();
         Tensor panel_A;
         if (need_A) {
-            dA = floats({layout.ranks, gradient_stride(K)});
+            dA = floats({layout.ranks, gradient_stride(M, K)});
             sweep.input = x2.const_data_ptr();
             sweep.ld_input = x2.stride(0);
             sweep.gradient = dA.mutable_data_ptr<float>();

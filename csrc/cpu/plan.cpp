@@ -1,6 +1,7 @@
 // Chooses how a product with W is computed on the CPU; its thresholds are what bench/cpu_plans.py measured.
 #include "plan.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <atomic>
@@ -46,6 +47,16 @@ bool has_float16_products() {
     return found;
 }
 
+// Intel's library is at its best on Intel's processors; there, packing W costs more than sharing its sums saves.
+bool has_tuned_float_products() {
+#if defined(__x86_64__)
+    static const bool tuned = at::hasMKL() && __builtin_cpu_is("intel");
+    return tuned;
+#else
+    return false;
+#endif
+}
+
 bool is_contiguous(const std::vector<Tensor>& some) {
     return std::all_of(some.begin(), some.end(), [](const Tensor& t) { return t.is_contiguous(); });
 }
@@ -67,10 +78,10 @@ Plan product_plan(const Tensor& x, const Weight& weight, const Adapters& adapter
     const Kernels& kernels = cpu::kernels();
     const at::ScalarType dtype = x.scalar_type();
     if (weight.four_bit()) return Plan::one_accumulator;
-    if (dtype == at::kFloat)
-        return (kernels.prefers.packs_float && tokens_of(x) >= kTokensPacked) || drops_few(x, adapters)
-                   ? Plan::one_accumulator
-                   : Plan::base_first;
+    if (dtype == at::kFloat) {
+        const bool packs = kernels.prefers.packs_float && !has_tuned_float_products() && tokens_of(x) >= kTokensPacked;
+        return packs || drops_few(x, adapters) ? Plan::one_accumulator : Plan::base_first;
+    }
     if (dtype == at::kHalf) return has_float16_products() ? Plan::base_first : Plan::one_accumulator;
     // Of an odd number of elements oneDNN reads the next one, too, and a nan there comes through.
     if (!kernels.pairs(DType::bf16) || x.size(-1) % 2) return Plan::one_accumulator;

@@ -151,7 +151,11 @@ struct DotTail {
             const V16 up = load_first(at(b.data, b.dtype, n * b.row_stride + r), b.dtype, b.columns - r);
             sums = fma(up, load_first(q + t * b.columns + r, DType::f32, b.columns - r), sums);
         }
-        store_first(at(y, y_dtype, t * ld_y + n), y_dtype, splat(sum(sums) + (bias ? bias[n] : 0.0f)), 1);
+        const float value = sum(sums) + (bias ? bias[n] : 0.0f);
+        if (y_dtype == DType::f32)
+            static_cast<float*>(y)[t * ld_y + n] = value;
+        else
+            store_first(at(y, y_dtype, t * ld_y + n), y_dtype, splat(value), 1);
     }
 };
 

@@ -52,8 +52,8 @@ struct SparseBlock {
 
 // Which of two ways is the faster with an instruction set's kernels, as bench/cpu_plans.py measured them.
 struct Preferences {
-    bool packs_float = false;     // float32: the product of our own, its sums shared with the low-rank part, beats the
-                                  // vendor's
+    bool packs_float = false;     // float32: the product of our own, its sums shared with the low-rank part, beats a
+                                  // vendor's that is not tuned for the processor
     bool packs_dense = false;     // bfloat16 pairs: packing a dense W for such sums does
     bool low_rank_first = false;  // bfloat16: the vendor's product adds onto the low-rank part at no cost
 };
