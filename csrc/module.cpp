@@ -44,8 +44,8 @@ fastpeft::Adapters adapters_of(const PyAdapters& adapters) {
 template <auto Function>
 auto of_arguments(pybind11::handle x, pybind11::handle weight, const Tensors& quant, int64_t blocksize,
                   const std::optional<std::pair<int64_t, int64_t>>& shape, pybind11::handle bias,
-                  pybind11::tuple adapters, pybind11::handle training) {
-    return Function({x, weight, quant, blocksize, shape, bias, std::move(adapters), training});
+                  pybind11::tuple adapters, pybind11::handle training, pybind11::function draw_seeds) {
+    return Function({x, weight, quant, blocksize, shape, bias, std::move(adapters), training, std::move(draw_seeds)});
 }
 
 fastpeft::Forward lora_linear(const PyWhere& where, const Tensor& x, const PyWeight& weight, const MaybeTensor& bias,

@@ -8,7 +8,6 @@
 #include <torch/csrc/profiler/api.h>
 
 #include <cmath>
-#include <limits>
 
 #include "ops.h"
 #include "tensors.h"
@@ -117,13 +116,13 @@ std::optional<Tensor> usual_lora_linear(const Arguments& arguments) {
     if (is_watched()) return {};
     std::optional<Usual> call = read(arguments);
     if (!call || !call->x.is_cpu()) return {};
-    const pybind11::gil_scoped_release release;
     Adapters adapters{{call->A}, {call->B}, std::move(call->c), {call->scaling}, {0}, {}, {}};
     if (call->training && call->dropout_p > 0) {
         adapters.thresholds[0] = dropout_threshold(call->dropout_p);
         adapters.scaling[0] *= dropout_scale(adapters.thresholds[0]);
-        adapters.seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::dtype(at::kLong));
+        adapters.seed = arguments.draw_seeds(1, call->x.device()).cast<Tensor>();
     }
+    const pybind11::gil_scoped_release release;
     const bool keep_z = at::GradMode::is_enabled() && adapters.dora() && adapters.c[0].requires_grad();
     return lora_linear_with_gradient({}, call->x, call->weight, call->bias, adapters, keep_z);
 }

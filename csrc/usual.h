@@ -19,6 +19,7 @@ struct Arguments {
     pybind11::handle bias;
     pybind11::tuple adapters;
     pybind11::handle training;
+    pybind11::function draw_seeds;  // fastpeft/dropout.py::dropout_seeds
 };
 
 // Whether the arguments are right beyond doubt; if not, the checks know what is wrong, or what else is right.

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, ops, usual
+from . import checks, dropout, ops, usual
 from .call import Adapters, ForwardCall, Weight
 from .dispatch import check_backend_name
-from .dropout import dropout_seeds
 from .four_bit import FourBit
 from .reference import wide_dtype
 
@@ -202,7 +201,7 @@ def _run(
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     A, B, c, scaling, ps, _, index = adapters
-    seed = dropout_seeds(len(A), x.device) if training and any(ps) else None
+    seed = dropout.dropout_seeds(len(A), x.device) if training and any(ps) else None
     keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in c)
     adapters = Adapters(A, B, c, scaling, ps, seed, index)
     return ops.call_lora_linear(ForwardCall(x, Weight.of(weight), bias, adapters, keep_z), backend)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import extension, ops
+from . import dropout, extension, ops
 from .call import Adapters
 from .four_bit import FourBit
 
@@ -24,9 +24,7 @@ def is_usual(x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any) 
     return C is not None and C.is_usual(*_arguments(x, weight, bias, adapters, training))
 
 
-def lora_linear(
-    x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any, backend: Any
-) -> Tensor | None:
+def lora_linear(x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any, backend: Any) -> Tensor | None:
     """``y`` of a usual call on the CPU, differentiable; None where the call is another one."""
     C = _extension()
     if C is None or backend not in _BACKENDS or ops.is_transformed():
@@ -40,6 +38,7 @@ def _extension() -> ModuleType | None:
 
 
 def _arguments(x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any) -> tuple[Any, ...]:
+    rest = bias, adapters, training, dropout.dropout_seeds
     if isinstance(weight, FourBit):
-        return x, weight.packed, weight.quant, weight.blocksize, weight.shape, bias, adapters, training
-    return x, weight, [], 0, None, bias, adapters, training
+        return x, weight.packed, weight.quant, weight.blocksize, weight.shape, *rest
+    return x, weight, [], 0, None, *rest

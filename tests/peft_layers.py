@@ -137,7 +137,7 @@ def share_masks(model: peft.PeftModel, monkeypatch: pytest.MonkeyPatch) -> peft.
     for name, seed in zip(layer.active_adapters, seeds, strict=True):
         layer.lora_dropout[name].seed = seed
     monkeypatch.setattr(nn.Dropout, "forward", forward)
-    monkeypatch.setattr("fastpeft.functional.dropout_seeds", lambda count, device: torch.tensor(seeds[:count]))
+    monkeypatch.setattr("fastpeft.dropout.dropout_seeds", lambda count, device: torch.tensor(seeds[:count]))
     return model
 
 
