@@ -1,9 +1,12 @@
 // The pybind11 module fastpeft._C: thin. Python's nouns (fastpeft/call.py) come as the tuples that they are.
 #include <torch/extension.h>
 
+#include <array>
+
 #include "cpu/base_product.h"
 #include "cpu/lora_linear.h"
 #include "ops.h"
+#include "plain_layer.h"
 #include "tensors.h"
 #include "usual.h"
 
@@ -46,6 +49,15 @@ auto of_arguments(pybind11::handle x, pybind11::handle weight, const Tensors& qu
                   const std::optional<std::pair<int64_t, int64_t>>& shape, pybind11::handle bias,
                   pybind11::tuple adapters, pybind11::handle training, pybind11::function draw_seeds) {
     return Function({x, weight, quant, blocksize, shape, bias, std::move(adapters), training, std::move(draw_seeds)});
+}
+
+fastpeft::PlainLayers plain_layers(pybind11::object linear, pybind11::object module_dict, pybind11::object identity,
+                                   pybind11::object dropout, std::vector<pybind11::object> global_hooks,
+                                   const std::vector<std::array<pybind11::object, 3>>& stock) {
+    fastpeft::PlainLayers plain{std::move(linear),  std::move(module_dict),  std::move(identity),
+                                std::move(dropout), std::move(global_hooks), {}};
+    for (const auto& [owner, name, function] : stock) plain.stock.push_back({owner, name, function});
+    return plain;
 }
 
 fastpeft::Forward lora_linear(const PyWhere& where, const Tensor& x, const PyWeight& weight, const MaybeTensor& bias,
@@ -110,6 +122,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_with_gradient", &lora_linear_with_gradient, release());
     m.def("is_usual", &of_arguments<fastpeft::is_usual>);
     m.def("usual_lora_linear", &of_arguments<fastpeft::usual_lora_linear>);
+    pybind11::class_<fastpeft::PlainLayers>(m, "PlainLayers")
+        .def(pybind11::init(&plain_layers), arg("linear"), arg("module_dict"), arg("identity"), arg("dropout"),
+             arg("global_hooks"), arg("stock"))
+        .def("read", &fastpeft::read_plain_lora, arg("state"));
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
     m.def("fingerprint", &fingerprint, arg("small"), arg("large"), arg("first"), arg("count"));

@@ -14,7 +14,7 @@ from ..four_bit import FourBit, from_bitsandbytes
 from .stock import Stock
 
 _4BIT_CLASSES = ("Linear4bit", "LinearNF4", "LinearFP4")
-_STOCK = Stock((nn.Linear, "forward"), (Conv1D, "forward"))
+STOCK = Stock((nn.Linear, "forward"), (Conv1D, "forward"))
 
 
 class Base(NamedTuple):
@@ -33,7 +33,7 @@ def read_base(layer: Any) -> Base | str:
         return f"its base layer is a {class_name(base)}"
     if is_hooked(base):
         return "its base layer has a hook or a forward of its own"
-    replaced = _STOCK.replaced()
+    replaced = STOCK.replaced()
     if replaced is not None:
         return replaced
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")

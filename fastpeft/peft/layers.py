@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..four_bit import FourBit
 from ..functional import adapted_linear
 from ..verdicts import backend_verdict
+from . import plain
 from .base_layers import class_name
 from .methods import METHODS, Method, method_of, stock_of
 from .operands import Operands, read_operands
@@ -35,9 +36,14 @@ class FusedForward(_Layer):
     method: Method
     peft_class: type[Any]
     stock: Stock
+    plain_layers: Any  # see plain.py; None of a method whose layers are never plain
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's result, ``[..., K]`` to ``[..., N]``; from PEFT's own ``forward`` where the call cannot be fused."""
+        if self.plain_layers is not None and not (args or kwargs or torch.compiler.is_compiling()):
+            y = plain.run(self, x)
+            if y is not None:
+                return y
         adapter_names = kwargs.get("adapter_names")
         if args or len(kwargs) > (self.method.mixes_batches and adapter_names is not None):
             return self._by_peft(x, *args, **kwargs)
@@ -104,6 +110,7 @@ def _fused_class(method: Method) -> type[Any]:
         "method": method,
         "peft_class": peft_class,
         "stock": stock_of(method),
+        "plain_layers": plain.plain_layers(stock_of(method)) if method.fused_name == "FusedLinear" else None,
     }
     assert peft_class is not None
     return type(method.fused_name, (FusedForward, peft_class), members)

@@ -14,6 +14,11 @@ class Stock:
         self._places = places
         self._known: list[object] = [None] * len(places)  # the module's own, once it was seen there
 
+    @property
+    def functions(self) -> list[tuple[type[Any], str, object]]:
+        """Of each place the class, the attribute and the function, once :meth:`replaced` found none replaced."""
+        return [(*place, function) for place, function in zip(self._places, self._known, strict=True)]
+
     def replaced(self) -> str | None:
         """Which of them is another one now; None when all are what they were."""
         for i, (owner, name) in enumerate(self._places):

@@ -1,0 +1,117 @@
+"""Plain layers are run in one step, to the bits of the longer way; what has anything else takes the longer way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_layers import layer_of, lora_model
+from torch import nn
+
+import fastpeft
+from fastpeft.peft import plain
+from fastpeft.peft.layers import read_layer
+
+Change = Callable[[Any, pytest.MonkeyPatch], object]
+
+
+def plain_layer(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    torch.manual_seed(0)
+    model = lora_model(nn.Linear(48, 32).to(dtype), **config)
+    fastpeft.patch(model)
+    return layer_of(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_it_gives_the_bits_of_the_longer_way(dtype: torch.dtype, training: bool, dropout: float, tokens: int) -> None:
+    layer = plain_layer(dtype, lora_dropout=dropout).train(training)
+    x = torch.randn(tokens, 48, dtype=dtype, requires_grad=True)
+    results = []
+    for way in (plain.run, lambda layer, x: layer._run(read_layer(layer, ["default"], x), x)):
+        torch.manual_seed(7)
+        y = way(layer, x)
+        assert y is not None
+        factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *factors))))
+    assert all(map(torch.equal, *results))
+
+
+def hook(*_: Any) -> None:
+    pass
+
+
+def other_base(layer: Any, patch: pytest.MonkeyPatch) -> None:
+    layer.base_layer.__class__ = type("Own", (nn.Linear,), {})
+
+
+def add_second(layer: Any, patch: pytest.MonkeyPatch) -> None:
+    layer.update_layer("second", 4, lora_alpha=4, config=peft.LoraConfig(r=4))
+    layer.set_adapter(["default", "second"])
+
+
+def give_bias(layer: Any, patch: pytest.MonkeyPatch) -> None:
+    layer.lora_A["default"].bias = nn.Parameter(torch.zeros(8))
+
+
+def as_attribute(layer: Any, patch: pytest.MonkeyPatch) -> None:
+    weight = layer.lora_B["default"].weight.detach()
+    del layer.lora_B["default"].weight
+    layer.lora_B["default"].weight = weight
+
+
+CHANGES: dict[str, Change] = {
+    "merged": lambda layer, _: layer.merge(),
+    "disabled": lambda layer, _: layer.enable_adapters(False),
+    "two active": add_second,
+    "hook on the base": lambda layer, _: layer.base_layer.register_forward_hook(hook),
+    "hook before A": lambda layer, _: layer.lora_A["default"].register_forward_pre_hook(hook),
+    "hook behind B": lambda layer, _: layer.lora_B["default"].register_full_backward_hook(hook),
+    "hook on the dropout": lambda layer, _: layer.lora_dropout["default"].register_forward_hook(hook),
+    "forward of its own": lambda layer, _: setattr(layer.base_layer, "forward", lambda x: x),
+    "another base": other_base,
+    "another dropout": lambda layer, _: layer.lora_dropout.update({"default": nn.AlphaDropout(0.1)}),
+    "dropout drops all": lambda layer, _: layer.lora_dropout.update({"default": nn.Dropout(1.0)}),
+    "bias in A": give_bias,
+    "scaling a tensor": lambda layer, _: layer.scaling.update(default=torch.tensor(2.0)),
+    "scaling not finite": lambda layer, _: layer.scaling.update(default=float("inf")),
+    "adapters of two dtypes": lambda layer, _: layer.lora_A["default"].half(),
+    "weight an attribute": as_attribute,
+    "casting switched off": lambda layer, _: setattr(layer, "cast_input_dtype_enabled", False),
+    "a variant": lambda layer, _: layer.lora_variant.update(default=object()),
+    "linear layers changed": lambda layer, patch: patch.setattr(nn.Linear, "forward", lambda self, x: x),
+    "peft changed": lambda layer, patch: patch.setattr(type(layer).__mro__[2], "forward", lambda self, x: x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_plain_takes_the_longer_way(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = plain_layer(lora_dropout=0.1), torch.randn(3, 48)
+    assert plain.run(layer, x) is not None
+    with monkeypatch.context() as patch:
+        CHANGES[change](layer, patch)
+        assert plain.run(layer, x) is None
+
+
+def test_a_hook_on_all_modules_takes_the_longer_way() -> None:
+    layer, x = plain_layer(), torch.randn(3, 48)
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    assert plain.run(layer, x) is None
+    handle.remove()
+    assert plain.run(layer, x) is not None
+
+
+def test_a_call_that_is_watched_or_cast_takes_the_longer_way() -> None:
+    layer, x = plain_layer(), torch.randn(3, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain.run(layer, x) is None
+    with torch.profiler.profile():
+        assert plain.run(layer, x) is None
+    assert plain.run(layer, x.double()) is None
+    assert plain.run(layer, x[:, :47]) is None
+    assert plain.run(layer, "x") is None
