@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from .cases import (
 )
 from .contestants import BASE_FLOAT32, CONTESTANTS
 from .measure import Run, measure
-from .play import LIMITS, CannotPlay, play
+from .play import isa_option
 
 QUICK_SHAPES = ((1, 2048, 2048), (512, 1024, 1024), (512, 2048, 2048))
 
@@ -91,9 +90,7 @@ def choose_cases(
     "--compile/--no-compile", "compiled", default=None, help="PEFT under torch.compile too.  [on; off with --quick]"
 )
 @click.option("--threads", type=click.IntRange(min=1), help="[torch's own choice]")
-@click.option(
-    "--isa", type=click.Choice(list(LIMITS)), help="Play a processor that has these instructions and no more."
-)
+@isa_option("fastpeft")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"), show_default=True
 )
@@ -117,7 +114,6 @@ def command(
     rounds: int,
     compiled: bool | None,
     threads: int | None,
-    isa: str | None,
     out: Path,
     plot_only: bool,
     check: bool,
@@ -136,11 +132,6 @@ def command(
             require_package(package, "pip install 'fastpeft[bench]'")
     except MissingPackage as missing:
         raise click.ClickException(str(missing)) from missing
-    if isa is not None:
-        try:
-            play(isa, sys.argv[1:])
-        except CannotPlay as reason:
-            raise click.BadParameter(str(reason), param_hint="--isa") from reason
     console = Console()
     if device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("torch finds no NVIDIA GPU", param_hint="--device")

@@ -7,7 +7,7 @@ Rows are appended to ``bench/results/<machine>-kernels.jsonl``, the table beside
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastpeft.call import Adapters, BackwardCall, Kept, Needs, Weight
 
 from .cpu_plans import by_plan
 from .measure import Run, record_kernels
+from .play import isa_option
 from .timing import interleave, summary
 
 TOKENS, WIDTH, RANK, DROPOUT = 512, 2048, 16, 0.05
@@ -123,10 +124,12 @@ def markdown(found: list[dict[str, Any]]) -> str:
 @click.command()
 @click.option("--rounds", type=click.IntRange(min=2), default=31, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
-def command(rounds: int, out: Path) -> None:
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Repeatable.  [all]")
+@isa_option("fastpeft.bench.cpu_kernels")
+def command(rounds: int, out: Path, dtypes: Sequence[str]) -> None:
     """Times the CPU's kernels against this machine's floor."""
     record_kernels(
-        "kernels", lambda run: [row for dtype in DTYPES for row in measure(dtype, rounds, run)], markdown, out
+        "kernels", lambda run: [row for dtype in dtypes or DTYPES for row in measure(dtype, rounds, run)], markdown, out
     )
 
 

@@ -18,6 +18,7 @@ from fastpeft import extension, ops
 from fastpeft.call import Adapters, BackwardCall, ForwardCall, Kept, Needs, Weight
 
 from .measure import Run, record_kernels
+from .play import isa_option
 from .timing import interleave, ratios, summary
 
 RANK = 16
@@ -119,9 +120,13 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 @click.command()
 @click.option("--rounds", type=click.IntRange(min=2), default=7, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
-def command(rounds: int, out: Path) -> None:
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Repeatable.  [all]")
+@isa_option("fastpeft.bench.cpu_plans")
+def command(rounds: int, out: Path, dtypes: Sequence[str]) -> None:
     """Times the CPU's plans against the frozen base."""
-    record_kernels("plans", lambda run: (row for dtype in DTYPES for row in measure(dtype, rounds, run)), markdown, out)
+    record_kernels(
+        "plans", lambda run: (row for dtype in dtypes or DTYPES for row in measure(dtype, rounds, run)), markdown, out
+    )
 
 
 if __name__ == "__main__":

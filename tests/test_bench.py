@@ -379,11 +379,11 @@ def test_a_part_that_cannot_be_played_is_refused(monkeypatch: pytest.MonkeyPatch
         patched.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
         patched.setattr(extension.built(), "isas", lambda: ["avx512", "plain"])
         with pytest.raises(play.CannotPlay, match="torch runs its DEFAULT kernels in spite of ATEN_CPU_CAPABILITY"):
-            play.play("avx512", [])
+            play.play("avx512", [], "fastpeft")
     with monkeypatch.context() as patched:
         patched.setattr(extension.built(), "isas", lambda: ["plain"])
         with pytest.raises(play.CannotPlay, match="this processor has plain, not avx512"):
-            play.play("avx512", [])
+            play.play("avx512", [], "fastpeft")
     monkeypatch.setattr(extension, "C", None)
     done = CliRunner().invoke(cli.command, ["--isa", "avx2"])
     assert done.exit_code == 2
