@@ -40,7 +40,7 @@ class FusedForward(_Layer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's result, ``[..., K]`` to ``[..., N]``; from PEFT's own ``forward`` where the call cannot be fused."""
-        if self.plain_layers is not None and not (args or kwargs or torch.compiler.is_compiling()):
+        if not (torch.compiler.is_compiling() or args or kwargs) and self.plain_layers is not None:
             y = plain.run(self, x)
             if y is not None:
                 return y
