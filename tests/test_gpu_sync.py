@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import fastpeft
-from fastpeft import checks, functional
+from fastpeft import checks, dropout, functional
 from fastpeft.backends.gpu import compose, plans
 from fastpeft.backends.gpu.kernel_set import DyGradients, DyOperands, Mask
 from fastpeft.call import Kept, Needs
@@ -62,7 +62,7 @@ def valueless(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(plans, "_nearest_gpu", lambda index: None)
     monkeypatch.setattr(
-        functional, "dropout_seeds", lambda count, device: torch.empty(count, dtype=torch.int64, device=device)
+        dropout, "dropout_seeds", lambda count, device: torch.empty(count, dtype=torch.int64, device=device)
     )
     with FakeTensorMode() as mode:
         yield mode
