@@ -1,6 +1,7 @@
 #include "plain_layer.h"
 
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 namespace fastpeft {
 
@@ -67,9 +68,18 @@ bool is_stock(const Function& known) {
     return now.ptr() == known.function.ptr();
 }
 
+// A tensor of no subclass and of a dtype that layers are computed in; null for anything else.
+const at::Tensor* tensor(handle value) {
+    if (!THPVariable_CheckTypeExact(Py_TYPE(value.ptr()))) return nullptr;
+    const at::Tensor& t = THPVariable_Unpack(value.ptr());
+    const auto dtype = t.scalar_type();
+    const bool computes = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+    return computes ? &t : nullptr;
+}
+
 bool have_one_dtype(handle a, handle b) {
-    return THPVariable_Check(a.ptr()) && THPVariable_Check(b.ptr()) &&
-           THPVariable_Unpack(a.ptr()).scalar_type() == THPVariable_Unpack(b.ptr()).scalar_type();
+    const at::Tensor *first = tensor(a), *last = tensor(b);
+    return first && last && first->scalar_type() == last->scalar_type();
 }
 
 }  // namespace
@@ -77,6 +87,7 @@ bool have_one_dtype(handle a, handle b) {
 pybind11::object read_plain_lora(const PlainLayers& plain, pybind11::dict state) {
     const Names& n = names();
     const pybind11::none no;
+    if (torch::jit::tracer::isTracing()) return no;
     for (const handle hooks : plain.global_hooks)
         if (!is_empty_dict(hooks)) return no;
     for (const Function& known : plain.stock)
@@ -102,6 +113,7 @@ pybind11::object read_plain_lora(const PlainLayers& plain, pybind11::dict state)
         if (!is_bare(drops) || !p || !PyFloat_CheckExact(p.ptr()) || !training || !PyBool_Check(training.ptr()))
             return no;
         if (training.ptr() == Py_True) dropout_p = PyFloat_AS_DOUBLE(p.ptr());
+        if (dropout_p >= 1.0) return no;
     } else if (!is_bare(state_of(dropout, plain.identity))) {
         return no;
     }
@@ -113,7 +125,9 @@ pybind11::object read_plain_lora(const PlainLayers& plain, pybind11::dict state)
     const handle A_weight = item(A_parts, n.weight), B_weight = item(B_parts, n.weight);
     const handle A_bias = item(A_parts, n.bias), B_bias = item(B_parts, n.bias);
     if (!weight || !bias || !scaling || !A_weight || !B_weight || !A_bias || !B_bias) return no;
-    if (!A_bias.is_none() || !B_bias.is_none() || !have_one_dtype(A_weight, B_weight)) return no;
+    if (!A_bias.is_none() || !B_bias.is_none() || !PyFloat_CheckExact(scaling.ptr())) return no;
+    if (!have_one_dtype(A_weight, B_weight) || !tensor(weight)) return no;
+    if (!bias.is_none() && !have_one_dtype(bias, weight)) return no;
     return pybind11::make_tuple(weight, bias, A_weight, B_weight, scaling, dropout_p);
 }
 

@@ -20,8 +20,8 @@ struct PlainLayers {
 };
 
 // Of a layer's __dict__ (weight, bias, A, B, scaling, dropout_p) where it is torch's Linear with one active LoRA
-// adapter that is torch's, too, with torch's dropout or none: nothing merged, disabled or hooked. None where any of
-// that is otherwise or in doubt. Tensors come as they are; whether they fit is usual.h's to see.
+// adapter that is torch's, too, with torch's dropout or none, all in tensors of no subclass: nothing merged, disabled,
+// hooked or traced. None where any of that is otherwise or in doubt.
 pybind11::object read_plain_lora(const PlainLayers& plain, pybind11::dict state);
 
 }  // namespace fastpeft

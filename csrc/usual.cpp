@@ -76,8 +76,7 @@ std::optional<Usual> read(const Arguments& call) {
     const c10::Device device = x->device();
     if (device.is_meta() || !has_usual_dtype(*x) || !is_dense(*x, device) || x->dim() == 0) return {};
     if (!call.shape && weight->dim() != 2) return {};
-    const auto [N, K] =
-        call.shape.value_or(std::pair(weight->dim() ? weight->size(0) : 0, weight->dim() == 2 ? weight->size(1) : 0));
+    const auto [N, K] = call.shape ? *call.shape : std::pair(weight->size(0), weight->size(1));
     usual.weight = {*weight, call.quant, call.blocksize, N, K};
     if (!is_dense(*weight, device) || (!call.shape && weight->scalar_type() != x->scalar_type())) return {};
     if (N == 0 || K == 0 || x->size(-1) != K) return {};
@@ -113,9 +112,10 @@ bool is_watched() {
 bool is_usual(const Arguments& arguments) { return read(arguments).has_value(); }
 
 std::optional<Tensor> usual_lora_linear(const Arguments& arguments) {
-    if (is_watched()) return {};
+    const Tensor* x = plain(arguments.x);
+    if (!x || !x->is_cpu() || is_watched()) return {};
     std::optional<Usual> call = read(arguments);
-    if (!call || !call->x.is_cpu()) return {};
+    if (!call) return {};
     Adapters adapters{{call->A}, {call->B}, std::move(call->c), {call->scaling}, {0}, {}, {}};
     if (call->training && call->dropout_p > 0) {
         adapters.thresholds[0] = dropout_threshold(call->dropout_p);

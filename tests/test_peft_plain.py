@@ -12,8 +12,8 @@ from peft_layers import layer_of, lora_model
 from torch import nn
 
 import fastpeft
-from fastpeft.peft import plain
 from fastpeft.peft.layers import read_layer
+from fastpeft.peft.plain import read_plain
 
 Change = Callable[[Any, pytest.MonkeyPatch], object]
 
@@ -33,13 +33,17 @@ def test_it_gives_the_bits_of_the_longer_way(dtype: torch.dtype, training: bool,
     layer = plain_layer(dtype, lora_dropout=dropout).train(training)
     x = torch.randn(tokens, 48, dtype=dtype, requires_grad=True)
     results = []
-    for way in (plain.run, lambda layer, x: layer._run(read_layer(layer, ["default"], x), x)):
+    for operands in (read_plain(layer), read_layer(layer, ["default"], x)):
+        assert operands is not None and not isinstance(operands, str)
         torch.manual_seed(7)
-        y = way(layer, x)
-        assert y is not None
+        y = layer._run(operands, x)
         factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *factors))))
     assert all(map(torch.equal, *results))
+
+
+class Own(nn.Parameter):
+    pass
 
 
 def hook(*_: Any) -> None:
@@ -65,6 +69,10 @@ def as_attribute(layer: Any, patch: pytest.MonkeyPatch) -> None:
     layer.lora_B["default"].weight = weight
 
 
+def as_integers(layer: Any, patch: pytest.MonkeyPatch) -> None:
+    layer.base_layer.weight = nn.Parameter(torch.ones(32, 48, dtype=torch.int32), requires_grad=False)
+
+
 CHANGES: dict[str, Change] = {
     "merged": lambda layer, _: layer.merge(),
     "disabled": lambda layer, _: layer.enable_adapters(False),
@@ -79,7 +87,9 @@ CHANGES: dict[str, Change] = {
     "dropout drops all": lambda layer, _: layer.lora_dropout.update({"default": nn.Dropout(1.0)}),
     "bias in A": give_bias,
     "scaling a tensor": lambda layer, _: layer.scaling.update(default=torch.tensor(2.0)),
-    "scaling not finite": lambda layer, _: layer.scaling.update(default=float("inf")),
+    "a base of integers": as_integers,
+    "weights of a subclass": lambda layer, _: setattr(layer.base_layer, "weight", Own(torch.ones(32, 48))),
+    "bias of another dtype": lambda layer, _: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(32).half())),
     "adapters of two dtypes": lambda layer, _: layer.lora_A["default"].half(),
     "weight an attribute": as_attribute,
     "casting switched off": lambda layer, _: setattr(layer, "cast_input_dtype_enabled", False),
@@ -91,27 +101,30 @@ CHANGES: dict[str, Change] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_plain_takes_the_longer_way(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = plain_layer(lora_dropout=0.1), torch.randn(3, 48)
-    assert plain.run(layer, x) is not None
+    layer = plain_layer(lora_dropout=0.1)
+    assert read_plain(layer) is not None
     with monkeypatch.context() as patch:
         CHANGES[change](layer, patch)
-        assert plain.run(layer, x) is None
+        assert read_plain(layer) is None
 
 
 def test_a_hook_on_all_modules_takes_the_longer_way() -> None:
-    layer, x = plain_layer(), torch.randn(3, 48)
+    layer = plain_layer()
     handle = nn.modules.module.register_module_forward_hook(hook)
-    assert plain.run(layer, x) is None
+    assert read_plain(layer) is None
     handle.remove()
-    assert plain.run(layer, x) is not None
+    assert read_plain(layer) is not None
 
 
-def test_a_call_that_is_watched_or_cast_takes_the_longer_way() -> None:
+def test_a_layer_that_is_traced_or_transformed_takes_the_longer_way() -> None:
     layer, x = plain_layer(), torch.randn(3, 48)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert plain.run(layer, x) is None
-    with torch.profiler.profile():
-        assert plain.run(layer, x) is None
-    assert plain.run(layer, x.double()) is None
-    assert plain.run(layer, x[:, :47]) is None
-    assert plain.run(layer, "x") is None
+    seen: list[object] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(read_plain(layer))
+        return x * 2
+
+    torch.jit.trace(look, x, check_trace=False)
+    torch.func.vmap(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    assert seen == [None, None, None]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..four_bit import FourBit
 from ..functional import adapted_linear
 from ..verdicts import backend_verdict
-from . import plain
 from .base_layers import class_name
 from .methods import METHODS, Method, method_of, stock_of
 from .operands import Operands, read_operands
+from .plain import plain_layers, read_plain
 from .stock import Stock
 
 if TYPE_CHECKING:
@@ -40,16 +40,12 @@ class FusedForward(_Layer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's result, ``[..., K]`` to ``[..., N]``; from PEFT's own ``forward`` where the call cannot be fused."""
-        if not (torch.compiler.is_compiling() or args or kwargs) and self.plain_layers is not None:
-            y = plain.run(self, x)
-            if y is not None:
-                return y
         adapter_names = kwargs.get("adapter_names")
         if args or len(kwargs) > (self.method.mixes_batches and adapter_names is not None):
             return self._by_peft(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed_batch(x, adapter_names)
-        operands = read_layer(self, self.active_adapters, x)
+        operands = read_plain(self) or read_layer(self, self.active_adapters, x)
         if (
             isinstance(operands, str)
             or not _is_plain_input(x, operands.weight)
@@ -110,7 +106,7 @@ def _fused_class(method: Method) -> type[Any]:
         "method": method,
         "peft_class": peft_class,
         "stock": stock_of(method),
-        "plain_layers": plain.plain_layers(stock_of(method)) if method.fused_name == "FusedLinear" else None,
+        "plain_layers": plain_layers(stock_of(method)) if method.may_be_plain else None,
     }
     assert peft_class is not None
     return type(method.fused_name, (FusedForward, peft_class), members)

@@ -24,6 +24,7 @@ class Method(NamedTuple):
         model: the tuner whose ``_create_new_module`` makes the layers.
         read: see :data:`fastpeft.peft.readers.Reader`.
         mixes_batches: whether PEFT's forward takes ``adapter_names``.
+        may_be_plain: whether :mod:`fastpeft.peft.plain` knows its layers.
     """
 
     fused_name: str
@@ -32,6 +33,7 @@ class Method(NamedTuple):
     model: type[Any]
     read: Reader
     mixes_batches: bool = False
+    may_be_plain: bool = False
 
     def peft_class(self) -> type[Any] | None:
         """None where its module was not imported: then there is no such layer."""
@@ -40,7 +42,9 @@ class Method(NamedTuple):
 
 
 METHODS = (
-    Method("FusedLinear", "peft.tuners.lora.layer", "Linear", LoraModel, read_lora, mixes_batches=True),
+    Method(
+        "FusedLinear", "peft.tuners.lora.layer", "Linear", LoraModel, read_lora, mixes_batches=True, may_be_plain=True
+    ),
     Method("FusedLinear4bit", "peft.tuners.lora.bnb", "Linear4bit", LoraModel, read_lora, mixes_batches=True),
     Method("FusedSVDLinear", "peft.tuners.adalora.layer", "SVDLinear", AdaLoraModel, read_adalora),
     Method("FusedSVDLinear4bit", "peft.tuners.adalora.bnb", "SVDLinear4bit", AdaLoraModel, read_adalora),
