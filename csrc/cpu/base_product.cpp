@@ -27,6 +27,12 @@ constexpr int64_t kTurned = kStripe * kLanes + kLanes;
 
 int64_t padded(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
 
+// The contracted dimension in parts of the same size, none above the most.
+int64_t even_part(int64_t rows, int64_t most) {
+    constexpr int64_t kUnit = 2 * kLanes;
+    return ceil_div(rows, ceil_div(rows, most) * kUnit) * kUnit;
+}
+
 // Whole cache lines that a thread keeps: fresh pages in every call would cost as much as the packing.
 class Scratch {
   public:
@@ -59,12 +65,13 @@ class Task {
           pairs_(pairs),
           low_rank_pairs_(kernels.pairs(sweep.dtype)),
           decoded_dtype_(pairs ? DType::bf16 : DType::f32),
-          element_(pairs ? 2 : 4) {
-        depth_ = depth_of(s_.rows, pairs);
-        thread_local Scratch sums, stripe, columns, left, decoded;
-        const size_t operands = apart.inputs ? 2 : x.size();
+          element_(pairs ? 2 : 4),
+          depth_(pairs && !apart ? even_part(s_.rows, kDepthPairs) : depth_of(s_.rows)) {
+        thread_local Scratch sums, stripe, floats, columns, left, decoded;
+        const size_t operands = apart ? 2 : x.size();
         sums_ = reinterpret_cast<float*>(sums.lines(operands * kPart * kStripe * sizeof(float)));
         stripe_ = stripe.lines(depth_ * kStripe * element_);
+        floats_ = reinterpret_cast<float*>(pairs && apart.inputs ? floats.lines(depth_ * kStripe * 4) : stripe_);
         if (apart.outputs)
             columns_ = reinterpret_cast<float*>(columns.lines(ceil_div(depth_, kStripe) * 4 * kTurned * sizeof(float)));
         left_ = left.lines(kRows * sweep.ranks * sizeof(float));
@@ -105,10 +112,8 @@ class Task {
 
     // Rows [row, row + rows) of a stripe of columns of S, to where row `d` of the packed stripe is.
     void pack_tile(const Matrix& s, int64_t row, int64_t rows, int64_t column, int64_t d) {
-        if (pairs_)
-            k_.pack_stripe(s, row, rows, column, stripe_ + d * kStripe * element_);
-        else
-            k_.pack_stripe_float(s, row, rows, column, reinterpret_cast<float*>(stripe_) + d * kLanes, depth_ * kLanes);
+        if (pairs_) k_.pack_stripe(s, row, rows, column, stripe_ + d * kStripe * element_);
+        if (!pairs_ || apart_.inputs) k_.pack_stripe_float(s, row, rows, column, floats_ + d * kLanes, depth_ * kLanes);
         if (!apart_.outputs) return;
         const Matrix turned{s.data, s.dtype, s.columns, s.rows, s.column_stride, s.row_stride};
         for (int64_t i = 0; i < rows; i += kStripe)
@@ -141,7 +146,7 @@ class Task {
         const Operand& x = x_[operand];
         if (!pairs_)
             return k_.product(static_cast<const float*>(x.data) + row_begin * x.ld + k, x.ld, row_end - row_begin,
-                              depth, reinterpret_cast<const float*>(stripe_), depth_ * kLanes, columns / kLanes, k > 0,
+                              depth, floats_, depth_ * kLanes, columns / kLanes, k > 0,
                               sums(operand), kStripe);
         // Rows in powers of two, so that there are few kernels to generate however many the tokens are.
         for (int64_t m = row_begin, rows; m < row_end; m += rows) {
@@ -162,16 +167,14 @@ class Task {
     void multiply_dropped(int64_t row_begin, int64_t row_end, int64_t k, int64_t columns) {
         const bool last = k + depth_ >= s_.rows;
         each_tile(row_begin, row_end, [&](int64_t m, int64_t rows, int64_t offset) {
-            k_.product_dropped(apart_.inputs->block(m, k / depth_), rows, reinterpret_cast<const float*>(stripe_),
-                               depth_ * kLanes, columns / kLanes, k > 0, last ? sums(0) + offset : nullptr,
-                               apart_.factor, sums(1) + offset, kStripe);
+            k_.product_dropped(apart_.inputs->block(m, k / depth_), rows, floats_, depth_ * kLanes, columns / kLanes,
+                               k > 0, last ? sums(0) + offset : nullptr, apart_.factor, sums(1) + offset, kStripe);
         });
     }
 
     void sample(int64_t row_begin, int64_t row_end, int64_t k, int64_t depth, int64_t column) {
         each_tile(row_begin, row_end, [&](int64_t m, int64_t rows, int64_t offset) {
-            k_.product_sampled(static_cast<const float*>(x_[1].data) + m * x_[1].ld + k, x_[1].ld,
-                               apart_.outputs->block(m, column / kStripe), rows, depth, columns_, kTurned, k > 0,
+            k_.product_sampled(apart_.whole + m * s_.rows + k, s_.rows, apart_.outputs->block(m, column / kStripe), rows, depth, columns_, kTurned, k > 0,
                                sums(1) + offset, kStripe);
         });
     }
@@ -227,9 +230,10 @@ class Task {
     const int64_t element_;  // bytes, of the packed stripe
     char* decoded_ = nullptr;
     float* columns_ = nullptr;  // the stripe turned round, for elements by themselves
-    int64_t depth_;
+    const int64_t depth_;
     float* sums_;
     char *stripe_, *left_;
+    float* floats_;  // the stripe in float32
     int64_t packed_k_ = -1, packed_column_ = -1;
 };
 
@@ -254,10 +258,7 @@ bool multiplies_pairs(const Kernels& kernels, DType dtype, int64_t depth) {
     return works;
 }
 
-int64_t depth_of(int64_t rows, bool pairs) {
-    const int64_t most = pairs ? kDepthPairs : kDepthFloat, unit = 2 * kLanes;
-    return ceil_div(rows, ceil_div(rows, most) * unit) * unit;
-}
+int64_t depth_of(int64_t rows) { return even_part(rows, kDepthFloat); }
 
 void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s,
                   bool pairs, const Apart& apart) {

@@ -27,12 +27,15 @@ struct Apart {
     // x[0] dropped, in blocks of depth_of(S.rows) columns: the `second` of operand 1 is factor · (x[0] S - inputs S).
     const Dropped* inputs = nullptr;
     float factor = 1.0f;
-    // Elements of the output, in blocks of kStripe columns: there the base product is x[1] S instead of x[0] S.
+    // Elements of the output, in blocks of kStripe columns: there the base product is `whole` S instead of x[0] S.
     const Dropped* outputs = nullptr;
+    const float* whole = nullptr;  // [rows, S.rows], contiguous
+
+    explicit operator bool() const { return inputs || outputs; }
 };
 
-// Of the contracted dimension that is packed at a time.
-int64_t depth_of(int64_t rows, bool pairs);
+// Of the contracted dimension that is packed at a time, in float32.
+int64_t depth_of(int64_t rows);
 
 // The output of the sweep onto x[0] S, where x[i] S is the `second` of the groups whose operand is i; the sweep's
 // `seconds` are not looked at. One stride of a dense S is 1. S is packed stripe by stripe, nothing outlives the call.

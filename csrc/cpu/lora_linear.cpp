@@ -185,10 +185,11 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
     Apart apart;
     std::optional<Dropped> dropped;
     if (takes_dropped_apart(plan, x2, adapters)) {
-        inputs[0] = x2.to(at::kFloat);
+        const Tensor x32 = x2.to(at::kFloat);
+        if (!multiplies_pairs(kernels, dtype_of(x), x2.size(1))) inputs[0] = x32;  // which it needs as well
         const RankGroup& group = layout.groups[0];
-        dropped.emplace(kernels, group.seed, group.threshold, x2.size(0), x2.size(1), depth_of(x2.size(1), false),
-                        inputs[0].const_data_ptr<float>(), inputs[0].stride(0));
+        dropped.emplace(kernels, group.seed, group.threshold, x2.size(0), x2.size(1), depth_of(x2.size(1)),
+                        x32.const_data_ptr<float>(), x32.stride(0));
         if (dropped->finite())
             apart = {.inputs = &*dropped, .factor = static_cast<float>(dropout_scale(group.threshold))};
     }
@@ -261,12 +262,15 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
     std::vector<Tensor> inputs;  // of the product with W: the gradients of x Wᵀ and of each D(x) Wᵀ
     std::vector<RankGroup> groups = layout.groups;
     Apart apart;
+    Tensor whole;
     std::optional<Dropped> dropped;
     if (needs.x && !needs.weight && takes_dropped_apart(plan, dy2, adapters)) {
         const auto factor = dropout_scale(adapters.thresholds[0]);
-        inputs = {scaled(dy2.to(at::kFloat), (adapters.c[0] - 1) * factor + 1, 1.0, 0, 0), dy2};
+        whole = dy2.to(at::kFloat).contiguous();
+        const Tensor& dense = multiplies_pairs(kernels, dtype_of(dy2), N) ? dy2 : whole;
+        inputs = {scaled(dense, (adapters.c[0] - 1) * factor + 1, 1.0, 0, 0)};
         dropped.emplace(kernels, groups[0].seed, groups[0].threshold, M, K, kStripe, nullptr, 0);
-        apart.outputs = &*dropped;
+        apart = {.outputs = &*dropped, .whole = whole.const_data_ptr<float>()};
     } else if (needs.x || needs.weight) {
         inputs.push_back(chain.base.defined() ? scaled(dy2, chain.base, 1.0, 0, 0) : dy2);
         for (size_t i = 0; i < adapters.c.size(); ++i)

@@ -106,8 +106,9 @@ Plan backward_plan(const Tensor& dy, const Weight& weight, const Adapters& adapt
 }
 
 bool takes_dropped_apart(Plan plan, const Tensor& x, const Adapters& adapters) {
+    const Kernels& kernels = cpu::kernels();
     return plan == Plan::one_accumulator && drops_few(x, adapters) &&
-           !multiplies_pairs(kernels(), dtype_of(x), x.size(-1));
+           (kernels.prefers.pairs_apart || !multiplies_pairs(kernels, dtype_of(x), x.size(-1)));
 }
 
 void force_plan(std::optional<Plan> plan) { forced = plan ? static_cast<int>(*plan) : kChosen; }

@@ -55,6 +55,8 @@ struct Preferences {
     bool packs_float = false;     // float32: the product of our own, its sums shared with the low-rank part, beats a
                                   // vendor's that is not tuned for the processor
     bool packs_dense = false;     // bfloat16 pairs: packing a dense W for such sums does
+    bool pairs_apart = false;     // bfloat16 pairs: the few elements that dropout drops, by themselves in float32, beat
+                                  // a second product
     bool low_rank_first = false;  // bfloat16: the vendor's product adds onto the low-rank part at no cost
 };
 
