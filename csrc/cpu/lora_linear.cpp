@@ -186,7 +186,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
     std::optional<Dropped> dropped;
     if (takes_dropped_apart(plan, x2, adapters)) {
         const Tensor x32 = x2.to(at::kFloat);
-        if (!multiplies_pairs(kernels, dtype_of(x), x2.size(1))) inputs[0] = x32;  // which it needs as well
+        if (!multiplies_pairs(kernels, dtype_of(x), x2.size(1))) inputs[0] = x32;
         const RankGroup& group = layout.groups[0];
         dropped.emplace(kernels, group.seed, group.threshold, x2.size(0), x2.size(1), depth_of(x2.size(1)),
                         x32.const_data_ptr<float>(), x32.stride(0));
