@@ -146,8 +146,7 @@ class Task {
         const Operand& x = x_[operand];
         if (!pairs_)
             return k_.product(static_cast<const float*>(x.data) + row_begin * x.ld + k, x.ld, row_end - row_begin,
-                              depth, floats_, depth_ * kLanes, columns / kLanes, k > 0,
-                              sums(operand), kStripe);
+                              depth, floats_, depth_ * kLanes, columns / kLanes, k > 0, sums(operand), kStripe);
         // Rows in powers of two, so that there are few kernels to generate however many the tokens are.
         for (int64_t m = row_begin, rows; m < row_end; m += rows) {
             rows = std::min<int64_t>(kBlock, std::bit_floor(static_cast<uint64_t>(row_end - m)));
@@ -174,8 +173,8 @@ class Task {
 
     void sample(int64_t row_begin, int64_t row_end, int64_t k, int64_t depth, int64_t column) {
         each_tile(row_begin, row_end, [&](int64_t m, int64_t rows, int64_t offset) {
-            k_.product_sampled(apart_.whole + m * s_.rows + k, s_.rows, apart_.outputs->block(m, column / kStripe), rows, depth, columns_, kTurned, k > 0,
-                               sums(1) + offset, kStripe);
+            k_.product_sampled(apart_.whole + m * s_.rows + k, s_.rows, apart_.outputs->block(m, column / kStripe),
+                               rows, depth, columns_, kTurned, k > 0, sums(1) + offset, kStripe);
         });
     }
 

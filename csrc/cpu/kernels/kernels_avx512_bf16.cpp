@@ -10,5 +10,6 @@
 #define PAIR(name) name##_pairs
 #include "pair_table.inl"
 
-const fastpeft::cpu::Kernels fastpeft::cpu::kAvx512Bf16 = pair_table("avx512_bf16", {.packs_dense = true, .pairs_apart = true});
+const fastpeft::cpu::Kernels fastpeft::cpu::kAvx512Bf16 =
+    pair_table("avx512_bf16", {.packs_dense = true, .pairs_apart = true});
 #endif
