@@ -21,6 +21,8 @@ constexpr int64_t kPart = 512;  // rows whose sums wait in scratch, at most
 // has blocks of its own; in float32 what a first-level cache holds of sixteen columns.
 constexpr int64_t kDepthPairs = 3072, kDepthFloat = 256;
 constexpr int64_t kTasksAThread = 4;
+// Of the stripes that are packed together: bytes at a time. Bytes of x from which on that pays.
+constexpr int64_t kBytesTogether = 3 << 18, kBytesNear = 1 << 20;
 // Elements from one block of sixteen columns of the turned stripe to the next: a line more than it holds, so that the
 // lines of a row do not share a cache set.
 constexpr int64_t kTurned = kStripe * kLanes + kLanes;
@@ -32,6 +34,8 @@ int64_t even_part(int64_t rows, int64_t most) {
     constexpr int64_t kUnit = 2 * kLanes;
     return ceil_div(rows, ceil_div(rows, most) * kUnit) * kUnit;
 }
+
+int64_t depth_pairs(int64_t together) { return together > 1 ? kBytesTogether / (together * kStripe * 2) : kDepthPairs; }
 
 // Whole cache lines that a thread keeps: fresh pages in every call would cost as much as the packing.
 class Scratch {
@@ -55,7 +59,7 @@ class Scratch {
 class Task {
   public:
     Task(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& right,
-         bool pairs, const Apart& apart)
+         bool pairs, const Apart& apart, int64_t together)
         : k_(kernels),
           sweep_(sweep),
           x_(x),
@@ -66,11 +70,12 @@ class Task {
           low_rank_pairs_(kernels.pairs(sweep.dtype)),
           decoded_dtype_(pairs ? DType::bf16 : DType::f32),
           element_(pairs ? 2 : 4),
-          depth_(pairs && !apart ? even_part(s_.rows, kDepthPairs) : depth_of(s_.rows)) {
+          together_(together),
+          depth_(pairs && !apart ? even_part(s_.rows, depth_pairs(together)) : depth_of(s_.rows)) {
         thread_local Scratch sums, stripe, floats, columns, left, decoded;
         const size_t operands = apart ? 2 : x.size();
-        sums_ = reinterpret_cast<float*>(sums.lines(operands * kPart * kStripe * sizeof(float)));
-        stripe_ = stripe.lines(depth_ * kStripe * element_);
+        sums_ = reinterpret_cast<float*>(sums.lines(operands * together * kPart * kStripe * sizeof(float)));
+        stripe_ = stripe.lines(together * depth_ * kStripe * element_);
         floats_ = reinterpret_cast<float*>(pairs && apart.inputs ? floats.lines(depth_ * kStripe * 4) : stripe_);
         if (apart.outputs)
             columns_ = reinterpret_cast<float*>(columns.lines(ceil_div(depth_, kStripe) * 4 * kTurned * sizeof(float)));
@@ -78,42 +83,48 @@ class Task {
         if (right.packed) decoded_ = decoded.lines(kStripe * kColumns * element_);
     }
 
-    // Up to kPart rows of one stripe of columns.
+    // Up to kPart rows of `together` stripes of columns.
     void run(int64_t row_begin, int64_t row_end, int64_t column) {
-        const int64_t columns = std::min(kStripe, sweep_.columns - column);
+        const int64_t end = std::min(column + together_ * kStripe, sweep_.columns);
+        const int64_t block = pairs_ && !apart_ ? kBlock : kPart;  // of rows, finished while their sums are near
         for (int64_t k = 0; k < s_.rows; k += depth_) {
             const int64_t depth = std::min(depth_, s_.rows - k);
-            pack(k, depth, column);
-            multiply(0, row_begin, row_end, k, depth, padded(columns));
-            if (apart_.inputs)
-                multiply_dropped(row_begin, row_end, k, padded(columns));
-            else if (apart_.outputs)
-                sample(row_begin, row_end, k, depth, column);
-            else
-                for (size_t i = 1; i < x_.size(); ++i) multiply(i, row_begin, row_end, k, depth, padded(columns));
+            const bool last = k + depth_ >= s_.rows;
+            pack(k, depth, column, end);
+            for (int64_t m = row_begin; m < row_end; m += block) {
+                const int64_t m_end = std::min(m + block, row_end);
+                const int64_t offset = (m - row_begin) * kStripe;
+                multiply(0, m, m_end, offset, k, depth, column, end);
+                if (apart_.inputs)
+                    multiply_dropped(row_begin, row_end, k, padded(end - column));
+                else if (apart_.outputs)
+                    sample(row_begin, row_end, k, depth, column);
+                else
+                    for (size_t i = 1; i < x_.size(); ++i) multiply(i, m, m_end, offset, k, depth, column, end);
+                if (last) finish(m, m_end, offset, column, end);
+            }
         }
-        if (apart_.outputs) replace_sampled(row_begin, row_end, column);
-        if (pairs_) at::native::cpublas::brgemm_release(true);  // expand may need the same tile registers
-        for (int64_t m = row_begin; m < row_end; m += kRows)
-            for (const RankGroup& g : sweep_.groups)
-                expand(g, m, std::min(kRows, row_end - m), column, columns, (m - row_begin) * kStripe);
     }
 
   private:
-    void pack(int64_t k, int64_t depth, int64_t column) {
+    void pack(int64_t k, int64_t depth, int64_t column, int64_t end) {
         if (k == packed_k_ && column == packed_column_) return;
-        if (right_.packed)
-            decode_and_pack(k, depth, column);
-        else
-            pack_tile(s_, k, depth, column, 0);
+        for (int64_t c = column; c < end; c += kStripe) {
+            char* stripe = stripe_ + (c - column) * depth_ * element_;
+            if (right_.packed)
+                decode_and_pack(k, depth, c, stripe);
+            else
+                pack_tile(s_, k, depth, c, 0, stripe);
+        }
         packed_k_ = k;
         packed_column_ = column;
     }
 
     // Rows [row, row + rows) of a stripe of columns of S, to where row `d` of the packed stripe is.
-    void pack_tile(const Matrix& s, int64_t row, int64_t rows, int64_t column, int64_t d) {
-        if (pairs_) k_.pack_stripe(s, row, rows, column, stripe_ + d * kStripe * element_);
-        if (!pairs_ || apart_.inputs) k_.pack_stripe_float(s, row, rows, column, floats_ + d * kLanes, depth_ * kLanes);
+    void pack_tile(const Matrix& s, int64_t row, int64_t rows, int64_t column, int64_t d, char* stripe) {
+        auto* floats = pairs_ ? floats_ : reinterpret_cast<float*>(stripe);
+        if (pairs_) k_.pack_stripe(s, row, rows, column, stripe + d * kStripe * element_);
+        if (!pairs_ || apart_.inputs) k_.pack_stripe_float(s, row, rows, column, floats + d * kLanes, depth_ * kLanes);
         if (!apart_.outputs) return;
         const Matrix turned{s.data, s.dtype, s.columns, s.rows, s.column_stride, s.row_stride};
         for (int64_t i = 0; i < rows; i += kStripe)
@@ -121,7 +132,7 @@ class Task {
     }
 
     // Tiles of W, kStripe x kColumns or kColumns x kStripe, are decoded row by row of W and packed from scratch.
-    void decode_and_pack(int64_t k, int64_t depth, int64_t column) {
+    void decode_and_pack(int64_t k, int64_t depth, int64_t column, char* stripe) {
         const int64_t columns = std::min(kStripe, s_.columns - column);
         const int64_t length = right_.transposed ? s_.rows : s_.columns;  // of a row of W
         for (int64_t d = 0; d < depth; d += kColumns) {
@@ -136,24 +147,42 @@ class Task {
                 k_.decode(*right_.packed, (k + d) * length + column, length, rows, columns, s_.dtype, decoded_,
                           decoded_dtype_, kStripe);
             }
-            pack_tile(tile, 0, rows, 0, d);
+            pack_tile(tile, 0, rows, 0, d, stripe);
         }
     }
 
-    float* sums(size_t operand) const { return sums_ + operand * kPart * kStripe; }
+    // The low-rank part onto the sums of some rows, and the output.
+    void finish(int64_t row_begin, int64_t row_end, int64_t offset, int64_t column, int64_t end) {
+        if (apart_.outputs) replace_sampled(row_begin, row_end, column);
+        if (pairs_) at::native::cpublas::brgemm_release(true);  // expand may need the same tile registers
+        for (int64_t m = row_begin; m < row_end; m += kRows)
+            for (int64_t c = column; c < end; c += kStripe)
+                for (const RankGroup& g : sweep_.groups)
+                    expand(g, m, std::min(kRows, row_end - m), c, std::min(kStripe, end - c),
+                           (c - column) * kPart + offset + (m - row_begin) * kStripe);
+    }
 
-    void multiply(size_t operand, int64_t row_begin, int64_t row_end, int64_t k, int64_t depth, int64_t columns) {
+    float* sums(size_t operand) const { return sums_ + operand * together_ * kPart * kStripe; }
+
+    void multiply(size_t operand, int64_t row_begin, int64_t row_end, int64_t offset, int64_t k, int64_t depth,
+                  int64_t column, int64_t end) {
         const Operand& x = x_[operand];
-        if (!pairs_)
-            return k_.product(static_cast<const float*>(x.data) + row_begin * x.ld + k, x.ld, row_end - row_begin,
-                              depth, floats_, depth_ * kLanes, columns / kLanes, k > 0, sums(operand), kStripe);
         // Rows in powers of two, so that there are few kernels to generate however many the tokens are.
         for (int64_t m = row_begin, rows; m < row_end; m += rows) {
-            rows = std::min<int64_t>(kBlock, std::bit_floor(static_cast<uint64_t>(row_end - m)));
-            at::native::cpublas::brgemm(rows, columns, depth, x.ld, kStripe, kStripe, k > 0,
-                                        static_cast<const BFloat16*>(x.data) + m * x.ld + k,
-                                        reinterpret_cast<const BFloat16*>(stripe_),
-                                        sums(operand) + (m - row_begin) * kStripe, true);
+            rows = pairs_ ? std::min<int64_t>(kBlock, std::bit_floor(static_cast<uint64_t>(row_end - m))) : row_end - m;
+            for (int64_t c = column; c < end; c += kStripe) {
+                const char* stripe = stripe_ + (c - column) * depth_ * element_;
+                float* out = sums(operand) + (c - column) * kPart + offset + (m - row_begin) * kStripe;
+                const int64_t columns = padded(std::min(kStripe, end - c));
+                if (pairs_)
+                    at::native::cpublas::brgemm(rows, columns, depth, x.ld, kStripe, kStripe, k > 0,
+                                                static_cast<const BFloat16*>(x.data) + m * x.ld + k,
+                                                reinterpret_cast<const BFloat16*>(stripe), out, true);
+                else
+                    k_.product(static_cast<const float*>(x.data) + m * x.ld + k, x.ld, rows, depth,
+                               reinterpret_cast<const float*>(stripe), depth_ * kLanes, columns / kLanes, k > 0, out,
+                               kStripe);
+            }
         }
     }
 
@@ -226,7 +255,8 @@ class Task {
     const Apart& apart_;
     const bool pairs_, low_rank_pairs_;  // of the product with S, and of the one with the panel
     const DType decoded_dtype_;
-    const int64_t element_;  // bytes, of the packed stripe
+    const int64_t element_;   // bytes, of the packed stripe
+    const int64_t together_;  // stripes
     char* decoded_ = nullptr;
     float* columns_ = nullptr;  // the stripe turned round, for elements by themselves
     const int64_t depth_;
@@ -261,20 +291,23 @@ int64_t depth_of(int64_t rows) { return even_part(rows, kDepthFloat); }
 
 void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s,
                   bool pairs, const Apart& apart) {
-    const int64_t stripes = ceil_div(sweep.columns, kStripe);
-    const int64_t wanted = ceil_div(sweep.rows * stripes, kTasksAThread * at::get_num_threads());
+    const int64_t all = ceil_div(sweep.columns, kStripe), busy = kTasksAThread * at::get_num_threads();
+    const bool far = pairs && !apart && std::min(sweep.rows, kPart) * s.s.rows * 2 > kBytesNear;
+    const int64_t together = far ? std::clamp<int64_t>(all / busy, 1, kernels.prefers.stripes_together) : 1;
+    const int64_t stripes = ceil_div(all, together);
+    const int64_t wanted = ceil_div(sweep.rows * stripes, busy);
     const int64_t part = std::clamp(ceil_div(wanted, kBlock) * kBlock, kBlock, kPart);
     const int64_t parts = ceil_div(sweep.rows, part), tasks = parts * stripes;
     // The parts of a stripe one after the other, so that it is packed once, unless there are too few stripes for that.
-    const int64_t at_once = stripes >= kTasksAThread * at::get_num_threads() ? parts : 1;
+    const int64_t at_once = stripes >= busy ? parts : 1;
     // Whichever thread is free goes on: a task's result does not depend on the thread that computes it.
     std::atomic<int64_t> next{0};
     at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
-        Task task(kernels, sweep, x, s, pairs, apart);
+        Task task(kernels, sweep, x, s, pairs, apart, together);
         for (int64_t first; (first = next.fetch_add(at_once)) < tasks;)
             for (int64_t i = first; i < std::min(first + at_once, tasks); ++i) {
                 const int64_t row = i % parts * part;
-                task.run(row, std::min(row + part, sweep.rows), i / parts * kStripe);
+                task.run(row, std::min(row + part, sweep.rows), i / parts * together * kStripe);
             }
     });
 }

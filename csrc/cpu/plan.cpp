@@ -80,14 +80,17 @@ Plan product_plan(const Tensor& x, const Weight& weight, const Adapters& adapter
     if (weight.four_bit()) return Plan::one_accumulator;
     if (dtype == at::kFloat) {
         const bool packs = kernels.prefers.packs_float && !has_tuned_float_products() && tokens_of(x) >= kTokensPacked;
-        return packs || drops_few(x, adapters) ? Plan::one_accumulator : Plan::base_first;
+        if (packs || drops_few(x, adapters)) return Plan::one_accumulator;
+        // Its library adds onto the low-rank part at no cost. DoRA scales the base product, which comes first then.
+        return has_tuned_float_products() && !adapters.dora() ? Plan::low_rank_first : Plan::base_first;
     }
     if (dtype == at::kHalf) return has_float16_products() ? Plan::base_first : Plan::one_accumulator;
     // Of an odd number of elements oneDNN reads the next one, too, and a nan there comes through.
     if (!kernels.pairs(DType::bf16) || x.size(-1) % 2) return Plan::one_accumulator;
-    if (kernels.prefers.packs_dense && multiplies_pairs(kernels, DType::bf16, x.size(-1))) return Plan::one_accumulator;
-    // DoRA scales the base product: it comes first.
-    return kernels.prefers.low_rank_first && !adapters.dora() ? Plan::low_rank_first : Plan::base_first;
+    const Preferences& prefers = kernels.prefers;
+    const bool packs = x.size(-1) >= prefers.packs_from_depth || tokens_of(x) <= prefers.packs_up_to_tokens;
+    if (packs && multiplies_pairs(kernels, DType::bf16, x.size(-1))) return Plan::one_accumulator;
+    return prefers.low_rank_first && !adapters.dora() ? Plan::low_rank_first : Plan::base_first;
 }
 
 }  // namespace

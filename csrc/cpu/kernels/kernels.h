@@ -52,12 +52,16 @@ struct SparseBlock {
 
 // Which of two ways is the faster with an instruction set's kernels, as bench/cpu_plans.py measured them.
 struct Preferences {
-    bool packs_float = false;     // float32: the product of our own, its sums shared with the low-rank part, beats a
-                                  // vendor's that is not tuned for the processor
-    bool packs_dense = false;     // bfloat16 pairs: packing a dense W for such sums does
+    bool packs_float = false;  // float32: the product of our own, its sums shared with the low-rank part, beats a
+                               // vendor's that is not tuned for the processor
+    // bfloat16 pairs: packing a dense W for such sums does, from so many contracted elements on or up to so many
+    // tokens.
+    int64_t packs_from_depth = INT64_MAX, packs_up_to_tokens = 0;
     bool pairs_apart = false;     // bfloat16 pairs: the few elements that dropout drops, by themselves in float32, beat
                                   // a second product
     bool low_rank_first = false;  // bfloat16: the vendor's product adds onto the low-rank part at no cost
+    int stripes_together = 1;     // bfloat16 pairs: of W, that meet each block of x at a time. Matrix units are faster
+                                  // than x comes from the third-level cache
 };
 
 struct Kernels {

@@ -11,5 +11,5 @@
 #include "pair_table.inl"
 
 const fastpeft::cpu::Kernels fastpeft::cpu::kAvx512Bf16 =
-    pair_table("avx512_bf16", {.packs_dense = true, .pairs_apart = true});
+    pair_table("avx512_bf16", {.packs_from_depth = 0, .pairs_apart = true});
 #endif

@@ -10,5 +10,7 @@
 #define PAIR(name) name##_amx
 #include "pair_table.inl"
 
-const fastpeft::cpu::Kernels fastpeft::cpu::kEmulatedAmx = pair_table("emulated_amx", {.low_rank_first = true});
+const fastpeft::cpu::Kernels fastpeft::cpu::kEmulatedAmx =
+    pair_table("emulated_amx",
+               {.packs_from_depth = 1536, .packs_up_to_tokens = 512, .low_rank_first = true, .stripes_together = 4});
 #endif
