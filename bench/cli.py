@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastpeft import extension
+from fastpeft.experiments import provenance
 from fastpeft.experiments.models import FOUR_BIT_METHODS, METHODS
 from fastpeft.experiments.options import Probability
 from fastpeft.experiments.packages import MissingPackage, require_package
@@ -135,7 +136,7 @@ def command(
     console = Console()
     if device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("torch finds no NVIDIA GPU", param_hint="--device")
-    path = out / f"{rows.machine(device)['name']}.jsonl"
+    path = out / f"{provenance.machine(device)['name']}.jsonl"
     try:
         recorded = rows.load(path) if path.exists() else []
     except ValueError as error:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fastpeft import ops
 from fastpeft.call import Adapters, BackwardCall, Kept, Needs, Weight
+from fastpeft.experiments.timing import interleave, summary
 
 from .cpu_plans import by_plan
 from .measure import Run, record_kernels
 from .play import isa_option
-from .timing import interleave, summary
 
 TOKENS, WIDTH, RANK, DROPOUT = 512, 2048, 16, 0.05
 PEAK_SIZE, COPY_BYTES = 2048, 1 << 28

@@ -16,10 +16,10 @@ import torch
 
 from fastpeft import extension, ops
 from fastpeft.call import Adapters, BackwardCall, ForwardCall, Kept, Needs, Weight
+from fastpeft.experiments.timing import interleave, ratios, summary
 
 from .measure import Run, record_kernels
 from .play import isa_option
-from .timing import interleave, ratios, summary
 
 RANK = 16
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .timing import interleave, summary
+from fastpeft.experiments.timing import interleave, summary
 
 CACHES_OF_OPERANDS = 3
 MOST_COPIES = 64

@@ -13,13 +13,14 @@ import torch
 
 from fastpeft import dispatch, extension
 from fastpeft.call import Weight
+from fastpeft.experiments import provenance
 from fastpeft.experiments.memory import kept_bytes
+from fastpeft.experiments.timing import Samples, interleave, ratios, summary
 
 from . import parity, rows
 from .cases import DTYPES, Case
 from .contestants import BASE, BASE_FLOAT32, FASTPEFT, PEFT, Contestant, Runner
 from .rows import Row
-from .timing import Samples, interleave, ratios, summary
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Run:
 
     @classmethod
     def begin(cls, device: str = "cpu") -> Run:
-        return cls(_now(), rows.machine(device), rows.versions(), *rows.commit())
+        return cls(_now(), provenance.machine(device), provenance.versions(), *provenance.commit())
 
     def facts(self) -> dict[str, Any]:
         """What a row of the kernels starts with."""

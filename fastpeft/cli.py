@@ -12,6 +12,7 @@ from . import __version__
 
 COMMANDS = {
     "bench": ("fastpeft.bench.cli", "Measure fastpeft beside the frozen base and PEFT."),
+    "compare": ("fastpeft.experiments.compare.command", "Compare fine-tuning methods on real data."),
     "demo": ("fastpeft.experiments.demo", "Fine-tune a real model by PEFT and by fastpeft, side by side."),
     "info": ("fastpeft.info", "Show versions, processor and backends, and check the results."),
 }

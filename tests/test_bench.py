@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from fastpeft.bench import bounds, cli, contestants, parity, play, plot, rows, table, timing
+from fastpeft.bench import bounds, cli, contestants, parity, play, plot, rows, table
 from fastpeft.bench.cases import LayerCase, ModelCase
 from fastpeft.bench.contestants import BASE, CONTESTANTS, FASTPEFT, PEFT, PEFT_AUTOCAST, PEFT_COMPILED
 from fastpeft.bench.measure import Run, measure
@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from fastpeft import extension
+from fastpeft.experiments import provenance, timing
 from fastpeft.experiments.models import METHODS
 from fastpeft.peft.layers import FusedLinear
 
@@ -259,7 +260,7 @@ def test_every_method_computes_what_peft_computes(method: str, case: Any) -> Non
     ],
 )
 def test_machine_names_fit_a_file(cpu: str, name: str) -> None:
-    assert rows.slug(cpu) == name
+    assert provenance.slug(cpu) == name
 
 
 def test_table_shows_every_row_in_the_terminal_and_in_markdown() -> None:
@@ -340,20 +341,20 @@ def test_one_bound_holds_every_row_of_a_cpu_to_peft(backend: str, method: str) -
 def test_a_machine_is_named_by_its_instruction_set() -> None:
     C = extension.built()
     fastest, least = C.isas()[0], C.isas()[-1]
-    assert rows.machine()["played"] is None
-    assert f"-{rows.slug(fastest)}-" in rows.machine()["name"]
+    assert provenance.machine()["played"] is None
+    assert f"-{provenance.slug(fastest)}-" in provenance.machine()["name"]
     C.set_isa(least)
     try:
-        assert rows.machine()["played"] == least
-        assert f"-playing-{rows.slug(least)}-" in rows.machine()["name"]
+        assert provenance.machine()["played"] == least
+        assert f"-playing-{provenance.slug(least)}-" in provenance.machine()["name"]
     finally:
         C.set_isa("auto")
 
 
 def test_without_the_extension_a_machine_is_named_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "C", None)
-    assert "-reference-" in rows.machine()["name"]
-    assert rows.machine()["played"] is None
+    assert "-reference-" in provenance.machine()["name"]
+    assert provenance.machine()["played"] is None
 
 
 def test_a_processor_plays_lesser_ones(tmp_path: Path) -> None:
@@ -365,7 +366,7 @@ def test_a_processor_plays_lesser_ones(tmp_path: Path) -> None:
         (path,) = (tmp_path / isa).glob("*.jsonl")
         found = rows.load(path)
         assert {(r.machine["name"], r.machine["played"]) for r in found} == {(path.stem, isa)}
-        assert f"-playing-{rows.slug(isa)}-" in path.stem
+        assert f"-playing-{provenance.slug(isa)}-" in path.stem
         ours = [r for r in found if r.contestant == "fastpeft"]
         assert {r.backend for r in ours} == {f"cpu, {isa}"}
         assert all(r.against is not None and r.against.keys() == {"base", "peft", "base-float32"} for r in ours)

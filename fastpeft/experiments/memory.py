@@ -56,6 +56,11 @@ def peak_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callabl
     optimizer.zero_grad(set_to_none=True)
     states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     before = held_bytes([*model.parameters(), *model.buffers(), *states])
+    if next(model.parameters()).is_cuda:
+        others = torch.cuda.memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - others
     with profile(profile_memory=True) as recorded:
         step()
     events = (event for event in recorded.kineto_results.events() if event.name() == "[memory]")

