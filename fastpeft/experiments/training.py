@@ -78,7 +78,7 @@ class Run:
         allocate_ranks = getattr(getattr(self.plain_model, "base_model", None), "update_and_allocate", None)
         if allocate_ranks is not None:  # AdaLoRA
             allocate_ranks(len(self.losses))
-        self.losses.append(loss.item())
+        self.losses.append(self.accelerator.reduce(loss, "mean").item())
         self.seconds.append(time.perf_counter() - started)
         return self.losses[-1]
 
