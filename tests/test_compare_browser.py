@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
@@ -52,6 +53,8 @@ def probe(page: str, width: int, folder: Path) -> dict[str, Any]:
     outer = f'<iframe src="page.html" style="width: {width}px; height: 900px; border: 0"></iframe>'
     read = "onload = () => document.body.append(document.querySelector('iframe').contentDocument.body.dataset.found)"
     (folder / "outer.html").write_text(f"<!doctype html><body>{outer}<script>{read}</script></body>", encoding="utf-8")
+    if shutil.which("chromium") is None:
+        pytest.fail("no chromium: install it (Debian, Ubuntu: apt install chromium)")
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command += [f"--user-data-dir={folder / 'profile'}", "--window-size=1600,1000", "--virtual-time-budget=5000"]
     dumped = subprocess.run(

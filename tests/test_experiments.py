@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,44 @@ def test_evaluation_does_not_depend_on_the_batches() -> None:
     loss, accuracy = training.evaluate(training.new_run("exact", model, 1e-3), samples, batch_size=5)
     assert loss == pytest.approx(sum(losses) / 13, rel=torch.finfo(torch.float32).eps * 13)
     assert accuracy == sum(hits) / 13
+
+
+def test_the_learning_rate_rises_and_falls_linearly_and_gradients_are_clipped() -> None:
+    recipe = training.Recipe(learning_rate=0.1, steps=10, warmup=0.2, clip=1e-3)
+    run = training.new_run("own", tiny_classifier(), recipe)
+    samples, rates = random_data(4), []
+    for _ in range(10):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.step(samples)
+        norm = torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm()
+        assert norm <= 1e-3
+    expected = [0.0, 0.05, *(0.1 * (10 - step) / 8 for step in range(2, 10))]
+    assert rates == pytest.approx(expected, rel=torch.finfo(torch.float64).eps * 10)
+
+
+def test_the_task_decides_the_loss() -> None:
+    """Classes, numbers, and next tokens of which some are nobody's target, after the logits of a prompt."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    classes = torch.tensor([4, 0, 2])
+    by_class = [
+        math.log(sum(math.exp(v) for v in row)) - row[k] for row, k in zip(logits.tolist(), classes, strict=True)
+    ]
+    assert training.task_loss(logits, classes).item() == pytest.approx(
+        sum(by_class) / 3, rel=torch.finfo(torch.float64).eps * 20
+    )
+    numbers = torch.randn(3, dtype=torch.float64)
+    squares = [(row[0] - true) ** 2 for row, true in zip(logits.tolist(), numbers.tolist(), strict=True)]
+    assert training.task_loss(logits[:, :1], numbers).item() == pytest.approx(
+        sum(squares) / 3, rel=torch.finfo(torch.float64).eps * 20
+    )
+    tokens = torch.tensor([[1, 3, training.IGNORED], [2, 0, 4]])
+    prompted = torch.randn(2, 2 + 3, 5, dtype=torch.float64)
+    found = [(prompted[0, 2], 3), (prompted[1, 2], 0), (prompted[1, 3], 4)]
+    by_token = [(row.logsumexp(0) - row[k]).item() for row, k in found]
+    assert training.task_loss(prompted, tokens).item() == pytest.approx(
+        sum(by_token) / 3, rel=torch.finfo(torch.float64).eps * 20
+    )
 
 
 def test_measuring_memory_is_not_recorded() -> None:
