@@ -22,7 +22,12 @@ MAX_LINES = 500
 LAYERS = ("reference", "judge", "dropout", "four_bit", "call", "extension", "backends", "dispatch", "ops", "norm_cache")
 LAYERS += ("usual", "checks", "functional", "nn", "verdicts", "peft", "explain")
 # Who may name an instruction set: the backends, the compiler flags of each kernel file, and what `info` shows.
-MACHINE_MODULES = {PACKAGE / "build.py", PACKAGE / "info.py", *(PACKAGE / "backends").rglob("*.py")}
+MACHINE_MODULES = {
+    PACKAGE / "build.py",
+    PACKAGE / "info.py",
+    PACKAGE / "experiments/provenance.py",
+    *(PACKAGE / "backends").rglob("*.py"),
+}
 MACHINE_NAMES = re.compile(
     r"avx|amx|\bsse\d|\bneon\b|\bsve\d?\b|vnni|\bsm_?\d\d|\b[abh]\d00\b|cpu_supports|capabilit(y|ies)\b", re.IGNORECASE
 )

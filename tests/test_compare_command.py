@@ -22,12 +22,13 @@ from fastpeft.experiments.compare.rows import Rows
 
 __all__ = ["archive", "minilm"]  # fixtures
 SMALL = ("--steps", "2", "--batch-size", "4", "--length", str(LENGTH), "--dtype", "float32")
+SMALL += ("--valid-size", "20", "--test-size", "30")
 
 
 @pytest.fixture
 def csv(tmp_path: Path) -> Path:
     path = tmp_path / "own.csv"
-    lines = [f'"{text}",{"good" if rating > 0 else "bad"}' for rating, text in sentences(900)]
+    lines = [f'"{text}",{"good" if rating > 0 else "bad"}' for rating, text in sentences(120)]
     path.write_text("text,label\n" + "\n".join(lines) + "\n")
     return path
 
@@ -112,7 +113,7 @@ def test_what_cannot_be_had_is_said_in_one_line(
     message: str,
 ) -> None:
     monkeypatch.setattr(compare, "execute", lambda *_: pytest.fail("trained"))
-    code, output = run(tmp_path, "--data", "reviews", *arguments)
+    code, output = run(tmp_path, "--data", "reviews", "--valid-size", "8", "--test-size", "8", *arguments)
     assert code != 0
     assert message in output
 

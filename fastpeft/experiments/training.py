@@ -212,7 +212,7 @@ def _gathered(
 def evaluate(run: Run, data: Encoded, batch_size: int) -> tuple[float, float]:
     """Mean loss and accuracy (a share of 1) of a classifier over ``data``; see :func:`predict`."""
     loss, logits = predict(run, data, batch_size)
-    return loss, float((logits.argmax(1) == data.labels).float().mean())
+    return loss, float((logits.argmax(1) == data.labels).double().mean())
 
 
 def measure_memory(run: Run, batch: Encoded) -> tuple[int, int]:

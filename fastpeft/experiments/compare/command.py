@@ -53,6 +53,8 @@ class Settings:
     grid: bool
     batch_size: int | None
     length: int | None
+    valid_size: int | None
+    test_size: int | None
     log_with: str | None
     folder: Path
     out: Path
@@ -95,6 +97,8 @@ class Settings:
 @click.option("--grid", is_flag=True, help="Vary each setting of each method around its own, one at a time, too.")
 @click.option("--batch-size", type=click.IntRange(1), show_default="the preset's", help="Examples in a step.")
 @click.option("--length", type=click.IntRange(4), show_default="the preset's", help="Tokens of an example, at most.")
+@click.option("--valid-size", type=click.IntRange(1), show_default="the preset's", help="Examples to choose by.")
+@click.option("--test-size", type=click.IntRange(1), show_default="the preset's", help="Examples to test on.")
 @click.option("--log-with", type=click.Choice(["tensorboard"]), help="Log losses there, too, under OUT/logs.")
 @click.option(
     "--folder",
@@ -190,7 +194,7 @@ def compare(settings: Settings, rows: Rows, console: Console) -> None:
         if any(METHODS[name].four_bit for name in names):
             require_package("bitsandbytes", "pip install bitsandbytes")
         plan = settings.plan
-        sizes = Sizes(valid=plan.valid, test=plan.test)
+        sizes = Sizes(valid=settings.valid_size or plan.valid, test=settings.test_size or plan.test)
         task = load_task(
             settings.data,
             text=settings.text,
@@ -330,7 +334,8 @@ def _do(
                 rows.add(found)
             for row in found:
                 if row["failed"]:
-                    progress.console.print(f"{job.method.title}, seed {job.seed}: {row['failed']}", markup=False)
+                    said = f"{job.method.title}, seed {job.seed}: {row['failed']}"
+                    progress.console.print(said, markup=False, soft_wrap=True)
             progress.remove_task(current)
             progress.advance(whole)
     laboratory.accelerator.wait_for_everyone()

@@ -16,7 +16,7 @@ from .. import provenance
 from ..encoding import Encoded, encode
 from ..forgetting import forgotten_text, perplexity
 from ..memory import held_bytes
-from ..models import MODELS, load
+from ..models import MODELS, is_causal, load
 from ..tasks import Task
 from ..training import Recipe, Run, autocast, new_run
 from .jobs import Training
@@ -125,6 +125,8 @@ def _forgetting(task: Task, tokenizer: Any, length: int, folder: Path) -> Callab
     text: list[Encoded] = []
 
     def measure(run: Run) -> float | None:
+        if not is_causal(run.plain_model.config):
+            return None
         if not text:
             text.append(encode(forgotten_text(task, folder), tokenizer, length).to(run.accelerator.device))
         with autocast(run.accelerator.device, run.recipe.autocast):

@@ -56,8 +56,7 @@ class Method:
         title: of a line in a table.
         line: what it is, in one line.
         adapt: freezes a model, adds what is trained.
-        learning_rate: that of AdamW at the peak, which reached the highest validation score of those tried on both
-            built-in models (docs/compare.md).
+        learning_rate: AdamW's at its peak, of the order that papers take for the method; ``--grid`` tries others.
         settings: what ``adapt`` is given.
         sweeps: other values of single settings that ``--grid`` tries.
         four_bit: whether its frozen weights are quantized.
@@ -193,6 +192,13 @@ def _of_peft(name: str, **constant: Any) -> Callable[[nn.Module, Settings, Situa
     return make
 
 
+def _norms(model: nn.Module, settings: Settings, situation: Situation) -> Any:
+    import peft
+
+    norms = [name for name, module in model.named_modules() if type(module).__name__.endswith("Norm")]
+    return peft.LNTuningConfig(target_modules=norms)
+
+
 def _prefix(model: nn.Module, settings: Settings, situation: Situation) -> Any:
     import peft
 
@@ -279,9 +285,7 @@ METHODS: Mapping[str, Method] = {
         1e-3,
         {"oft_block_size": 32},
     ),
-    "ln-tuning": Method(
-        "LayerNorm tuning", "the norms' scales and shifts (Zhao et al., 2024)", _peft(_of_peft("LNTuningConfig")), 3e-3
-    ),
+    "ln-tuning": Method("LayerNorm tuning", "the norms' scales and shifts (Zhao et al., 2024)", _peft(_norms), 3e-3),
     "prefix": Method(
         "prefix tuning",
         "learnt keys and values before the text (Li and Liang, 2021)",

@@ -67,7 +67,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _execute(job: Job, laboratory: Laboratory, on_step: Callable[[Run], object]) -> list[Row]:
-    torch.manual_seed(job.seed)
     adapted = adapt(job, laboratory)
     models = contestants(adapted)
     runs = [laboratory.run(engine, model, job.learning_rate, job.training) for engine, model in models.items()]
@@ -80,6 +79,7 @@ def adapt(job: Job, laboratory: Laboratory) -> Adapted:
     """The base model with what the method trains, in float32, and all else in the training's dtype."""
     dtype: torch.dtype = getattr(torch, job.training.dtype)
     model = laboratory.base(job.seed)
+    torch.manual_seed(job.seed)
     if job.method.four_bit:
         model.to(dtype)  # what 4-bit layers compute in
     adapted = job.method.adapt(model, job.method.settings, Situation(laboratory.task.kind, job.steps))
@@ -97,7 +97,7 @@ def adapt(job: Job, laboratory: Laboratory) -> Adapted:
 
 def contestants(adapted: Adapted) -> dict[str, nn.Module]:
     """The model by the engine that computes it: fastpeft and PEFT where fastpeft fuses any layer of it."""
-    if adapted.engine == STOCK:
+    if adapted.engine == STOCK and adapted.merges:  # prompts are no layers
         fused = copy.deepcopy(adapted.model)
         if fastpeft.patch(fused).fused:
             return {FUSED: fused, STOCK: adapted.model}
