@@ -173,8 +173,10 @@ def test_whole_numbers_come_out_exactly_from_every_plan(isa: str, plan: str, cas
         assert torch.equal(actual[name].double(), exact), name
 
 
-# Of x more than a second-level cache holds: several stripes are packed together, in two depths; the last are fewer.
+# Of x more than a second-level cache holds: several stripes are packed together, in two depths or, of many rows, whole;
+# the last are fewer.
 FAR_CASES = [
+    Case(M=300, K=2102, N=1098, ranks=(3,)),
     Case(M=515, K=1602, N=1098, ranks=(3,)),
     Case(M=515, K=1602, N=1098, ranks=(3,), dropout_p=0.5, dora=True, bias=False),
 ]

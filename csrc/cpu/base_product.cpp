@@ -21,8 +21,9 @@ constexpr int64_t kPart = 512;  // rows whose sums wait in scratch, at most
 // has blocks of its own; in float32 what a first-level cache holds of sixteen columns.
 constexpr int64_t kDepthPairs = 3072, kDepthFloat = 256;
 constexpr int64_t kTasksAThread = 4;
-// Of the stripes that are packed together: bytes at a time. Bytes of x from which on that pays.
-constexpr int64_t kBytesTogether = 3 << 18, kBytesNear = 1 << 20;
+// Of the stripes that are packed together: bytes, in parts of their depth and whole. Bytes of x from which on that
+// pays.
+constexpr int64_t kBytesInParts = 3 << 18, kBytesWhole = 1 << 20, kBytesNear = 1 << 20;
 // Elements from one block of sixteen columns of the turned stripe to the next: a line more than it holds, so that the
 // lines of a row do not share a cache set.
 constexpr int64_t kTurned = kStripe * kLanes + kLanes;
@@ -35,7 +36,20 @@ int64_t even_part(int64_t rows, int64_t most) {
     return ceil_div(rows, ceil_div(rows, most) * kUnit) * kUnit;
 }
 
-int64_t depth_pairs(int64_t together) { return together > 1 ? kBytesTogether / (together * kStripe * 2) : kDepthPairs; }
+// How many stripes are packed at a time, and how deep.
+struct Packing {
+    int64_t together, depth;
+};
+
+// In pairs, `most` stripes at most. Of rows that are many, each part meets what is packed already if that is whole.
+Packing packing(int64_t rows, int64_t depth, int64_t most) {
+    constexpr int64_t kRowBytes = kStripe * 2;
+    const bool far = std::min(rows, kPart) * depth * 2 > kBytesNear;
+    if (far && most > 1 && rows > kPart && depth <= kDepthPairs)
+        return {std::clamp<int64_t>(kBytesWhole / (depth * kRowBytes), 1, most), even_part(depth, kDepthPairs)};
+    if (far && most > 1) return {most, even_part(depth, kBytesInParts / (most * kRowBytes))};
+    return {1, even_part(depth, kDepthPairs)};
+}
 
 // Whole cache lines that a thread keeps: fresh pages in every call would cost as much as the packing.
 class Scratch {
@@ -59,7 +73,7 @@ class Scratch {
 class Task {
   public:
     Task(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& right,
-         bool pairs, const Apart& apart, int64_t together)
+         bool pairs, const Apart& apart, const Packing& packing)
         : k_(kernels),
           sweep_(sweep),
           x_(x),
@@ -70,12 +84,12 @@ class Task {
           low_rank_pairs_(kernels.pairs(sweep.dtype)),
           decoded_dtype_(pairs ? DType::bf16 : DType::f32),
           element_(pairs ? 2 : 4),
-          together_(together),
-          depth_(pairs && !apart ? even_part(s_.rows, depth_pairs(together)) : depth_of(s_.rows)) {
+          together_(packing.together),
+          depth_(packing.depth) {
         thread_local Scratch sums, stripe, floats, columns, left, decoded;
         const size_t operands = apart ? 2 : x.size();
-        sums_ = reinterpret_cast<float*>(sums.lines(operands * together * kPart * kStripe * sizeof(float)));
-        stripe_ = stripe.lines(together * depth_ * kStripe * element_);
+        sums_ = reinterpret_cast<float*>(sums.lines(operands * together_ * kPart * kStripe * sizeof(float)));
+        stripe_ = stripe.lines(together_ * depth_ * kStripe * element_);
         floats_ = reinterpret_cast<float*>(pairs && apart.inputs ? floats.lines(depth_ * kStripe * 4) : stripe_);
         if (apart.outputs)
             columns_ = reinterpret_cast<float*>(columns.lines(ceil_div(depth_, kStripe) * 4 * kTurned * sizeof(float)));
@@ -292,8 +306,9 @@ int64_t depth_of(int64_t rows) { return even_part(rows, kDepthFloat); }
 void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s,
                   bool pairs, const Apart& apart) {
     const int64_t all = ceil_div(sweep.columns, kStripe), busy = kTasksAThread * at::get_num_threads();
-    const bool far = pairs && !apart && std::min(sweep.rows, kPart) * s.s.rows * 2 > kBytesNear;
-    const int64_t together = far ? std::clamp<int64_t>(all / busy, 1, kernels.prefers.stripes_together) : 1;
+    const int64_t most = std::clamp<int64_t>(all / busy, 1, kernels.prefers.stripes_together);
+    const Packing packed = pairs && !apart ? packing(sweep.rows, s.s.rows, most) : Packing{1, depth_of(s.s.rows)};
+    const int64_t together = packed.together;
     const int64_t stripes = ceil_div(all, together);
     const int64_t wanted = ceil_div(sweep.rows * stripes, busy);
     const int64_t part = std::clamp(ceil_div(wanted, kBlock) * kBlock, kBlock, kPart);
@@ -303,7 +318,7 @@ void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<
     // Whichever thread is free goes on: a task's result does not depend on the thread that computes it.
     std::atomic<int64_t> next{0};
     at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
-        Task task(kernels, sweep, x, s, pairs, apart, together);
+        Task task(kernels, sweep, x, s, pairs, apart, packed);
         for (int64_t first; (first = next.fetch_add(at_once)) < tasks;)
             for (int64_t i = first; i < std::min(first + at_once, tasks); ++i) {
                 const int64_t row = i % parts * part;

@@ -57,7 +57,7 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
 def _machine(machine: Mapping[str, Any]) -> str:
     facts = [str(machine.get("gpu") or machine["cpu"])]
     facts += [f"{machine['cores']} cores"] if "cores" in machine else []
-    facts += [f"{machine['memory_gib']} GiB of memory", str(machine["system"]), *machine.get("features", ())]
+    facts += [f"{machine['memory_gib']} GiB of memory", str(machine["system"])]
     return f"{machine['name']} ({', '.join(facts)})"
 
 
