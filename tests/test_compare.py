@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,14 @@ def test_a_run_repeats_itself(laboratory: Laboratory) -> None:
     first, second = (runs.execute(job("lora"), laboratory, quiet) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert one["curve"] == other["curve"] and one["score"] == other["score"]
+
+
+def test_nothing_of_a_run_remains_in_memory(laboratory: Laboratory) -> None:
+    seen: dict[str, weakref.ref[torch.nn.Module]] = {}
+    runs.execute(job("lora"), laboratory, lambda run: seen.setdefault(run.name, weakref.ref(run.model)))
+    gc.collect()
+    assert set(seen) == {"fastpeft", "peft"}
+    assert [reference() for reference in seen.values()] == [None, None]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_alone(laboratory: Laboratory) -> None:

@@ -60,6 +60,8 @@ def execute(job: Job, laboratory: Laboratory, on_step: Callable[[Run], object]) 
         raise Failed(f"{type(error).__name__}: {_first_line(error)}") from error
     except (MemoryError, RuntimeError) as error:
         raise Failed(_first_line(error) or type(error).__name__) from error
+    finally:
+        laboratory.accelerator.free_memory()  # it holds on to each model that it prepared
 
 
 def _first_line(error: BaseException) -> str:
