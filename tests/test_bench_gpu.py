@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton_interpreter
 from click.testing import CliRunner
-from fastpeft.bench import gpu_kernels, gpu_plans, gpu_timing, timing
+from fastpeft.bench import gpu_kernels, gpu_plans, gpu_timing
 from fastpeft.bench.measure import Run, record_kernels
 
 from fastpeft import extension
@@ -22,6 +22,7 @@ from fastpeft.backends.gpu.cuda import CudaBackend
 from fastpeft.backends.gpu.kernel_set import Kernels
 from fastpeft.backends.gpu.plans import SHARED, Plan, plans_for
 from fastpeft.backends.gpu.triton import TritonBackend
+from fastpeft.experiments import timing
 
 MACHINE = {"name": "some-gpu", "gpu": "Some GPU", "capability": [9, 0], "multiprocessors": 132}
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")

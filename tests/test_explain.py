@@ -16,7 +16,7 @@ from fastpeft.call import Adapters, Weight
 from fastpeft.nn import DoRALinear, LoRALinear
 
 
-def expected_verdict(weight: torch.Tensor) -> str:
+def expected_verdict(weight: torch.Tensor, dora: bool = False) -> str:
     """Put together from what the backends themselves answer for this weight."""
     one = torch.empty(1, weight.shape[1], dtype=weight.dtype)
     A, B = torch.empty(2, weight.shape[1]), torch.empty(weight.shape[0], 2)
@@ -26,7 +26,7 @@ def expected_verdict(weight: torch.Tensor) -> str:
         name: f"refuses: {why}" if why else "comes later in the order of preference" for name, why in reasons.items()
     }
     text = f"{chosen} runs it; " + "; ".join(f"{name} {word}" for name, word in words.items() if name != chosen)
-    adapters = Adapters([A], [B], [], [1.0], [0.0])
+    adapters = Adapters([A], [B], [weight[:, 0]] * dora, [1.0], [0.0])
     how = dispatch.named(chosen).describe(Weight.of(weight), adapters, weight.dtype)
     return f"{text}; {how}" if how else text
 
@@ -36,8 +36,9 @@ def expected_verdict(weight: torch.Tensor) -> str:
 def test_layer_without_peft(kind: type[LoRALinear], dtype: torch.dtype) -> None:
     layer = kind.from_linear(nn.Linear(8, 12, dtype=dtype), r=2)
     explanation = fastpeft.explain(layer)
-    assert explanation.verdicts == {kind.__name__: expected_verdict(layer.weight)}
-    assert str(explanation) == f"1 × {expected_verdict(layer.weight)}\n    {kind.__name__}"
+    expected = expected_verdict(layer.weight, kind is DoRALinear)
+    assert explanation.verdicts == {kind.__name__: expected}
+    assert str(explanation) == f"1 × {expected}\n    {kind.__name__}"
 
 
 def test_the_cpus_refuses_float64_and_reference_takes_it() -> None:
@@ -65,7 +66,7 @@ def test_model_is_grouped(use_dora: bool) -> None:
     assert str(explanation).splitlines() == [
         "1 × PEFT: its adapters are merged into the base weight",
         f"    {first}",
-        f"5 × {expected_verdict(weight)}",
+        f"5 × {expected_verdict(weight, use_dora)}",
         f"    {', '.join(others[:3])} and 2 more",
     ]
 
@@ -78,7 +79,7 @@ def test_model_that_is_not_patched(use_dora: bool) -> None:
     }
     fastpeft.patch(model)
     layer = layer_of(model)
-    assert fastpeft.explain(layer).verdicts == {"FusedLinear": expected_verdict(layer.base_layer.weight)}
+    assert fastpeft.explain(layer).verdicts == {"FusedLinear": expected_verdict(layer.base_layer.weight, use_dora)}
 
 
 def test_autocast_decides_the_dtype() -> None:
