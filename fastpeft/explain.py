@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .call import Adapters
-from .nn import LoRALinear
+from .nn import DoRALinear, LoRALinear
 from .verdicts import backend_verdict, grouped
 
 
@@ -50,7 +50,8 @@ def explain(layer_or_model: nn.Module) -> Explanation:
 
 def _verdict_on(module: nn.Module) -> str | None:
     if isinstance(module, LoRALinear):
-        adapters = Adapters([module.lora_A], [module.lora_B], [], [module.scaling], [module.dropout])
+        scales = [module.lora_magnitude_vector] if isinstance(module, DoRALinear) else []
+        adapters = Adapters([module.lora_A], [module.lora_B], scales, [module.scaling], [module.dropout])
         return backend_verdict(module.matrix(), adapters, module.backend)
     if "peft" not in sys.modules:  # then no module can be PEFT's
         return None
