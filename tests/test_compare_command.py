@@ -183,16 +183,20 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, csv: Path, minilm: 
     found = []
     for name, launch in (
         ("one", ["-m", "fastpeft"]),
-        ("two", ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "fastpeft"]),
+        ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fastpeft"]),
     ):
         folder = tmp_path / name
         arguments = ["compare", *small(csv, "full,head"), "--folder", str(tmp_path / "data"), "--out", str(folder)]
         done = subprocess.run(
-            [sys.executable, *launch, *arguments], env=environment(tmp_path), capture_output=True, text=True
+            [sys.executable, *launch, *arguments],
+            env={**environment(tmp_path), "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         found.append(Rows(folder).rows)
     for one, two in zip(*found, strict=True):
+        assert (one["processes"], two["processes"]) == (1, 2)
         assert one["method"] == two["method"] and one["key"] == two["key"]
         rounding = torch.finfo(torch.float32).eps * one["task"]["test"]  # of a mean over so many losses
         assert two["loss"] == pytest.approx(one["loss"], rel=rounding)

@@ -147,8 +147,8 @@ def command(
         except ValueError as error:
             raise click.ClickException(str(error)) from error
         return
-    if not report_only:
-        compare(settings, rows, console)
+    if not report_only and not compare(settings, rows, console):
+        return  # the first process reports
     if not rows.rows:
         raise click.ClickException(f"{rows.path} holds no rows yet; without --report-only they are made")
     write_report(rows.rows, settings.out)
@@ -170,8 +170,8 @@ def _rows(out: Path) -> Rows:
         raise click.ClickException(str(error)) from error
 
 
-def compare(settings: Settings, rows: Rows, console: Console) -> None:
-    """Does the jobs that are not on record.
+def compare(settings: Settings, rows: Rows, console: Console) -> bool:
+    """Does the jobs that are not on record; whether this is the first process, which has the rows.
 
     Raises:
         click.ClickException: something that was asked for cannot be had; nothing was trained.
@@ -206,6 +206,7 @@ def compare(settings: Settings, rows: Rows, console: Console) -> None:
         )
         with console.status("loading the model"):
             accelerator = _accelerator(settings)
+            console.quiet = not accelerator.is_main_process
             length = settings.length or plan.length
             laboratory, described = open_laboratory(task, settings.model, length, settings.folder, accelerator)
     except MissingPackage as error:
@@ -222,12 +223,22 @@ def compare(settings: Settings, rows: Rows, console: Console) -> None:
     )
     wanted = list(jobs(names, settings.seeds or plan.seeds, training, rates, grid=settings.grid))
     context = {name: described[name] for name in ("task", "model", "texts")}
-    missing = [job for job in wanted if not rows.has(job.key(context))]
+    from accelerate.utils import broadcast_object_list
+
+    recorded = [job.key(context) for job in wanted if rows.has(job.key(context))]
+    recorded = broadcast_object_list([recorded])[0]  # the first process alone has them, on many machines
+    missing = [job for job in wanted if job.key(context) not in recorded]
     _introduce(console, laboratory.task, described, wanted, missing)
     if settings.methods:
         _check(missing, laboratory)
-    described = {"preset": settings.preset, **{name: described[name] for name in ("task", "model")}, **origin()}
+    described = {
+        "preset": settings.preset,
+        **{name: described[name] for name in ("task", "model")},
+        **origin(accelerator),
+    }
     _do(missing, laboratory, rows, described, context, console)
+    accelerator.end_training()
+    return accelerator.is_main_process
 
 
 def _names(settings: Settings) -> list[str]:

@@ -135,7 +135,7 @@ def _forgetting(task: Task, tokenizer: Any, length: int, folder: Path) -> Callab
     return measure
 
 
-def origin() -> dict[str, Any]:
+def origin(accelerator: Accelerator) -> dict[str, Any]:
     """What describes machine and program in a row."""
     commit, dirty = provenance.commit()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,4 +145,5 @@ def origin() -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
         "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
     }
