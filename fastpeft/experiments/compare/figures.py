@@ -10,8 +10,9 @@ from math import log10
 from typing import TYPE_CHECKING
 
 from . import words
+from .rows import FULL, PLAIN, UNTRAINED
 from .style import FAMILIES, MARKERS, Style, family, label_points, new_figure
-from .summary import FULL, PLAIN, UNTRAINED, Point, Summary, median, usual, without_plain, words_of
+from .summary import Point, Summary, median, usual, without_plain, words_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .methods import FULL, METHODS, UNTRAINED, Method
-from .rows import key_of
+from .methods import METHODS, Method
+from .rows import FULL, UNTRAINED, key_of
 
 LEARNING_RATES = (1 / 3, 3.0)
 """Multiples of a method's learning rate that ``--grid`` tries."""

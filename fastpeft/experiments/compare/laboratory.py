@@ -20,7 +20,8 @@ from ..models import MODELS, is_causal, load
 from ..tasks import Task
 from ..training import Recipe, Run, autocast, new_run
 from .jobs import Training
-from .methods import FULL, METHODS, Situation
+from .methods import METHODS, Situation
+from .rows import FULL
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

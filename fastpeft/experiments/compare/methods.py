@@ -17,9 +17,9 @@ from ...methods import BitFit, Houlsby, LoReFT, Pfeiffer, apply
 from ...methods.blocks import find_blocks
 from ..four_bit import HEADS, to_four_bit
 from ..models import CLASSIFIERS
+from .rows import FULL, UNTRAINED
 
 Settings = Mapping[str, Any]
-FULL, UNTRAINED = "full", "none"  # what the others are compared with
 RANKS = (2, 4, 8, 16, 32, 64)
 
 

@@ -11,7 +11,8 @@ from . import words
 from .literature import Finding
 from .plots import DARK, LIGHT, PICTURES, Picture, file_name, named_comparisons
 from .recommend import Budget, choose
-from .summary import UNTRAINED, Row, Summary
+from .rows import UNTRAINED
+from .summary import Row, Summary
 from .tables import failures, shown
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from . import words
-from .summary import UNTRAINED, Row, Summary, comparisons, difference_interval, summaries, without_plain
+from .rows import UNTRAINED
+from .summary import Row, Summary, comparisons, difference_interval, summaries, without_plain
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "rows.jsonl"
+FULL, UNTRAINED = "full", "none"  # the methods that others are compared with
+PLAIN = "peft"  # the engine; the rows of a fused method in plain PEFT have the method's name
 Row = dict[str, Any]
 """docs/compare.md names its fields."""
 

@@ -27,10 +27,10 @@ from ..timing import interleave, ratios, summary
 from ..training import Run, autocast, measure_memory, predict, train_together
 from .jobs import Job
 from .laboratory import Laboratory
-from .methods import FULL, UNTRAINED, Adapted, Situation
-from .rows import Row
+from .methods import Adapted, Situation
+from .rows import FULL, PLAIN, UNTRAINED, Row
 
-FUSED, STOCK = "fastpeft", "peft"
+FUSED = "fastpeft"
 PACE_ROUNDS = 7
 LATENCY_ROUNDS = 15
 EVALUATION_BATCH = 64
@@ -99,10 +99,10 @@ def adapt(job: Job, laboratory: Laboratory) -> Adapted:
 
 def contestants(adapted: Adapted) -> dict[str, nn.Module]:
     """The model by the engine that computes it: fastpeft and PEFT where fastpeft fuses any layer of it."""
-    if adapted.engine == STOCK and adapted.merges:  # prompts are no layers
+    if adapted.engine == PLAIN and adapted.merges:  # prompts are no layers
         fused = copy.deepcopy(adapted.model)
         if fastpeft.patch(fused).fused:
-            return {FUSED: fused, STOCK: adapted.model}
+            return {FUSED: fused, PLAIN: adapted.model}
     return {adapted.engine: adapted.model}
 
 
@@ -218,7 +218,7 @@ def judged(
         row["samples_per_second"] = training.batch_size / seconds["median"]
         row["against"] = {
             name: summary(ratios(pace[run.name], pace[name]))
-            for name in (FULL, STOCK)
+            for name in (FULL, PLAIN)
             if name in pace and name != run.name and job.name != FULL
         }
     row["memory"] = memory(job, laboratory, adapted, run)

@@ -10,9 +10,9 @@ from itertools import chain
 from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
+from .rows import FULL, PLAIN
+
 Row = Mapping[str, Any]
-FULL, UNTRAINED = "full", "none"
-PLAIN = "peft"  # the engine; the rows of a fused method in plain PEFT have the method's name
 IN_PLAIN = "in plain PEFT"  # ends the label of such rows
 _RESAMPLES = 2000
 _LEVEL = 0.95
