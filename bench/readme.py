@@ -15,7 +15,8 @@ from .contestants import FASTPEFT, PEFT
 from .rows import Row
 from .summary import LABELS, Comparison, chosen, comparisons, layer
 
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+BENCH, COMPARE = "bench", "compare"
+"""The parts that are rewritten: each stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
 RESULTS = Path("bench", "results")
 PICTURE = RESULTS / "summary.png"
 NO_ROWS = "No rows recorded yet: `make bench` records them."
@@ -36,16 +37,24 @@ def command(root: Path) -> None:
     if own := _themselves(machines):
         plot.draw_summary(list(own.values()), root / PICTURE)
     readme = root / "README.md"
-    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), block(root)), encoding="utf-8")
+    readme.write_text(drawn_anew(readme.read_text(encoding="utf-8"), root), encoding="utf-8")
 
 
-def rewritten(text: str, new: str) -> str:
-    """``text`` with ``new`` between the two marks. Raises ValueError unless each stands there once, in this order."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in before + after:
-        raise ValueError(f"README.md must hold {BEGIN} and then {END}, each once")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+def drawn_anew(text: str, root: Path) -> str:
+    """README's ``text`` with the numbers that are on record in ``root``."""
+    from fastpeft.experiments.compare import readme as compared
+
+    return rewritten(rewritten(text, BENCH, block(root)), COMPARE, compared.block(root / RESULTS / COMPARE))
+
+
+def rewritten(text: str, part: str, new: str) -> str:
+    """``text`` with ``new`` between the marks of ``part``. Raises ValueError unless each stands there once, in turn."""
+    opening, closing = f"<!-- {part} -->", f"<!-- /{part} -->"
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
+    if not begin or not end or opening in rest or closing in before + after:
+        raise ValueError(f"README.md must hold {opening} and then {closing}, each once")
+    return f"{before}{opening}\n{new}\n{closing}{after}"
 
 
 def recorded(root: Path) -> dict[Path, list[Row]]:

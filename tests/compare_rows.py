@@ -109,6 +109,7 @@ def row(method: str, seed: int = 0, engine: str | None = None, **changed: Any) -
         "settings": settings,
         "training": {**TRAINING, "steps": 0 if method == "none" else 600},
         "seed": seed,
+        "measured": True,
         "engine": engine,
         "failed": None,
         "trainable": trainable,

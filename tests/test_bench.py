@@ -120,6 +120,24 @@ def test_slow_calls_are_warm_after_fewer_and_have_fewer_rounds(monkeypatch: pyte
     assert "".join(calls) == "AB" + "ABAB"
 
 
+def test_processes_that_take_part_agree_on_how_often_all_is_called() -> None:
+    said: list[float] = []
+
+    def agree(seconds: float) -> float:
+        said.append(seconds)
+        return timing.SHORTEST_SAMPLE / 3  # the slowest process's call
+
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        calls += 1
+
+    timing.interleave({"A": run}, rounds=4, agree=agree)
+    assert calls == timing.WARM_UP + 4 * 3
+    assert all(0.0 <= seconds < 1.0 for seconds in said)
+
+
 def test_a_case_yields_a_complete_row_for_each_contestant_and_phase() -> None:
     found = measured(replace(TINY, M=1, dtype="bf16"))
     expected = [(phase, c.name) for phase in ("forward", "step", "generate") for c in EAGER]

@@ -56,7 +56,8 @@ def laboratory() -> Laboratory:
     empty = Examples([])
     task = Task("own", "own", "classification", ("accuracy", "f1"), ("late", "early"), empty, empty, empty)
     data = {"train": examples(40, 0), "valid": examples(20, 1), "test": examples(24, 2)}
-    return Laboratory(task, data, tiny, accelerator_on_cpu(), lambda run: None)
+    parameters = sum(p.numel() for p in tiny(0).parameters())
+    return Laboratory(task, data, tiny, parameters, accelerator_on_cpu(), lambda run: None)
 
 
 def job(name: str, **changes: Any) -> Job:
@@ -87,6 +88,20 @@ def test_every_method_trains_and_says_what_it_cost(laboratory: Laboratory, name:
         assert row["valid_score"] == max(point["valid_score"] for point in row["curve"])
         others = {"full"} if name != "full" else set()
         assert set(row["against"]) == (others | {"peft"} if row["engine"] == "fastpeft" else others)
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "houlsby", "prefix"])
+def test_what_is_not_measured_has_the_scores_of_what_is(laboratory: Laboratory, name: str) -> None:
+    measured, *plain = runs.execute(job(name), laboratory, quiet)
+    (scored,) = runs.execute(job(name, measured=False), laboratory, quiet)
+    assert len(plain) == (name in ("lora", "qlora"))
+    costs = {"seconds", "samples_per_second", "against", "latency", "memory"}
+    assert {key: value for key, value in scored.items() if key not in costs} == {
+        key: value for key, value in measured.items() if key not in costs
+    }
+    assert scored["against"] == {} and scored["samples_per_second"] is None
+    for cost in ("seconds", "latency", "memory"):
+        assert set(scored[cost]) == set(measured[cost]) and set(scored[cost].values()) == {None}
 
 
 def test_trained_parameters_are_those_of_the_formulas(laboratory: Laboratory) -> None:
@@ -169,11 +184,11 @@ def test_in_bfloat16_what_is_trained_is_float32(laboratory: Laboratory) -> None:
 
 
 def test_four_bits_of_a_model_take_as_many_bytes_as_bitsandbytes_takes() -> None:
-    from fastpeft.experiments.four_bit import HEADS, to_four_bit
+    from fastpeft.experiments.four_bit import DENSE, to_four_bit
 
     model = tiny(0)
     expected = 0
-    quantized = to_four_bit(tiny(0), lambda name: name not in HEADS)
+    quantized = to_four_bit(tiny(0), lambda name: name not in DENSE)
     for parameter in quantized.parameters():
         state = getattr(parameter, "quant_state", None)
         expected += parameter.nbytes
@@ -183,17 +198,18 @@ def test_four_bits_of_a_model_take_as_many_bytes_as_bitsandbytes_takes() -> None
 
 
 def test_jobs_go_seed_by_seed_and_a_grid_varies_one_setting_at_a_time() -> None:
-    plain = list(plans.jobs(["none", "lora"], 2, TRAINING, {"lora": 0.5}, grid=False))
-    assert [(each.name, each.seed, each.learning_rate) for each in plain] == [
-        ("none", 0, 0.0),
-        ("lora", 0, 0.5),
-        ("none", 1, 0.0),
-        ("lora", 1, 0.5),
+    plain = list(plans.jobs(["none", "lora"], 2, TRAINING, {"lora": 0.5}))
+    assert [(each.name, each.seed, each.learning_rate, each.measured) for each in plain] == [
+        ("none", 0, 0.0, True),
+        ("lora", 0, 0.5, True),
+        ("none", 1, 0.0, False),
+        ("lora", 1, 0.5, False),
     ]
-    grid = list(plans.jobs(["none", "lora"], 2, TRAINING, {}, grid=True))
+    grid = list(plans.jobs(["none", "lora"], 2, TRAINING, {}, plans.GRID))
     own = methods.METHODS["lora"]
-    around = [each for each in grid if each not in list(plans.jobs(["none", "lora"], 2, TRAINING, {}, grid=False))]
+    around = [each for each in grid if each not in list(plans.jobs(["none", "lora"], 2, TRAINING, {}))]
     for each in around:
+        assert not each.measured
         changed = [
             each.learning_rate != own.learning_rate,
             each.training != TRAINING,
@@ -204,6 +220,8 @@ def test_jobs_go_seed_by_seed_and_a_grid_varies_one_setting_at_a_time() -> None:
     ranks = {each.method.settings["rank"] for each in around}
     assert ranks == set(methods.RANKS)
     assert len({each.key({}) for each in grid}) == len(grid)
+    alone = [each.learning_rate for each in plans.jobs(["lora"], 1, TRAINING, {}, ["learning_rate"])]
+    assert alone == [own.learning_rate, own.learning_rate / 3, own.learning_rate * 3]
 
 
 def test_the_untrained_model_and_full_fine_tuning_come_first() -> None:

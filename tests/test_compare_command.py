@@ -59,7 +59,7 @@ def test_a_comparison_ends_with_rows_tables_pictures_and_a_page_and_is_not_done_
     arguments = small(csv, "lora,none,head")
     code, output = run(tmp_path, *arguments)
     assert code == 0
-    for text in ("untrained", "head alone", "LoRA, r = 16", "in plain PEFT", "page.html"):
+    for text in ("untrained", "head alone", "LoRA, r = 16", "in plain PEFT", "page.html", "at least 10 points above"):
         assert text in output
     rows = Rows(tmp_path / "out").rows
     assert [(row["method"], row["engine"]) for row in rows] == [
@@ -97,6 +97,7 @@ def test_a_comparison_ends_with_rows_tables_pictures_and_a_page_and_is_not_done_
         (("--lr", "lora=0"), "a learning rate is a number above 0, not '0'"),
         (("--lr", "lora=nan"), "a learning rate is a number above 0, not 'nan'"),
         (("--lr", "vera=1e-3", "--methods", "lora"), "'vera' is not among the methods compared: lora"),
+        (("--grid=rank,bottle",), "'--grid': unknown setting 'bottle'; there are learning_rate, steps, "),
         (("--data", "no-such-task"), "'--data': unknown task 'no-such-task'"),
         (("--model", "no-such-model"), "'--model': unknown model 'no-such-model'"),
         (("--text", "sentence"), "'--text': "),
@@ -135,6 +136,17 @@ def compare_method(adapt: Any) -> Any:
     from dataclasses import replace
 
     return replace(METHODS["bitfit"], adapt=adapt)
+
+
+def test_losses_are_logged_for_tensorboard(tmp_path: Path, csv: Path, minilm: None, archive: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(tmp_path, *small(csv, "head"), "--log-with", "tensorboard")[0] == 0
+    logs = EventAccumulator(str(tmp_path / "out" / "logs" / "compare")).Reload()
+    (row,) = Rows(tmp_path / "out").rows
+    found = logs.Scalars("head/torch/seed 0/loss")
+    assert [event.step for event in found] == [1, 2]
+    assert sum(event.value for event in found[:1]) == pytest.approx(row["curve"][0]["train_loss"], rel=1e-6)
 
 
 def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path, csv: Path, minilm: None, archive: Path) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from fastpeft.experiments.compare import figures, plots, tables, words
 from fastpeft.experiments.compare.literature import load_literature
 from fastpeft.experiments.compare.page import render_page
-from fastpeft.experiments.compare.report import terminal_table, write_report
+from fastpeft.experiments.compare.report import write_report
 from fastpeft.experiments.compare.style import DARK, FAMILIES, LIGHT, drawing, family
 from fastpeft.experiments.compare.summary import Summary, summaries, usual, without_plain
 
@@ -108,7 +108,7 @@ def test_latex_is_whole(folder: Path, every: list[Summary]) -> None:
 
 def test_the_terminal_s_table_is_narrow_and_whole(rows: list[dict[str, Any]], every: list[Summary]) -> None:
     console = Console(width=100, file=io.StringIO(), record=True)
-    console.print(terminal_table(rows))
+    console.print(tables.terminal_table(summaries(rows)))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text

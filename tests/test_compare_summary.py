@@ -9,7 +9,7 @@ import pytest
 from compare_rows import FUSED, LANGUAGE, METHODS, MODEL, ODD, TRAINING, comparison, failed, row
 
 from fastpeft.experiments.compare import words
-from fastpeft.experiments.compare.summary import Summary, difference_interval, summaries
+from fastpeft.experiments.compare.summary import Summary, behind_untrained, difference_interval, summaries
 
 SEEDS = 3
 
@@ -88,6 +88,33 @@ def test_without_full_fine_tuning_nothing_is_set_against_it() -> None:
     (own,) = summaries([row("ia3")])
     assert (own.gap, own.gap_interval, own.retention, own.reduction) == (None, None, None, None)
     assert own.score is not None
+
+
+def test_runs_that_were_not_measured_count_on_every_machine_that_measured() -> None:
+    other = {**row("full")["machine"], "name": "another-machine"}
+    costs = ("seconds", "samples_per_second", "latency", "memory")
+    free = {name: dict.fromkeys(row("ia3")[name]) if name != "samples_per_second" else None for name in costs}
+    later = [row(method, seed, measured=False, **free) for method in ("full", "ia3") for seed in (1, 2)]
+    first = [row(method, 0) for method in ("full", "ia3")] + [row("full", 0, machine=other)]
+    found = summaries(first + later)
+    assert [(own.machine, own.method, sorted(own.by_seed)) for own in found] == [
+        ("a-machine", "full", [0, 1, 2]),
+        ("a-machine", "ia3", [0, 1, 2]),
+        ("another-machine", "full", [0, 1, 2]),
+        ("another-machine", "ia3", [1, 2]),
+    ]
+    assert found[1].step_seconds == row("ia3")["seconds"]["step"]["median"]
+    assert found[3].step_seconds is None
+    assert len(summaries(later)) == 2  # where nothing was measured, on their own machine
+
+
+def test_who_is_not_above_the_untrained_model_by_a_margin() -> None:
+    rows = [row(method) for method in ("none", "full", "prompt", "ia3")]
+    for each, score in zip(rows, (0.5, 0.9, 0.59, 0.61), strict=True):
+        each["score"] = score
+    assert [own.method for own in behind_untrained(summaries(rows), 0.1)] == ["prompt"]
+    assert behind_untrained(summaries(rows[1:]), 0.1) == []
+    assert behind_untrained(summaries([row(method, task=LANGUAGE) for method in ("none", "prompt")]), 0.1) == []
 
 
 def test_one_seed_has_no_spread() -> None:

@@ -36,7 +36,7 @@ def tiny_model() -> LlamaForCausalLM:
 
 def test_readmes_numbers_are_the_recorded_ones() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.rewritten(text, readme.block(ROOT)) == text, "`make tables` draws them anew"
+    assert readme.drawn_anew(text, ROOT) == text, "`make tables` draws them anew"
 
 
 def test_the_pages_of_the_machines_hold_the_recorded_numbers() -> None:
@@ -106,12 +106,11 @@ def test_files_and_what_they_hold_are_named_right(page: Path) -> None:
 
 
 def test_numbers_stand_between_the_marks_alone() -> None:
-    assert readme.rewritten(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb", "new") == (
-        f"a\n{readme.BEGIN}\nnew\n{readme.END}\nb"
-    )
-    for text in ("", readme.BEGIN, readme.END, readme.END + readme.BEGIN, f"{readme.BEGIN}{readme.END}{readme.END}"):
+    begin, end = "<!-- own -->", "<!-- /own -->"
+    assert readme.rewritten(f"a\n{begin}\nold\n{end}\nb", "own", "new") == f"a\n{begin}\nnew\n{end}\nb"
+    for text in ("", begin, end, end + begin, f"{begin}{end}{end}"):
         with pytest.raises(ValueError, match="README"):
-            readme.rewritten(text, "new")
+            readme.rewritten(text, "own", "new")
 
 
 def test_without_rows_the_block_says_so(tmp_path: Path) -> None:

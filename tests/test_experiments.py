@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import fastpeft
-from fastpeft.experiments import data, models, training
+from fastpeft.experiments import batches, data, models, training
 from fastpeft.experiments.demo import side_by_side
 from fastpeft.experiments.memory import held_bytes, kept_bytes, peak_bytes
 from fastpeft.experiments.packages import MissingPackage, require_package
@@ -67,14 +68,30 @@ def test_split_shuffles_by_seed() -> None:
 
 
 def test_data_order_takes_every_sentence_once_an_epoch() -> None:
-    order = data.data_order(count=10, batch_size=4, steps=6, seed=3)
+    order = batches.data_order(count=10, batch_size=4, steps=6, seed=3)
     assert order.shape == (6, 4)
     flat = order.flatten().tolist()
     assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10))
     assert flat[:10] != flat[10:20]
-    assert torch.equal(order, data.data_order(10, 4, 6, seed=3))
-    assert torch.equal(order[:2], data.data_order(10, 4, 2, seed=3))
-    assert not torch.equal(order, data.data_order(10, 4, 6, seed=4))
+    assert torch.equal(order, batches.data_order(10, 4, 6, seed=3))
+    assert torch.equal(order[:2], batches.data_order(10, 4, 2, seed=3))
+    assert not torch.equal(order, batches.data_order(10, 4, 6, seed=4))
+
+
+def test_batches_by_length_take_the_same_sentences_and_pad_less() -> None:
+    lengths = torch.randint(5, 50, (900,), generator=torch.Generator().manual_seed(0))
+    order = batches.data_order(count=900, batch_size=8, steps=40, seed=3)
+    found = batches.by_length(order, lengths, seed=3)
+    assert found.shape == order.shape
+    for own, pool in zip(found.split(16), order.split(16), strict=True):
+        assert sorted(own.flatten().tolist()) == sorted(pool.flatten().tolist())
+        widths = [set(lengths[batch].tolist()) for batch in own]  # each batch is a slice of the sorted ones
+        ordered = sorted(widths, key=lambda width: (min(width), max(width)))
+        assert all(max(a) <= min(b) for a, b in pairwise(ordered))
+        assert widths != ordered
+    assert lengths[found].amax(1).sum() < 0.7 * lengths[order].amax(1).sum()
+    assert torch.equal(found, batches.by_length(order, lengths, seed=3))
+    assert not torch.equal(found, batches.by_length(order, lengths, seed=4))
 
 
 def test_trimming_removes_common_padding_alone() -> None:
@@ -159,7 +176,7 @@ def test_the_sides_start_equal_and_share_no_memory(method: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
 def test_without_dropout_both_sides_have_the_same_losses(method: str) -> None:
     """fastpeft is at most twice as far from PEFT in float64 as PEFT in float32 is, plus the rounding of a loss."""
-    samples, order = random_data(24), data.data_order(24, 4, 5, seed=0)
+    samples, order = random_data(24), batches.data_order(24, 4, 5, seed=0)
     model = models.add_adapters(tiny_classifier(), method, rank=2, dropout=0.0, steps=5)
     exact = training.new_run("float64", copy.deepcopy(model).double(), 1e-2)
     peft, fused = side_by_side(model, 1e-2)
@@ -172,7 +189,7 @@ def test_without_dropout_both_sides_have_the_same_losses(method: str) -> None:
 
 
 def test_a_run_does_not_depend_on_its_neighbour() -> None:
-    samples, order = random_data(24), data.data_order(24, 4, 3, seed=0)
+    samples, order = random_data(24), batches.data_order(24, 4, 3, seed=0)
     state = tiny_classifier().state_dict()
 
     def runs() -> list[training.Run]:

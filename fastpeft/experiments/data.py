@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch import Tensor
 
 from .encoding import Encoded, Examples
 from .encoding import encode as encode_examples
@@ -98,11 +97,3 @@ def encode(reviews: list[Review], tokenizer: Any, length: int) -> Encoded:
 def to_examples(reviews: Sequence[Review]) -> Examples:
     """The sentences as texts with a class each."""
     return Examples([review.sentence for review in reviews], labels=[review.label for review in reviews])
-
-
-def data_order(count: int, batch_size: int, steps: int, seed: int) -> Tensor:
-    """Which of ``count`` sentences each step takes, ``[steps, batch_size]``: epoch after epoch, each one shuffled."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * batch_size // count)
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
-    return order[: steps * batch_size].view(steps, batch_size)

@@ -20,7 +20,8 @@ from torch import nn
 
 import fastpeft
 
-from .data import Encoded, Review, data_order, encode, read_reviews, split_reviews
+from .batches import data_order
+from .data import Encoded, Review, encode, read_reviews, split_reviews
 from .models import FOUR_BIT_METHODS, METHODS, MODELS, add_adapters, faster_dtype
 from .options import Probability
 from .output import try_out, write_together

@@ -8,9 +8,10 @@ from math import ceil
 from torch import nn
 
 from ..four_bit import quantize
+from ..methods.applied import HEADS
 
-HEADS = ("classifier", "score", "lm_head")
-"""A task's own layers, by the last part of their names: they stay as they are."""
+DENSE = (*HEADS, "lm_head")
+"""What stays as it is, by the last part of its name."""
 
 
 def to_four_bit(model: nn.Module, wanted: Callable[[str], bool], *, decoded: bool = False) -> nn.Module:
@@ -52,7 +53,7 @@ def four_bit_bytes(model: nn.Module) -> int:
 
     A weight takes half a byte, each block of 64 of them one more, and each 256 of these four (Dettmers et al., 2023).
     """
-    heads = {id(p) for name, p in model.named_parameters() if any(part in HEADS for part in name.split("."))}
+    heads = {id(p) for name, p in model.named_parameters() if any(part in DENSE for part in name.split("."))}
     packed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - heads
     sizes = 0
     for parameter in model.parameters():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..methods.applied import HEADS
 from .files import HUB_NAME, LANGUAGE
 from .four_bit import to_four_bit
 from .packages import require_package
@@ -186,7 +187,6 @@ def _padded(model: PreTrainedModel, tokenizer: Any) -> tuple[PreTrainedModel, An
 METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "adalora": "AdaLoRA"}
 FOUR_BIT_METHODS = ("qlora", "qdora")
 DORA_METHODS = ("dora", "qdora")
-CLASSIFIERS = ("classifier", "score")
 MODELS = {
     "minilm": ModelSource("MiniLM-L6, a BERT encoder", find_minilm, load_pretrained, 3e-4),
     "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", find_smollm2, load_smollm2, 3e-4),
@@ -204,7 +204,7 @@ def add_adapters(model: nn.Module, method: str, rank: int, dropout: float, steps
     import peft
 
     if method in FOUR_BIT_METHODS:
-        to_four_bit(model, lambda name: name not in CLASSIFIERS)
+        to_four_bit(model, lambda name: name not in HEADS)
     settings = {"task_type": peft.TaskType.SEQ_CLS, "target_modules": "all-linear", "lora_dropout": dropout}
     adalora = {"init_r": (3 * rank + 1) // 2, "tinit": steps // 10, "tfinal": steps // 5, "total_step": steps}
     return peft.get_peft_model(model, adapter_config(method, rank, adalora, **settings))

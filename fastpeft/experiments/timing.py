@@ -29,7 +29,10 @@ class Samples:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None] = lambda: None
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    synchronize: Callable[[], None] = lambda: None,
+    agree: Callable[[float], float] = lambda seconds: seconds,
 ) -> dict[str, Samples]:
     """Times ``runs`` in rounds: A B C, A B C, …
 
@@ -37,15 +40,16 @@ def interleave(
         runs: callables by name; each is called :data:`WARM_UP` times beforehand, untimed.
         rounds: number of samples of each; fewer where they take longer than :data:`LONGEST_ROUNDS`.
         synchronize: waits for work that a device still has in its queue.
+        agree: the same seconds in all processes that take part in ``runs``: what decides how often these are called.
     """
     fastest = math.inf
     for run in runs.values():
         began = time.perf_counter()
         for _ in range(WARM_UP):
             fastest = min(fastest, _sample(run, 1, synchronize)[0])
-            if time.perf_counter() - began > LONGEST_WARM_UP:
+            if agree(time.perf_counter() - began) > LONGEST_WARM_UP:
                 break
-    calls = max(1, math.ceil(SHORTEST_SAMPLE / fastest))
+    calls = max(1, math.ceil(SHORTEST_SAMPLE / agree(fastest)))
     samples = {name: Samples() for name in runs}
     collecting = gc.isenabled()
     gc.collect()
@@ -53,7 +57,7 @@ def interleave(
     began = time.perf_counter()
     try:
         for done in range(rounds):
-            if done >= 2 and time.perf_counter() - began > LONGEST_ROUNDS:
+            if done >= 2 and agree(time.perf_counter() - began) > LONGEST_ROUNDS:
                 break
             for name, run in runs.items():
                 wall, cpu = _sample(run, calls, synchronize)

@@ -151,14 +151,15 @@ def train_together(
     """Trains every run on the batches ``order [steps, batch_size]`` of ``data``; ``on_step`` is called after each step.
 
     Torch's generator is seeded before each step of each run, so that a run draws the dropout that it would draw alone.
-    A forward and backward pass of each goes ahead unrecorded: what libraries do once is nobody's time.
+    A batch is as long as its longest text. A forward and backward pass of each run goes ahead unrecorded: what
+    libraries do once is nobody's time.
     """
     for run in runs:
         run.model.train()
-        run.accelerator.backward(run.forward(data.take(_share(run, order[0])))[0])
+        run.accelerator.backward(run.forward(data.take(_share(run, order[0])).trimmed())[0])
     for number, index in enumerate(order):
         for run in runs:
-            batch = data.take(_share(run, index))
+            batch = data.take(_share(run, index)).trimmed()
             torch.manual_seed(seed + number)
             run.step(batch)
             on_step(run)

@@ -14,6 +14,7 @@ from . import files
 from .method import Addition, Method, Plan
 
 HEADS = ("classifier", "score")
+"""A task's own layers, as transformers names them: they are trained whole, whatever the method."""
 _MARK = "fastpeft_method"  # an attribute of a model that has a method on it
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,13 +23,15 @@ from ..quiet import quieten_libraries
 from ..refusals import BadOption
 from ..tasks import TASKS, Sizes, Task, load_task
 from ..training import Run
-from .jobs import PRESETS, Job, Preset, Training, first, jobs
+from .jobs import GRID, PRESETS, Job, Preset, Training, first, jobs
 from .laboratory import Laboratory, open_laboratory, origin
 from .methods import METHODS
 from .recommend import Budget, recommend
-from .report import PAGE, terminal_table, write_report
-from .rows import FILE, Row, Rows
+from .report import PAGE, write_report
+from .rows import FILE, UNTRAINED, Row, Rows
 from .runs import FIELDS, Failed, adapt, execute
+from .summary import behind_untrained, summaries
+from .tables import terminal_table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,7 +53,7 @@ class Settings:
     model: str
     dtype: str
     lr: tuple[str, ...]
-    grid: bool
+    grid: str | None
     batch_size: int | None
     length: int | None
     valid_size: int | None
@@ -94,7 +97,13 @@ class Settings:
 @click.option(
     "--lr", metavar="METHOD=RATE", multiple=True, help="Learning rate of a method instead of its own. Repeatable."
 )
-@click.option("--grid", is_flag=True, help="Vary each setting of each method around its own, one at a time, too.")
+@click.option(
+    "--grid",
+    is_flag=False,
+    flag_value="all",
+    metavar="[SETTING,…]",
+    help=f"Vary settings of each method around its own, one at a time, too. Alone: all of {', '.join(GRID)}.",
+)
 @click.option("--batch-size", type=click.IntRange(1), show_default="the preset's", help="Examples in a step.")
 @click.option("--length", type=click.IntRange(4), show_default="the preset's", help="Tokens of an example, at most.")
 @click.option("--valid-size", type=click.IntRange(1), show_default="the preset's", help="Examples to choose by.")
@@ -152,7 +161,10 @@ def command(
     if not rows.rows:
         raise click.ClickException(f"{rows.path} holds no rows yet; without --report-only they are made")
     write_report(rows.rows, settings.out)
-    console.print(terminal_table(rows.rows))
+    every = summaries(rows.rows)
+    console.print(terminal_table(every))
+    for own in behind_untrained(every, settings.plan.margin):
+        console.print(f"{own.label} is not {100 * settings.plan.margin:g} points above the untrained model.")
     console.print(
         f"{settings.out / PAGE} shows all of it with pictures; {settings.out / FILE} holds the rows, and table.md, "
         "table.csv and table.tex beside it the table.",
@@ -177,7 +189,7 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
         click.ClickException: something that was asked for cannot be had; nothing was trained.
     """
     names = _names(settings)
-    rates = _rates(settings.lr, names)
+    rates, grid = _rates(settings.lr, names), _grid(settings.grid)
     try:
         for package in (
             "peft",
@@ -221,7 +233,7 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
         length=length,
         dtype=_dtype(settings.dtype),
     )
-    wanted = list(jobs(names, settings.seeds or plan.seeds, training, rates, grid=settings.grid))
+    wanted = list(jobs(names, settings.seeds or plan.seeds, training, rates, grid))
     context = {name: described[name] for name in ("task", "model", "texts")}
     from accelerate.utils import broadcast_object_list
 
@@ -229,6 +241,11 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
     recorded = broadcast_object_list([recorded])[0]  # the first process alone has them, on many machines
     missing = [job for job in wanted if job.key(context) not in recorded]
     _introduce(console, laboratory.task, described, wanted, missing)
+    if laboratory.task.higher_is_better and UNTRAINED in names and len(names) > 1:
+        console.print(
+            f"Each method is expected at least {100 * plan.margin:g} points above the untrained model's score.",
+            soft_wrap=True,
+        )
     if settings.methods:
         _check(missing, laboratory)
     described = {
@@ -236,7 +253,11 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
         **{name: described[name] for name in ("task", "model")},
         **origin(accelerator),
     }
-    _do(missing, laboratory, rows, described, context, console)
+    gc.freeze()  # what is here by now is needed to the end; looking through it after each run takes seconds
+    try:
+        _do(missing, laboratory, rows, described, context, console)
+    finally:
+        gc.unfreeze()
     accelerator.end_training()
     return accelerator.is_main_process
 
@@ -250,6 +271,13 @@ def _names(settings: Settings) -> list[str]:
             f"unknown method '{unknown[0]}'; there are {', '.join(METHODS)}", param_hint="'--methods'"
         )
     return first(names)
+
+
+def _grid(given: str | None) -> Sequence[str]:
+    names = GRID if given == "all" else () if given is None else tuple(name.strip() for name in given.split(","))
+    if unknown := [name for name in names if name not in GRID]:
+        raise click.BadParameter(f"unknown setting '{unknown[0]}'; there are {', '.join(GRID)}", param_hint="'--grid'")
+    return names
 
 
 def _rates(given: Iterable[str], names: Sequence[str]) -> dict[str, float]:
@@ -370,6 +398,7 @@ def _rows_of(
         "settings": json.loads(json.dumps(job.method.settings)),
         "training": job.described(),
         "seed": job.seed,
+        "measured": job.measured,
         "engines": [row["engine"] for row in found],
         "failed": failed,
     }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .methods import METHODS, Method
 from .rows import FULL, UNTRAINED, key_of
 
-LEARNING_RATES = (1 / 3, 3.0)
-"""Multiples of a method's learning rate that ``--grid`` tries."""
+LEARNING_RATE, STEPS = "learning_rate", "steps"
+_FACTORS = {LEARNING_RATE: (1 / 3, 3.0), STEPS: (0.5, 2.0)}
+"""Multiples of what every method has that ``--grid`` tries."""
+
+GRID = (*_FACTORS, *dict.fromkeys(name for method in METHODS.values() for name in method.sweeps))
+"""What ``--grid`` varies."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Preset:
-    """A comparison by name: the methods, and how much of everything."""
+    """A comparison by name: the methods, and how much of everything.
+
+    Attributes:
+        margin: by how much each method is expected to beat the untrained model's score, where higher is better.
+    """
 
     title: str
     methods: tuple[str, ...]
@@ -47,6 +55,7 @@ class Preset:
     length: int
     valid: int
     test: int
+    margin: float
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -60,30 +69,38 @@ PRESETS: Mapping[str, Preset] = {
         length=32,
         valid=256,
         test=600,
+        margin=0.1,
     ),
     "full": Preset(
         "every method, five seeds; hours",
         tuple(METHODS),
         seeds=5,
-        steps=600,
-        evaluations=6,
+        steps=200,
+        evaluations=5,
         batch_size=32,
         length=48,
-        valid=1000,
+        valid=500,
         test=2000,
+        margin=0.05,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Job:
-    """One method, trained once."""
+    """One method, trained once.
+
+    Attributes:
+        measured: whether its time and memory are measured, and it is trained in plain PEFT, too, where fastpeft fuses
+            it. Other seeds and settings are trained for their scores.
+    """
 
     name: str
     method: Method
     learning_rate: float
     seed: int
     training: Training
+    measured: bool = True
 
     @property
     def steps(self) -> int:
@@ -101,32 +118,33 @@ class Job:
 
 
 def jobs(
-    names: Sequence[str], seeds: int, training: Training, rates: Mapping[str, float], *, grid: bool
+    names: Sequence[str], seeds: int, training: Training, rates: Mapping[str, float], grid: Collection[str] = ()
 ) -> Iterator[Job]:
     """Seed by seed, so that a comparison that is stopped early has all methods, if fewer seeds.
 
     Args:
         rates: learning rates by method, instead of its own.
-        grid: each setting that the articles sweep, one at a time, beside the methods as they are; with the first seed.
+        grid: of :data:`GRID`; each is varied by itself, beside the methods as they are, with the first seed.
     """
     for seed in range(seeds):
         for name in names:
             method = METHODS[name]
-            job = Job(name, method, rates.get(name, method.learning_rate), seed, training)
+            job = Job(name, method, rates.get(name, method.learning_rate), seed, training, measured=seed == 0)
             yield job
-            if grid and seed == 0 and name != UNTRAINED:
-                yield from _around(job)
+            if seed == 0 and name != UNTRAINED:
+                yield from _around(replace(job, measured=False), grid)
 
 
-def _around(job: Job) -> Iterator[Job]:
-    for factor in LEARNING_RATES:
-        yield replace(job, learning_rate=job.learning_rate * factor)
-    for steps in (job.training.steps // 2, 2 * job.training.steps):
-        yield replace(job, training=replace(job.training, steps=steps))
-    for setting, values in job.method.sweeps.items():
-        for value in values:
-            if value != job.method.settings.get(setting):
-                yield replace(job, method=job.method.with_settings(**{setting: value}))
+def _around(job: Job, grid: Collection[str]) -> Iterator[Job]:
+    for name in grid:
+        for factor in _FACTORS.get(name, ()):
+            if name == LEARNING_RATE:
+                yield replace(job, learning_rate=job.learning_rate * factor)
+            else:
+                yield replace(job, training=replace(job.training, steps=max(1, round(job.training.steps * factor))))
+        for value in job.method.sweeps.get(name, ()):
+            if value != job.method.settings.get(name):
+                yield replace(job, method=job.method.with_settings(**{name: value}))
 
 
 def first(names: Sequence[str]) -> list[str]:

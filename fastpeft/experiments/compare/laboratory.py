@@ -37,12 +37,14 @@ class Laboratory:
     Attributes:
         task, data: what is learnt; its splits ``train``, ``valid``, ``test`` as tokens.
         load: the model as it comes, in float32, its new head drawn by a seed.
+        parameters: how many the model has.
         forgotten: the perplexity of a text that is not learnt, of a run's model; None where there is none.
     """
 
     task: Task
     data: Mapping[str, Encoded]
     load: Callable[[int], nn.Module]
+    parameters: int
     accelerator: Accelerator
     forgotten: Callable[[Run], float | None]
     _base: tuple[int, nn.Module] | None = field(default=None, repr=False)
@@ -97,7 +99,9 @@ def open_laboratory(
 
     model, tokenizer = load(model_name, task)
     data = {name: encode(getattr(task, name), tokenizer, length) for name in SPLITS}
-    laboratory = Laboratory(task, data, model_of, accelerator, _forgetting(task, tokenizer, length, folder))
+    parameters = sum(p.numel() for p in model.parameters())
+    forgotten = _forgetting(task, tokenizer, length, folder)
+    laboratory = Laboratory(task, data, model_of, parameters, accelerator, forgotten)
     described = {
         "task": {
             **{name: getattr(task, name) for name in ("name", "title", "kind", "metric", "higher_is_better")},
@@ -106,7 +110,7 @@ def open_laboratory(
         "model": {
             "name": model_name,
             "title": MODELS[model_name].title if model_name in MODELS else type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": parameters,
             "bytes": held_bytes(model.parameters()),
         },
         "texts": _fingerprint(data),

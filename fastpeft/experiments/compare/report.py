@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import RenderableType
-
 from ..output import write_together
 from . import tables
 from .literature import load_literature
@@ -43,8 +41,3 @@ def write_report(rows: Sequence[Row], folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_together(folder, writers)
-
-
-def terminal_table(rows: Sequence[Row]) -> RenderableType:
-    """What a terminal of 100 columns shows of the rows: a table for each task and model."""
-    return tables.terminal_table(summaries(rows))

@@ -9,14 +9,14 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import fastpeft
 
-from ..data import data_order
+from ..batches import by_length, data_order
 from ..encoding import Encoded
 from ..files import LANGUAGE
 from ..four_bit import four_bit_bytes
@@ -30,8 +30,11 @@ from .laboratory import Laboratory
 from .methods import Adapted, Situation
 from .rows import FULL, PLAIN, UNTRAINED, Row
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 FUSED = "fastpeft"
-PACE_ROUNDS = 7
+PACE_ROUNDS = 15
 LATENCY_ROUNDS = 15
 EVALUATION_BATCH = 64
 
@@ -48,8 +51,8 @@ class Failed(Exception):
 
 
 def execute(job: Job, laboratory: Laboratory, on_step: Callable[[Run], object]) -> list[Row]:
-    """What the job's runs found, without what describes the comparison: a row for fastpeft and one for plain PEFT where
-    fastpeft fuses the method, else one.
+    """What the job's runs found, without what describes the comparison: a row for fastpeft and, of a job that is
+    measured, one for plain PEFT where fastpeft fuses the method, else one.
 
     Raises:
         Failed: with the reason.
@@ -70,9 +73,9 @@ def _first_line(error: BaseException) -> str:
 
 def _execute(job: Job, laboratory: Laboratory, on_step: Callable[[Run], object]) -> list[Row]:
     adapted = adapt(job, laboratory)
-    models = contestants(adapted)
+    models = contestants(adapted, beside_plain=job.measured)
     runs = [laboratory.run(engine, model, job.learning_rate, job.training) for engine, model in models.items()]
-    pace = {} if job.name == UNTRAINED else paces(job, laboratory, models)
+    pace = paces(job, laboratory, models) if job.measured and job.steps else {}
     curves = train(job, laboratory, runs, on_step)
     return [judged(job, laboratory, adapted, run, curves[run.name], pace) for run in runs]
 
@@ -97,12 +100,12 @@ def adapt(job: Job, laboratory: Laboratory) -> Adapted:
     return adapted
 
 
-def contestants(adapted: Adapted) -> dict[str, nn.Module]:
-    """The model by the engine that computes it: fastpeft and PEFT where fastpeft fuses any layer of it."""
+def contestants(adapted: Adapted, *, beside_plain: bool) -> dict[str, nn.Module]:
+    """The model by the engine that computes it: fastpeft, and PEFT beside it, where fastpeft fuses any layer of it."""
     if adapted.engine == PLAIN and adapted.merges:  # prompts are no layers
-        fused = copy.deepcopy(adapted.model)
+        fused = copy.deepcopy(adapted.model) if beside_plain else adapted.model
         if fastpeft.patch(fused).fused:
-            return {FUSED: fused, PLAIN: adapted.model}
+            return {FUSED: fused, PLAIN: adapted.model} if beside_plain else {FUSED: fused}
     return {adapted.engine: adapted.model}
 
 
@@ -116,8 +119,14 @@ def paces(job: Job, laboratory: Laboratory, models: Mapping[str, nn.Module]) -> 
         runs[FULL] = laboratory.yardstick(job.training)
         for run in runs.values():
             run.model.train()
-        samples = interleave({name: partial(run.step, batch) for name, run in runs.items()}, PACE_ROUNDS)
+        steps = {name: partial(run.step, batch) for name, run in runs.items()}
+        samples = interleave(steps, PACE_ROUNDS, agree=partial(longest, laboratory.accelerator))
     return {name: found.wall for name, found in samples.items()}
+
+
+def longest(accelerator: Accelerator, seconds: float) -> float:
+    """The most that any process says."""
+    return float(accelerator.gather(torch.tensor([seconds], dtype=torch.float64)).max())
 
 
 def train(
@@ -162,6 +171,7 @@ def train(
     else:
         data = laboratory.data["train"]
         order = data_order(len(data), job.training.batch_size, job.steps, job.seed)
+        order = by_length(order, data.attention_mask.sum(1), job.seed)
         train_together(runs, data, order, job.seed, after)
     for run in runs:
         run.plain_model.load_state_dict(best[run.name][1], strict=False)
@@ -198,7 +208,7 @@ def judged(
     row: Row = {
         "engine": run.name,
         "trainable": trainable,
-        "total": sum(p.numel() for p in laboratory.base(job.seed).parameters()),
+        "total": laboratory.parameters,
         "score": score[task.metric],
         "scores": score,
         "valid_score": best["valid_score"],
@@ -208,20 +218,23 @@ def judged(
         "seconds": {"step": None, "epoch": None, "training": None},
         "samples_per_second": None,
         "against": {},
-        "latency": latency(run, laboratory, adapted.merges and not job.method.four_bit),
+        "latency": {"before": None, "merged": None},
+        "memory": dict.fromkeys(("peak", "kept", "adapter_file", "model", "model_4bit")),
         "forgetting": None if before is None else {"before": before, "after": laboratory.forgotten(run)},
     }
+    if job.measured:
+        row["latency"] = latency(run, laboratory, adapted.merges and not job.method.four_bit)
+        row["memory"] = memory(job, laboratory, adapted, run)
     if pace:
-        seconds = summary(pace[run.name])
-        epoch = len(laboratory.data["train"]) / training.batch_size
-        row["seconds"] = {"step": seconds, "epoch": seconds["median"] * epoch, "training": sum(run.seconds)}
-        row["samples_per_second"] = training.batch_size / seconds["median"]
+        whole = sum(run.seconds)
+        row["samples_per_second"] = job.steps * training.batch_size / whole
+        epoch = len(laboratory.data["train"]) / row["samples_per_second"]
+        row["seconds"] = {"step": summary(pace[run.name]), "epoch": epoch, "training": whole}
         row["against"] = {
             name: summary(ratios(pace[run.name], pace[name]))
             for name in (FULL, PLAIN)
             if name in pace and name != run.name and job.name != FULL
         }
-    row["memory"] = memory(job, laboratory, adapted, run)
     return row
 
 

@@ -10,7 +10,7 @@ from itertools import chain
 from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
-from .rows import FULL, PLAIN
+from .rows import FULL, PLAIN, UNTRAINED
 
 Row = Mapping[str, Any]
 IN_PLAIN = "in plain PEFT"  # ends the label of such rows
@@ -149,12 +149,13 @@ class Summary:
 def summaries(rows: Iterable[Row]) -> list[Summary]:
     """The runs by task, model, machine, method, settings, training and engine, in the order in which they came.
 
+    A run whose time and memory were not measured is the same on every machine, so it counts on all that measured any.
     Of several rows of one seed the last one counts. A fused method's runs in plain PEFT follow its own. What a method
     is compared with is full fine-tuning trained in the same way but for the learning rate, or else any; of several the
     one with the most seeds, the first of these.
     """
     groups: dict[tuple[str, bool], dict[int, Row]] = {}
-    for row in rows:
+    for row in _on_each_machine(list(rows)):
         groups.setdefault((_choice(row), row["engine"] == PLAIN), {})[row["seed"]] = row
     choices = list(dict.fromkeys(choice for choice, _ in groups))
     ordered = [groups[choice, plain] for choice in choices for plain in (False, True) if (choice, plain) in groups]
@@ -186,6 +187,18 @@ def without_plain(every: Sequence[Summary]) -> list[Summary]:
     return [own for own in every if own.engine != PLAIN or _variant(own) not in fused]
 
 
+def behind_untrained(every: Iterable[Summary], margin: float) -> list[Summary]:
+    """The trained methods, in their usual variants, that are not ``margin`` above the untrained model's score, where
+    higher is better."""
+    behind = []
+    for group in comparisons(own for own in usual(every) if own.higher_is_better and own.score is not None):
+        untrained = next((mean(own.score) for own in group if own.method == UNTRAINED), None)
+        if untrained is not None:
+            trained = (own for own in group if own.method != UNTRAINED)
+            behind += [own for own in trained if (mean(own.score) or 0.0) < untrained + margin]
+    return behind
+
+
 def difference_interval(own: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float] | None:
     """95 % percentile bootstrap of the mean difference: over the seeds in common, unpaired if these are less than 2.
 
@@ -210,6 +223,23 @@ def difference_interval(own: Mapping[int, float], other: Mapping[int, float]) ->
         samples, statistic, n_resamples=_RESAMPLES, confidence_level=_LEVEL, method="percentile", rng=0
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def _on_each_machine(rows: Sequence[Row]) -> list[Row]:
+    """The rows, one that was not measured as often as there are machines with rows of its task and model that were."""
+    machines: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["measured"]:
+            own = machines.setdefault(_key(row["task"], row["model"]), {})
+            own.setdefault(_key(row["machine"]["name"], row["threads"]), row)
+    found: list[Row] = []
+    for row in rows:
+        places = machines.get(_key(row["task"], row["model"]), {}).values()
+        if row["measured"] or not places:
+            found.append(row)
+        else:
+            found += [{**row, "machine": place["machine"], "threads": place["threads"]} for place in places]
+    return found
 
 
 def _key(*parts: object) -> str:
