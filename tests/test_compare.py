@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from test_demo import LENGTH, WORDS
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, MPNetConfig, MPNetForSequenceClassification
 
 from fastpeft.experiments.compare import jobs as plans
 from fastpeft.experiments.compare import methods, runs
@@ -163,6 +163,14 @@ def test_what_cannot_be_put_on_a_model_fails_with_a_reason(laboratory: Laborator
     silent = replace(laboratory, load=lambda seed: without_biases(tiny(seed)))
     with pytest.raises(runs.Failed, match="bias"):
         runs.execute(job("bitfit"), silent, quiet)
+
+
+def test_prefix_tuning_of_a_model_without_past_keys_fails_with_a_reason(laboratory: Laboratory) -> None:
+    shape = {"hidden_size": WIDTH, "intermediate_size": WIDE, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    config = MPNetConfig(vocab_size=5 + len(WORDS), max_position_embeddings=LENGTH + 32, **shape)
+    mpnet = replace(laboratory, load=lambda seed: MPNetForSequenceClassification(config))
+    with pytest.raises(runs.Failed, match="past_key_values"):
+        runs.execute(job("prefix"), mpnet, quiet)
 
 
 def without_biases(model: torch.nn.Module) -> torch.nn.Module:

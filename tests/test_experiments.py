@@ -14,11 +14,12 @@ import pytest
 import torch
 from test_demo import LENGTH, WORDS, pack, tiny_bert, write_archive
 from torch import nn
-from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import fastpeft
 from fastpeft.experiments import batches, data, models, training
 from fastpeft.experiments.demo import side_by_side
+from fastpeft.experiments.four_bit import DENSE, to_four_bit
 from fastpeft.experiments.memory import held_bytes, kept_bytes, peak_bytes
 from fastpeft.experiments.packages import MissingPackage, require_package
 from fastpeft.experiments.report import Result, draw_losses, results_table, smoothed
@@ -92,6 +93,27 @@ def test_batches_by_length_take_the_same_sentences_and_pad_less() -> None:
     assert lengths[found].amax(1).sum() < 0.7 * lengths[order].amax(1).sum()
     assert torch.equal(found, batches.by_length(order, lengths, seed=3))
     assert not torch.equal(found, batches.by_length(order, lengths, seed=4))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_four_bits_in_plain_peft_are_evaluated_as_they_are_trained(use_dora: bool) -> None:
+    """Where bitsandbytes repacks them to evaluate, PEFT's DoRA would decode them wrong."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=5 + len(WORDS), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **shape)
+    model = BertForSequenceClassification(config).to(torch.bfloat16)
+    exact = to_four_bit(copy.deepcopy(model), lambda name: name not in DENSE, decoded=True).double().eval()
+    adapters = peft.LoraConfig(target_modules="all-linear", use_dora=use_dora, task_type="SEQ_CLS")
+    base = to_four_bit(model, lambda name: name not in DENSE)
+    run = training.new_run("peft", peft.get_peft_model(base, adapters), 1e-3)  # a new adapter adds nothing
+    samples = random_data(8)
+    run.model.train()
+    with torch.no_grad():
+        right = exact(**samples.inputs()).logits
+        trained = run.model(**samples.inputs()).logits
+    _, found = training.predict(run, samples, 8)
+    rounding = torch.finfo(torch.bfloat16).eps * right.abs().max()
+    assert (found - right).abs().max() <= 2 * (trained - right).abs().max() + rounding
 
 
 def test_trimming_removes_common_padding_alone() -> None:

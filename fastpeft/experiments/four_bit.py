@@ -48,6 +48,18 @@ def to_four_bit(model: nn.Module, wanted: Callable[[str], bool], *, decoded: boo
     return model
 
 
+def evaluated_as_trained(model: nn.Module) -> nn.Module:
+    """``model``, whose 4-bit layers from now on keep their weights as they lie.
+
+    On processors with AVX512-BF16 bitsandbytes (0.50) puts them in another order at the first forward pass of an
+    evaluation. PEFT's DoRA then decodes them as if they lay as before: its norm, and all outputs, are wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def four_bit_bytes(model: nn.Module) -> int:
     """Bytes of the parameters of ``model`` were its linear layers in NF4 with nested statistics, its heads left out.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .encoding import IGNORED, Encoded
+from .four_bit import evaluated_as_trained
 from .memory import kept_bytes, peak_bytes
 
 if TYPE_CHECKING:
@@ -175,9 +176,9 @@ def predict(run: Run, data: Encoded, batch_size: int) -> tuple[float, Tensor]:
     """The mean loss of ``data``, and the logits, on the CPU in float32: ``[n, classes]``, ``[n, 1]`` or, of a language
     model, none. Sentences of like length share a batch to save padding.
 
-    A copy of the model is evaluated: on some processors bitsandbytes' 4-bit layers cannot be trained afterwards.
+    A copy of the model is evaluated, which can be changed for that.
     """
-    model = copy.deepcopy(run.plain_model).eval()
+    model = evaluated_as_trained(copy.deepcopy(run.plain_model)).eval()
     by_length = data.attention_mask.sum(1).argsort()
     language = data.labels.dim() == 2
     found: list[tuple[Tensor, Tensor]] = []

@@ -245,7 +245,7 @@ METHODS: Mapping[str, Method] = {
         "LoRA, q and v", "LoRA on the layers that PEFT chooses, mostly q and v", targets="default"
     ),
     "rslora": _lora_method(
-        "rsLoRA, r = 16", "LoRA scaled by alpha / sqrt(r) (Kalajdzievski, 2023)", use_rslora=True, alpha=8
+        "rsLoRA, r = 16", "LoRA scaled by alpha / sqrt(r), here by 4 (Kalajdzievski, 2023)", use_rslora=True, alpha=16
     ),
     "dora": _DORA,
     "dora-half": replace(_DORA.with_settings(rank=8), title="DoRA, r = 8", line="DoRA at half the rank of LoRA"),
