@@ -173,11 +173,12 @@ def assert_parity(
     weight = layer.base_layer.weight
     wider = autocast is None and adapter_dtype(layer).itemsize > weight.dtype.itemsize
     double_model, fused_model = copy.deepcopy(model).double(), copy.deepcopy(model)
-    assert fastpeft.patch(fused_model).left_to_peft == {}
 
     def region(dtype: torch.dtype | None) -> Any:
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
+    with region(autocast):
+        assert fastpeft.patch(fused_model).left_to_peft == {}
     oracle, eager, fused = [], [], []
     for _ in range(draws_needed(model, make_x().shape[:-1].numel())):
         x = make_x()

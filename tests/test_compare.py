@@ -169,7 +169,7 @@ def test_prefix_tuning_of_a_model_without_past_keys_fails_with_a_reason(laborato
     shape = {"hidden_size": WIDTH, "intermediate_size": WIDE, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
     config = MPNetConfig(vocab_size=5 + len(WORDS), max_position_embeddings=LENGTH + 32, **shape)
     mpnet = replace(laboratory, load=lambda seed: MPNetForSequenceClassification(config))
-    with pytest.raises(runs.Failed, match="past_key_values"):
+    with pytest.raises(runs.Failed, match="does not support past key values"):
         runs.execute(job("prefix"), mpnet, quiet)
 
 
@@ -187,8 +187,9 @@ def test_in_bfloat16_what_is_trained_is_float32(laboratory: Laboratory) -> None:
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}, name
         frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.dim() > 1}
         assert frozen <= {torch.bfloat16, torch.uint8}, name
-    for name in ("bitfit", "qlora"):
-        assert runs.execute(job(name, training=training), laboratory, quiet)
+    for name in ("bitfit", "qlora", "lora-bitfit"):
+        found = runs.execute(job(name, training=training), laboratory, quiet)
+        assert (found[0]["engine"] == "fastpeft") == ("lora" in name)
 
 
 def test_four_bits_of_a_model_take_as_many_bytes_as_bitsandbytes_takes() -> None:

@@ -159,6 +159,18 @@ def test_autocast_takes_an_input_of_another_dtype(use_dora: bool, monkeypatch: p
     assert_parity(lora_model(linear(BF16), use_dora=use_dora), lambda: signed(33, K), monkeypatch, autocast=BF16)
 
 
+@lora_and_dora
+@pytest.mark.parametrize(("dtype", "bias_dtype"), [(BF16, F32), (F32, BF16)])
+def test_autocast_takes_a_trained_bias_of_another_dtype(
+    dtype: torch.dtype, bias_dtype: torch.dtype, use_dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = linear(dtype)
+    base.bias.data = base.bias.data.to(bias_dtype)
+    model = lora_model(base, use_dora=use_dora, bias="all")
+    assert layer_of(model).base_layer.bias.requires_grad
+    assert_parity(model, lambda: signed(33, K), monkeypatch, autocast=BF16)
+
+
 @pytest.mark.parametrize("scaling", [torch.tensor(0.75), torch.tensor([0.75]), 2], ids=["0d", "1d", "int"])
 @pytest.mark.parametrize("config", [{"lora_bias": True}, DORA], ids=["lora_bias", "dora"])
 def test_scaling_may_be_a_tensor_and_may_change(

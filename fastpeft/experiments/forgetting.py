@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .data import read_rated
 from .encoding import IGNORED, Encoded, Examples
+from .four_bit import evaluated_as_trained
 from .models import is_causal
 from .prose import read_plays
 from .tasks import Task
@@ -47,7 +48,7 @@ def perplexity(model: nn.Module, encoded: Encoded, batch_size: int) -> float | N
     is_classifier = language_model.get_output_embeddings() is None
     if not is_causal(language_model.config) or (is_classifier and not language_model.config.tie_word_embeddings):
         return None
-    model.eval()
+    evaluated_as_trained(model)
     loss, count = 0.0, 0
     for index in encoded.attention_mask.sum(1).argsort().split(batch_size):
         batch = encoded.take(index).trimmed()

@@ -49,14 +49,15 @@ def to_four_bit(model: nn.Module, wanted: Callable[[str], bool], *, decoded: boo
 
 
 def evaluated_as_trained(model: nn.Module) -> nn.Module:
-    """``model``, whose 4-bit layers from now on keep their weights as they lie.
+    """``model`` to be evaluated; its 4-bit layers are left in training, which for them means to stay as they are.
 
-    On processors with AVX512-BF16 bitsandbytes (0.50) puts them in another order at the first forward pass of an
+    On some processors bitsandbytes (0.50) puts their weights in another order at the first forward pass of an
     evaluation. PEFT's DoRA then decodes them as if they lay as before: its norm, and all outputs, are wrong.
     """
+    model.eval()
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if any(hasattr(parameter, "quant_state") for parameter in module.parameters(recurse=False)):
+            module.train()
     return model
 
 

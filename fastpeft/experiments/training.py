@@ -178,7 +178,7 @@ def predict(run: Run, data: Encoded, batch_size: int) -> tuple[float, Tensor]:
 
     A copy of the model is evaluated, which can be changed for that.
     """
-    model = evaluated_as_trained(copy.deepcopy(run.plain_model)).eval()
+    model = evaluated_as_trained(copy.deepcopy(run.plain_model))
     by_length = data.attention_mask.sum(1).argsort()
     language = data.labels.dim() == 2
     found: list[tuple[Tensor, Tensor]] = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..checks import BASE_DTYPES
+from ..checks import BASE_DTYPES, is_autocast
 from ..four_bit import FourBit, from_bitsandbytes
 from .stock import Stock
 
@@ -46,9 +46,14 @@ def read_base(layer: Any) -> Base | str:
         return f"its base layer's weight is a {type(weight).__qualname__}"
     if weight.dtype not in BASE_DTYPES:
         return f"its base layer's weight is {weight.dtype}"
-    if bias is not None and bias.dtype != weight.dtype:
-        return f"its base layer's weight is {weight.dtype} and its bias {bias.dtype}"
+    if bias is not None and bias.dtype != weight.dtype and not _autocast_takes(weight, bias):
+        return f"its base layer's weight is {weight.dtype} and its bias {bias.dtype}, without autocast"
     return Base(weight.t() if type(base) is Conv1D else weight, bias, weight.dtype)
+
+
+def _autocast_takes(weight: Tensor, bias: Tensor) -> bool:
+    """Whether autocast casts both to its own dtype."""
+    return is_autocast(weight) and is_autocast(bias)
 
 
 def _is_4bit(base: nn.Module) -> bool:

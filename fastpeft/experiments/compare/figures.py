@@ -164,9 +164,14 @@ def _bars(methods: Sequence[Summary], style: Style, panels: Sequence[_Bars]) -> 
 
 
 def time_and_memory(group: Sequence[Summary], style: Style) -> Figure | None:
-    methods = sorted(_shown(group, "step_seconds"), key=lambda own: own.step_seconds or 0.0)
+    """A step's time beside full fine-tuning's, which took turns with it, where that is known: machines drift."""
+    methods = _shown(group, "step_seconds")
+    time = _Bars("milliseconds of a step", lambda own: own.step_seconds and own.step_seconds * 1e3, "{:.3g}".format)
+    if all(own.against_full is not None for own in methods):
+        time = _Bars("a step, of full fine-tuning's", lambda own: median(own.against_full), "{:.2f}×".format)
+    methods.sort(key=lambda own: time.value(own) or 0.0)
     panels = (
-        _Bars("milliseconds of a step", lambda own: own.step_seconds and own.step_seconds * 1e3, "{:.3g}".format),
+        time,
         _Bars("peak memory, MiB", lambda own: own.peak and own.peak / 2**20, "{:,.0f}".format),
         _Bars("kept for backward, MiB", lambda own: own.kept and own.kept / 2**20, "{:,.0f}".format),
     )

@@ -15,7 +15,6 @@ from torch import nn
 from .. import provenance
 from ..encoding import Encoded, encode
 from ..forgetting import forgotten_text, perplexity
-from ..four_bit import evaluated_as_trained
 from ..memory import held_bytes
 from ..models import MODELS, is_causal, load
 from ..tasks import Task
@@ -136,7 +135,7 @@ def _forgetting(task: Task, tokenizer: Any, length: int, folder: Path) -> Callab
         if not text:
             text.append(encode(forgotten_text(task, folder), tokenizer, length).to(run.accelerator.device))
         with autocast(run.accelerator.device, run.recipe.autocast):
-            return perplexity(evaluated_as_trained(copy.deepcopy(run.plain_model)), text[0], _BATCH)
+            return perplexity(copy.deepcopy(run.plain_model), text[0], _BATCH)
 
     return measure
 

@@ -26,7 +26,7 @@ from ..tasks import Task
 from ..timing import interleave, ratios, summary
 from ..training import Run, autocast, measure_memory, predict, train_together
 from .jobs import Job
-from .laboratory import Laboratory
+from .laboratory import Laboratory, computes_in
 from .methods import Adapted, Situation
 from .rows import FULL, PLAIN, UNTRAINED, Row
 
@@ -73,7 +73,8 @@ def _first_line(error: BaseException) -> str:
 
 def _execute(job: Job, laboratory: Laboratory, on_step: Callable[[Run], object]) -> list[Row]:
     adapted = adapt(job, laboratory)
-    models = contestants(adapted, beside_plain=job.measured)
+    with autocast(laboratory.accelerator.device, computes_in(job.training)):
+        models = contestants(adapted, beside_plain=job.measured)
     runs = [laboratory.run(engine, model, job.learning_rate, job.training) for engine, model in models.items()]
     pace = paces(job, laboratory, models) if job.measured and job.steps else {}
     curves = train(job, laboratory, runs, on_step)
