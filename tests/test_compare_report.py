@@ -18,10 +18,11 @@ from compare_rows import FUSED, LANGUAGE, ODD, TASK, comparison, failed, row
 from PIL import Image
 from rich.console import Console
 
-from fastpeft.experiments.compare import figures, plots, tables, words
+from fastpeft.experiments.compare import figures, plots, readme, tables, words
 from fastpeft.experiments.compare.literature import load_literature
 from fastpeft.experiments.compare.page import render_page
 from fastpeft.experiments.compare.report import write_report
+from fastpeft.experiments.compare.rows import Rows
 from fastpeft.experiments.compare.style import DARK, FAMILIES, LIGHT, drawing, family
 from fastpeft.experiments.compare.summary import Summary, summaries, usual, without_plain
 
@@ -332,3 +333,26 @@ def test_literature_names_its_sources() -> None:
         assert re.match(r"Table \d", finding.table)
         assert finding.results
         assert all(0 < result.score <= 100 for result in finding.results)
+
+
+def test_readmes_table_sets_fastpeft_beside_plain_peft(tmp_path: Path) -> None:
+    assert readme.block(tmp_path) == "No rows recorded yet."
+    found = comparison(SEEDS)
+    for each in found:
+        each["engines"] = [own["engine"] for own in found if own["key"] == each["key"]]
+    Rows(tmp_path).add(found)
+    lines = readme.block(tmp_path).splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:-2]}
+    assert list(cells) == [
+        "untrained", "full fine-tuning", "LoRA, r = 16", "DoRA, r = 16", "QLoRA, r = 16", "Houlsby adapters", "BitFit",
+        "LoReFT, r = 4", "prefix tuning",
+    ]  # fmt: skip
+    every = by_label(summaries(found))
+    for label, (score, retained, *_, step) in cells.items():
+        own = every[label]
+        assert score == words.spread(own.score, own.unit) and retained == words.percent(own.retention)
+        if label in ("LoRA, r = 16", "DoRA, r = 16", "QLoRA, r = 16"):
+            plain = every[f"{label} in plain PEFT"]
+            assert own.against_full is not None and plain.against_full is not None
+            assert step == f"**{own.against_full.median:.2f}×**, PEFT {plain.against_full.median:.2f}×"
+    assert f"over {SEEDS} seeds" in lines[-1] and "movie reviews" in lines[-1]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LINE = 0.21  # inches of a method's line
+_LABEL = 0.28  # inches of a plot's height that each labelled point needs
 _ENOUGH = 0.9  # of full fine-tuning's score
 _SMALL = 7.5  # points, of the numbers at bars
 _DECADES = 30  # an axis is logarithmic where the largest number is this many times the least
@@ -62,7 +63,7 @@ def _scatter(
     """The score against ``x``; ``area`` is a point's size."""
     from matplotlib.ticker import EngFormatter
 
-    figure = new_figure(5.4)
+    figure = new_figure(max(5.4, _LABEL * len(methods)))
     axes = figure.subplots()
     if max(map(x, methods)) > _DECADES * min(map(x, methods)):
         axes.set_xscale("log")
