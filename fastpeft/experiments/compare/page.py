@@ -41,7 +41,7 @@ def render_page(
 
 def _facts(rows: Sequence[Row]) -> dict[str, str]:
     """What holds for the whole page, in words."""
-    commits = (f"{row['commit']}{', changed' if row['dirty'] else ''}" for row in rows if row["commit"])
+    commits = (f"{row['commit'][:12]}{', changed' if row['dirty'] else ''}" for row in rows if row["commit"])
     dates = sorted(row["date"] for row in rows)
     first, last = dates[0][:10], dates[-1][:10]
     return {
