@@ -89,6 +89,22 @@ def test_a_comparison_ends_with_rows_tables_pictures_and_a_page_and_is_not_done_
     assert "nothing fits" in advice
 
 
+def test_what_a_grid_only_scored_is_measured_when_it_is_asked_for(
+    tmp_path: Path, csv: Path, minilm: None, archive: Path
+) -> None:
+    own = METHODS["head"].learning_rate
+    grid, asked = ("--grid=learning_rate",), (f"--lr=head={3 * own!r}",)
+    counts = []
+    for further in (grid, asked, asked, grid):
+        assert run(tmp_path, *small(csv, "head"), *further)[0] == 0
+        counts.append(len(Rows(tmp_path / "out").rows))
+    assert counts[:3] == [3, 4, 4]
+    rows = Rows(tmp_path / "out").rows
+    found = [(row["training"]["learning_rate"], row["measured"]) for row in rows]
+    assert found == [(own, True), (own / 3, False), (own * 3, False), (own * 3, True)]
+    assert rows[3]["score"] == rows[2]["score"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

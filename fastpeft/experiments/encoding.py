@@ -78,7 +78,7 @@ class Encoded:
 
 
 def encode(examples: Examples, tokenizer: Any, length: int) -> Encoded:
-    """Every example as ``length`` tokens, cut or padded on the right: every training step does the same work.
+    """Every example as ``length`` tokens, cut or padded on the right.
 
     Texts without labels become as many blocks of ``length`` tokens as they fill, each text's last one padded; of more
     than ``examples.blocks``, so many remain, evenly spread. They need a fast tokenizer.

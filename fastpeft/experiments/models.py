@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..methods.applied import HEADS
 from .files import HUB_NAME, LANGUAGE
-from .four_bit import to_four_bit
+from .four_bit import DENSE, to_four_bit
 from .packages import require_package
 from .refusals import BadOption
 
@@ -204,7 +203,7 @@ def add_adapters(model: nn.Module, method: str, rank: int, dropout: float, steps
     import peft
 
     if method in FOUR_BIT_METHODS:
-        to_four_bit(model, lambda name: name not in HEADS)
+        to_four_bit(model, lambda name: name not in DENSE)
     settings = {"task_type": peft.TaskType.SEQ_CLS, "target_modules": "all-linear", "lora_dropout": dropout}
     adalora = {"init_r": (3 * rank + 1) // 2, "tinit": steps // 10, "tfinal": steps // 5, "total_step": steps}
     return peft.get_peft_model(model, adapter_config(method, rank, adalora, **settings))

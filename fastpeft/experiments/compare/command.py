@@ -237,7 +237,7 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
     context = {name: described[name] for name in ("task", "model", "texts")}
     from accelerate.utils import broadcast_object_list
 
-    recorded = [job.key(context) for job in wanted if rows.has(job.key(context))]
+    recorded = [job.key(context) for job in wanted if job.on_record(rows, context)]
     recorded = broadcast_object_list([recorded])[0]  # the first process alone has them, on many machines
     missing = [job for job in wanted if job.key(context) not in recorded]
     _introduce(console, laboratory.task, described, wanted, missing)

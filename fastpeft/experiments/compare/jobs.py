@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .methods import METHODS, Method
-from .rows import FULL, UNTRAINED, key_of
+from .rows import FULL, UNTRAINED, Rows, key_of
 
 LEARNING_RATE, STEPS = "learning_rate", "steps"
 _FACTORS = {LEARNING_RATE: (1 / 3, 3.0), STEPS: (0.5, 2.0)}
@@ -110,7 +110,12 @@ class Job:
     def key(self, context: Mapping[str, Any]) -> str:
         """Of its rows; ``context`` is what describes task and model."""
         asked = {"method": self.name, "settings": self.method.settings, "training": self.described(), "seed": self.seed}
-        return key_of({**asked, **context})
+        unmeasured = {} if self.measured else {"measured": False}
+        return key_of({**asked, **unmeasured, **context})
+
+    def on_record(self, rows: Rows, context: Mapping[str, Any]) -> bool:
+        """Whether ``rows`` have all that it would find; one that was measured has its scores, too."""
+        return rows.has(self.key(context)) or rows.has(replace(self, measured=True).key(context))
 
     def described(self) -> dict[str, Any]:
         """A row's ``training``."""

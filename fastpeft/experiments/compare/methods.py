@@ -56,7 +56,7 @@ class Method:
         title: of a line in a table.
         line: what it is, in one line.
         adapt: freezes a model, adds what is trained.
-        learning_rate: AdamW's at its peak; what MiniLM learned movie reviews best by, of rates a factor of 3 apart.
+        learning_rate: AdamW's at its peak; docs/compare.md says where it comes from.
         settings: what ``adapt`` is given.
         sweeps: other values of single settings that ``--grid`` tries.
         four_bit: whether its frozen weights are quantized.

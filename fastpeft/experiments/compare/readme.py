@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import words
 from .rows import PLAIN, UNTRAINED, Rows
-from .summary import Summary, comparisons, median, summaries, usual
+from .summary import Summary, comparisons, median, summaries, usual, without_plain
 
 SHOWN = (UNTRAINED, "full", "lora", "dora", "qlora", "houlsby", "bitfit", "loreft", "prefix")
 _COLUMNS: dict[str, Callable[[Summary], str]] = {
@@ -30,7 +30,7 @@ def block(folder: Path) -> str:
         return "No rows recorded yet."
     group = every[0]
     plain = {own.method: own for own in group if own.engine == PLAIN}
-    own = {one.method: one for one in reversed(group) if one.engine != PLAIN or one.speed_up is None}
+    own = {one.method: one for one in without_plain(group)}
     chosen = [own[name] for name in SHOWN if name in own]
     lines = [
         [

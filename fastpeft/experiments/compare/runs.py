@@ -127,7 +127,7 @@ def paces(job: Job, laboratory: Laboratory, models: Mapping[str, nn.Module]) -> 
 
 def longest(accelerator: Accelerator, seconds: float) -> float:
     """The most that any process says."""
-    return float(accelerator.gather(torch.tensor([seconds], dtype=torch.float64)).max())
+    return float(accelerator.gather(torch.tensor([seconds], device=accelerator.device)).max())
 
 
 def train(
