@@ -60,12 +60,13 @@ void product(const float* x, int64_t ld_x, int64_t rows, int64_t depth, const fl
              int64_t blocks, bool onto, float* out, int64_t ld_out) {
     constexpr int64_t kTogether =
         96 / kProductRows * kProductRows;  // rows of x that wait for the next panel in a cache
-    // The sums of a few rows are made of short ones, as those of dot products in many chains are: no less exact than
-    // what a vendor computes for so few.
-    constexpr int64_t kFewRows = 16, kShort = 32;
-    if (rows < kFewRows && depth > kShort) {
-        for (int64_t k = 0; k < depth; k += kShort)
-            product(x + k, ld_x, rows, smaller(kShort, depth - k), panel + k * kLanes, panel_stride, blocks,
+    // Sums are made of shorter ones, no longer than the vendors' chains: an error grows with the length of its chain.
+    // For a few rows vendors take dot products in many chains.
+    constexpr int64_t kFewRows = 16;
+    const int64_t chain = rows < kFewRows ? 32 : 128;
+    if (depth > chain) {
+        for (int64_t k = 0; k < depth; k += chain)
+            product(x + k, ld_x, rows, smaller(chain, depth - k), panel + k * kLanes, panel_stride, blocks,
                     onto || k > 0, out, ld_out);
         return;
     }
