@@ -159,6 +159,18 @@ def test_a_loss_that_is_no_number_ends_the_run_alone(laboratory: Laboratory) -> 
     assert runs.execute(job("head"), laboratory, quiet)
 
 
+@pytest.mark.parametrize(("processes", "raised"), [(1, runs.Failed), (2, torch.OutOfMemoryError)])
+def test_out_of_memory_ends_a_run_or_of_several_processes_all(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, processes: int, raised: type[Exception]
+) -> None:
+    def out_of_memory(run: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(type(laboratory.accelerator), "num_processes", processes)
+    with pytest.raises(raised, match="no memory is left"):
+        runs.execute(job("head", measured=False), laboratory, out_of_memory)
+
+
 def test_what_cannot_be_put_on_a_model_fails_with_a_reason(laboratory: Laboratory) -> None:
     silent = replace(laboratory, load=lambda seed: without_biases(tiny(seed)))
     with pytest.raises(runs.Failed, match="bias"):

@@ -56,12 +56,15 @@ def execute(job: Job, laboratory: Laboratory, on_step: Callable[[Run], object]) 
 
     Raises:
         Failed: with the reason.
+        MemoryError, RuntimeError: one of several processes came to nothing.
     """
     try:
         return _execute(job, laboratory, on_step)
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
         raise Failed(f"{type(error).__name__}: {_first_line(error)}") from error
     except (MemoryError, RuntimeError) as error:
+        if laboratory.accelerator.num_processes > 1:
+            raise  # maybe of this process alone: the others wait for it, and their launcher has to end them
         raise Failed(_first_line(error) or type(error).__name__) from error
     finally:
         laboratory.accelerator.free_memory()  # it holds on to each model that it prepared
