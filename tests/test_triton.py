@@ -21,7 +21,7 @@ from fastpeft import dispatch, ops
 from fastpeft import kernels as launchers
 from fastpeft.backends.gpu import plans
 from fastpeft.backends.gpu import triton as backend
-from fastpeft.backends.gpu.kernel_set import DyNeeds, DyOperands, Tail
+from fastpeft.backends.gpu.kernel_set import DyNeeds, DyOperands, Mask, Tail
 from fastpeft.backends.gpu.plans import Plan, Product, plans_for
 from fastpeft.dropout import dropout_keep, dropout_threshold
 
@@ -172,6 +172,20 @@ def test_slabs_of_columns_summed_up_by_one_program(
 ) -> None:
     monkeypatch.setattr(backend, "MOST_BYTES_OF_V", most_bytes)
     Expected.of(case.inputs).assert_met_by(by_triton)
+
+
+@pytest.mark.parametrize("K", [192, 4096])
+def test_a_token_in_float32_is_summed_up_in_short_chains(
+    kernels: backend.TritonKernels, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an H100 one chain along K was off by nearly four times what the vendor's product of one token is."""
+    taken = []
+    monkeypatch.setattr(launchers, "lora_down", lambda *operands: taken.append(operands))
+    monkeypatch.setattr(backend, "multiprocessors", lambda device: 132)
+    with torch.device("meta"):
+        kernels.lora_down(torch.empty(1, K), [torch.empty(8, K)], torch.empty(1, 8), [Mask(0, 1.0, None)], None)
+    ((*_, (sums,), _, _, _, _, config),) = taken
+    assert (config.SPLIT_K, sums.shape[0]) == (32, K // 32)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

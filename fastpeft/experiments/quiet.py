@@ -6,6 +6,10 @@ import logging
 import os
 import warnings
 
+_WARNINGS = (
+    "Unsupported layer type .*LayerNorm",  # PEFT of each norm that its LN tuning trains
+    "Could not find a config file in",  # PEFT where it saves an adapter of a model that was no folder
+)
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "KINETO_LOG_LEVEL": "99",  # torch's profiler, which counts the memory
@@ -19,3 +23,5 @@ def quieten_libraries() -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message, module="peft")

@@ -25,7 +25,9 @@ INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter comp
 # A product by descriptors takes more tokens: z of one token may be float32, and one tile leaves the GPU idle.
 FEWEST_TOKENS = 17
 PROGRAMS = 2  # of a skinny product for each multiprocessor, at least
-SHORTEST_SPLIT = 256  # inputs of a product that a program sums up, at least
+# Inputs of a product that a program sums up, at least: float32, whose launches are not what counts, in chains as short as
+# those of the vendor's product of few tokens, or else its error is several times the vendor's.
+SHORTEST_SPLIT, SHORTEST_SPLIT_FLOAT32 = 256, 32
 MOST_TOKENS = 1024  # that a program of a gradient takes
 MOST_BYTES_OF_V = 1 << 26  # of partial sums of v, unless v itself takes more
 RANK_BLOCKS = (16, 32, 64)  # ranks that a program may hold; the matrix instructions want 16 at least
@@ -87,7 +89,8 @@ class TritonKernels:
         (M, K), kind = x.shape, _kind(x, max(a.shape[0] for a in A))
         config = self._launch.lora_down_config(*kind)
         programs = _ceil(M, config.BLOCK_M) * sum(_ceil(a.shape[0], kind.rank_block) for a in A)
-        splits = min(_ceil(_programs_wanted(x), programs), _ceil(K, SHORTEST_SPLIT))
+        shortest = SHORTEST_SPLIT_FLOAT32 if kind.float32 else SHORTEST_SPLIT
+        splits = min(_ceil(_programs_wanted(x), programs), _ceil(K, shortest))
         config = replace(config, SPLIT_K=_ceil(_ceil(K, splits), config.BLOCK_K) * config.BLOCK_K)
         splits = _ceil(K, config.SPLIT_K)
         sums = u.unsqueeze(0) if splits == 1 else u.new_empty((splits, *u.shape))
