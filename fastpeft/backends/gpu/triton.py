@@ -25,8 +25,8 @@ INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter comp
 # A product by descriptors takes more tokens: z of one token may be float32, and one tile leaves the GPU idle.
 FEWEST_TOKENS = 17
 PROGRAMS = 2  # of a skinny product for each multiprocessor, at least
-# Inputs of a product that a program sums up, at least: float32, whose launches are not what counts, in chains as short as
-# those of the vendor's product of few tokens, or else its error is several times the vendor's.
+# Inputs of a product that a program sums up, at least: float32, whose launches are not what counts, in chains as short
+# as those of the vendor's product of few tokens, or else its error is several times the vendor's.
 SHORTEST_SPLIT, SHORTEST_SPLIT_FLOAT32 = 256, 32
 MOST_TOKENS = 1024  # that a program of a gradient takes
 MOST_BYTES_OF_V = 1 << 26  # of partial sums of v, unless v itself takes more
