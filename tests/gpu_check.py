@@ -33,7 +33,7 @@ PLANS = ROOT / "fastpeft" / "backends" / "gpu" / "plans.json"
 FOLDERS = {"bench": "bench", "kernels/triton": "kernels", "csrc": "csrc"}  # pyproject.toml's package-dir
 METHODS = ("lora", "dora", "qlora", "qdora", "adalora")
 FOUR_BIT = ("qlora", "qdora")
-TESTS = ("test_cuda.py", "test_triton.py", "test_gpu_sync.py")
+TESTS = ("test_cuda.py", "test_cuda_steps.py", "test_triton.py", "test_gpu_sync.py")
 MOST_WORKERS = 14
 
 

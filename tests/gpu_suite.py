@@ -137,8 +137,8 @@ class GpuSuite:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def over_4_bits(M: int, K: int, form: Form, dtype: torch.dtype, dora: bool = False) -> LoraInputs:
-    """Inputs with a 4-bit weight ``[66, K]``; the oracle's is what it decodes to."""
-    made = make_inputs((M, K), 66, (4,), dtype, torch.float32, dora=dora)
+def over_4_bits(M: int, K: int, form: Form, dtype: torch.dtype, dora: bool = False, *, N: int = 66) -> LoraInputs:
+    """Inputs with a 4-bit weight ``[N, K]``; the oracle's is what it decodes to."""
+    made = make_inputs((M, K), N, (4,), dtype, torch.float32, dora=dora)
     packed = four_bit.quantize(made.weight, *form)
     return replace(made, weight=packed.dequantize(dtype), packed=packed)

@@ -105,7 +105,7 @@ Forward lora_linear(const Gpu& gpu, const Tensor& x, const Weight& weight, const
     const Tensor u = lora_down(kernels, x2, adapters, masks, left, right);
 
     std::vector<Tail> tails;
-    if (scales == 0) tails.push_back(lora_tail(u, adapters));
+    if (scales == 0) tails.push_back(fused ? Tail{} : lora_tail(u, adapters));
     const Tensors parts = parts_of(u, adapters);
     for (size_t i = 0; i < scales; ++i)
         tails.push_back({.q = parts[i],

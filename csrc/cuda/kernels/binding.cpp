@@ -152,5 +152,7 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
         release());
 #ifdef FASTPEFT_EMULATE
     m.def("set_backwards", [](bool backwards) { emulation::backwards = backwards; });
+    m.def("set_has_lora_linear", [](bool has) { emulation::has_lora_linear = has; });
+    m.def("launches", [] { return emulation::launches; });
 #endif
 }

@@ -88,6 +88,8 @@ inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline unsigned current, alive;
 inline bool backwards = false;
+inline bool has_lora_linear = false;  // whether the stand-in for it is taken
+inline int64_t launches = 0;          // so far
 
 inline void give_way(Waits waits) {
     fibers[current].waits = waits;
@@ -148,6 +150,7 @@ inline Index block_index, block_dimension;
 
 template <typename Kernel>
 cudaError_t launch(dim3 grid, unsigned threads, Kernel kernel) {
+    ++launches;
     body = kernel;
     block_dimension = {threads, 1, 1};
     for (unsigned z = 0; z < grid.z; ++z)

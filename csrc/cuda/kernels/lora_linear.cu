@@ -7,10 +7,7 @@
 
 #ifdef FASTPEFT_EMULATE
 
-namespace fastpeft::cuda {
-bool has_lora_linear(int) { return false; }
-Error lora_linear(const LinearOperands&, const Tail&, DType, const Place&) { return cudaErrorInvalidDevice; }
-}  // namespace fastpeft::cuda
+#include "lora_linear_emulated.h"
 
 #else
 
