@@ -117,6 +117,8 @@ def test_what_a_grid_only_scored_is_measured_when_it_is_asked_for(
         (("--data", "no-such-task"), "'--data': unknown task 'no-such-task'"),
         (("--model", "no-such-model"), "'--model': unknown model 'no-such-model'"),
         (("--text", "sentence"), "'--text': "),
+        (("--length", "4096"), f"'--length': the model reads {LENGTH} tokens at most, not 4096"),
+        (("--batch-size", "99999", "--length", "12"), "examples to train on, fewer than 99999"),
         (("--report-only",), "holds no rows yet"),
         (("--recommend",), "there is none of a trained method that has a result"),
     ],

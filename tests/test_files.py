@@ -165,6 +165,15 @@ NAN = float("nan")
             "--text-pair",
             "'b' holds no texts: row 1",
         ),
+        ({"text": TEXTS, "label": LABELS}, {"label": "text"}, "--label", "the column 'text' holds the texts"),
+        (
+            {"text": TEXTS, "label": LABELS},
+            {"text_pair": "text"},
+            "--text-pair",
+            "'text' holds the first texts already",
+        ),
+        ({"text": TEXTS, "b": TEXTS, "label": LABELS}, {"text_pair": "b", "label": "b"}, "--label", "holds the texts"),
+        ({"text": TEXTS * 3, "label": [*range(11), 0]}, {}, "--label", "11 different values in 12 examples: hardly"),
         ({"text": TEXTS, "label": LABELS}, {}, "--data", "4 examples are too few to hold some out of them for a test"),
     ],
 )

@@ -23,6 +23,7 @@ CLASSIFICATION, PAIR, REGRESSION, LANGUAGE = KINDS = ("classification", "pair", 
 FILE_TYPES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 MOST_CLASSES = 1000
+FEW_CLASSES = 10  # of which hardly one needs to have two examples
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 _CSV = {"keep_default_na": False, "na_values": ["", "nan", "NaN"]}  # "NA" and "None" are words like others
 
@@ -68,6 +69,10 @@ def read(
         raise BadOption("--text-pair", "which column holds the second texts of the pairs?")
     if columns.text_pair is not None and kind in (CLASSIFICATION, LANGUAGE):
         raise BadOption("--text-pair", f"--kind {kind} has no second text")
+    if columns.text_pair == columns.text:
+        raise BadOption("--text-pair", f"the column '{columns.text}' holds the first texts already")
+    if kind != LANGUAGE and columns.label in (columns.text, columns.text_pair):
+        raise BadOption("--label", f"the column '{columns.label}' holds the texts")
     with tempfile.TemporaryDirectory() as cache, _quiet_library():
         tables = _chosen(source, _load(source, config, cache), splits)
         texts = {split: _texts(table, columns.text, "--text", split) for split, table in tables.items()}
@@ -224,6 +229,12 @@ def _classes(values: Sequence[Any], names: Sequence[str] | None, name: str) -> t
             "--label",
             f"the column '{name}' holds {len(found)} different values, more than {MOST_CLASSES} classes: is it an id, "
             "or are it numbers, to be learnt with --kind regression?",
+        )
+    if len(found) > max(FEW_CLASSES, len(values) // 2):
+        raise BadOption(
+            "--label",
+            f"the column '{name}' holds {len(found)} different values in {len(values)} examples: hardly a class has "
+            "two; numbers are learnt with --kind regression",
         )
     if names is not None:
         return tuple(names), {number: number for number in range(len(names))}

@@ -221,6 +221,9 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
             console.quiet = not accelerator.is_main_process
             length = settings.length or plan.length
             laboratory, described = open_laboratory(task, settings.model, length, settings.folder, accelerator)
+        batch_size, examples = settings.batch_size or plan.batch_size, described["task"]["train"]
+        if batch_size > examples:
+            raise BadOption("--batch-size", f"there are {examples} examples to train on, fewer than {batch_size}")
     except MissingPackage as error:
         raise click.ClickException(str(error)) from error
     except BadOption as error:
@@ -229,7 +232,7 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
     training = Training(
         steps=settings.steps or plan.steps,
         evaluations=plan.evaluations,
-        batch_size=settings.batch_size or plan.batch_size,
+        batch_size=batch_size,
         length=length,
         dtype=_dtype(settings.dtype),
     )

@@ -17,6 +17,7 @@ from ..encoding import Encoded, encode
 from ..forgetting import forgotten_text, perplexity
 from ..memory import held_bytes
 from ..models import MODELS, is_causal, load
+from ..refusals import BadOption
 from ..tasks import Task
 from ..training import Recipe, Run, autocast, new_run
 from .jobs import Training
@@ -91,6 +92,9 @@ def open_laboratory(
         model_name: what :func:`models.load` loads.
         length: tokens of an example, at most.
         folder: where the archives of the built-in texts are.
+
+    Raises:
+        BadOption: the model cannot be had, or does not read so many tokens.
     """
 
     def model_of(seed: int) -> nn.Module:
@@ -98,6 +102,9 @@ def open_laboratory(
         return load(model_name, task)[0]
 
     model, tokenizer = load(model_name, task)
+    most = min(getattr(model.config, "max_position_embeddings", length), tokenizer.model_max_length)
+    if length > most:
+        raise BadOption("--length", f"the model reads {most} tokens at most, not {length}")
     data = {name: encode(getattr(task, name), tokenizer, length) for name in SPLITS}
     parameters = sum(p.numel() for p in model.parameters())
     forgotten = _forgetting(task, tokenizer, length, folder)

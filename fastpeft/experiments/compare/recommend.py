@@ -77,7 +77,9 @@ def choose(every: Sequence[Summary], budget: Budget) -> Recommendation:
     groups = comparisons(every)
     if len(groups) > 1:
         scopes = "; ".join(words.scope(group[0]) for group in groups)
-        raise ValueError(f"rows: they are of {len(groups)} comparisons, which need one recommendation each: {scopes}")
+        raise ValueError(
+            f"rows: they are of {len(groups)} comparisons, each of which needs a folder of its own: {scopes}"
+        )
     too_large = {own.label: reason for own in every if (reason := _excess(own, budget))}
     fitting = sorted((own for own in every if own.label not in too_large), key=_score, reverse=True)
     if not fitting:
