@@ -103,6 +103,7 @@ def row(method: str, seed: int = 0, engine: str | None = None, **changed: Any) -
         "threads": 2,
         "preset": "full",
         "task": task,
+        "texts": "0123456789abcdef",
         "model": MODEL,
         "method": method,
         "title": title,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import compare_rows
 import pytest
 import torch
 from test_demo import LENGTH, WORDS
@@ -257,7 +258,7 @@ def test_presets_hold_known_methods() -> None:
 
 
 def row(key: str, engine: str, engines: list[str], **more: Any) -> dict[str, Any]:
-    return {"key": key, "engine": engine, "engines": engines, **more}
+    return compare_rows.row("lora", engine=engine, key=key, engines=engines, **more)
 
 
 def recorded(folder: Path) -> Rows:
@@ -277,26 +278,71 @@ def test_rows_are_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [1, 30, 0.5, 0.999])
 def test_what_a_stop_tore_is_cut_off_with_its_run(tmp_path: Path, kept: float) -> None:
+    """When rows are added: who only reads changes nothing, since the run may be being written."""
     path = recorded(tmp_path).path
-    content = path.read_bytes()
-    lines = content.splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     last = lines[-1]
-    cut = int(kept) if kept >= 1 else int(kept * len(last))
-    path.write_bytes(b"".join(lines[:-1]) + last[:cut])
+    torn = b"".join(lines[:-1]) + last[: int(kept) if kept >= 1 else int(kept * len(last))]
+    path.write_bytes(torn)
     rows = Rows(tmp_path)
     assert [each["key"] for each in rows.rows] == ["a"]
-    assert path.read_bytes() == lines[0]
+    assert path.read_bytes() == torn
     rows.add([row("b", engine, ["fastpeft", "peft"]) for engine in ("fastpeft", "peft")])
     assert [each["key"] for each in Rows(tmp_path).rows] == ["a", "b", "b"]
+    assert path.read_bytes().startswith(lines[0])
 
 
-@pytest.mark.parametrize("line", ["no json", "[1]", '{"engine": "torch"}', "7"])
+def test_rows_that_stand_there_twice_stay(tmp_path: Path) -> None:
+    path = recorded(tmp_path).path
+    path.write_bytes(2 * path.read_bytes() + b"\n")
+    rows = Rows(tmp_path)
+    assert [each["key"] for each in rows.rows] == ["a", "b", "b", "a", "b", "b"]
+    rows.add([row("c", "torch", ["torch"])])
+    assert len(Rows(tmp_path).rows) == 7
+
+
+def test_a_last_line_without_its_end_is_a_row(tmp_path: Path) -> None:
+    path = recorded(tmp_path).path
+    path.write_bytes(path.read_bytes().rstrip())
+    Rows(tmp_path).add([row("c", "torch", ["torch"])])
+    assert [each["key"] for each in Rows(tmp_path).rows] == ["a", "b", "b", "c"]
+
+
+def test_what_another_process_adds_stays(tmp_path: Path) -> None:
+    path = recorded(tmp_path).path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    rows = Rows(tmp_path)
+    path.write_bytes(whole)  # the other process ends its line
+    rows.add([row("c", "torch", ["torch"])])
+    assert [each["key"] for each in Rows(tmp_path).rows] == ["a", "b", "b", "c"]
+
+
+NO_ROWS = {
+    "no json": "it is no JSON",
+    "[1]": "it is no object with fields",
+    '{"engine": "torch"}': "it lacks key, engines, machine",
+    "7": "it is no object",
+    "\udcff": "it is no text in UTF-8",
+}
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
 def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
     path = recorded(tmp_path).path
     content = path.read_text().splitlines()
-    path.write_text("\n".join([content[0], line, *content[1:]]) + "\n")
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is no row"):
+    text = "\n".join([content[0], line, *content[1:]]) + "\n"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"rows.jsonl, line 2 is no row: {NO_ROWS[line]}"):
         Rows(tmp_path)
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"my": "precious notes"}')
+    with pytest.raises(ValueError, match="line 1 is no row: it lacks key"):
+        Rows(tmp_path)
+    assert path.read_text() == '{"my": "precious notes"}'
 
 
 def test_a_key_is_that_of_what_was_asked_for() -> None:

@@ -28,8 +28,8 @@ from .laboratory import Laboratory, open_laboratory, origin
 from .methods import METHODS
 from .recommend import Budget, recommend
 from .report import PAGE, write_report
-from .rows import FILE, UNTRAINED, Row, Rows
-from .runs import FIELDS, Failed, adapt, execute
+from .rows import FIELDS, FILE, UNTRAINED, Row, Rows
+from .runs import Failed, adapt, execute
 from .summary import behind_untrained, summaries
 from .tables import terminal_table
 
@@ -253,7 +253,7 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
         _check(missing, laboratory)
     described = {
         "preset": settings.preset,
-        **{name: described[name] for name in ("task", "model")},
+        **context,
         **origin(accelerator),
     }
     gc.freeze()  # what is here by now is needed to the end; looking through it after each run takes seconds

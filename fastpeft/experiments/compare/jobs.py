@@ -137,7 +137,8 @@ def jobs(
             job = Job(name, method, rates.get(name, method.learning_rate), seed, training, measured=seed == 0)
             yield job
             if seed == 0 and name != UNTRAINED:
-                yield from _around(replace(job, measured=False), grid)
+                own = replace(job, measured=False)
+                yield from (variant for variant in _around(own, grid) if variant != own)
 
 
 def _around(job: Job, grid: Collection[str]) -> Iterator[Job]:

@@ -37,13 +37,7 @@ FUSED = "fastpeft"
 PACE_ROUNDS = 15
 LATENCY_ROUNDS = 15
 EVALUATION_BATCH = 64
-
-
-FIELDS = (
-    *("engine", "trainable", "total", "score", "scores", "valid_score", "loss", "best_step", "curve", "seconds"),
-    *("samples_per_second", "against", "latency", "forgetting", "memory"),
-)
-"""Of a row: what the run alone decides."""
+MOST_LOSS = 700.0  # whose perplexity is a number
 
 
 class Failed(Exception):
@@ -60,7 +54,7 @@ def execute(job: Job, laboratory: Laboratory, on_step: Callable[[Run], object]) 
     """
     try:
         return _execute(job, laboratory, on_step)
-    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+    except (ValueError, TypeError, NotImplementedError, AttributeError, ArithmeticError, LookupError) as error:
         raise Failed(f"{type(error).__name__}: {_first_line(error)}") from error
     except (MemoryError, RuntimeError) as error:
         if laboratory.accelerator.num_processes > 1:
@@ -157,7 +151,7 @@ def train(
                 "valid_score": score[task.metric],
             }
         )
-        worth = score[task.metric] if task.higher_is_better else -score[task.metric]
+        worth = _worth(score[task.metric], task.higher_is_better)
         if run.name not in best or worth > best[run.name][0]:
             best[run.name] = worth, trained_state(run.plain_model)
 
@@ -182,6 +176,13 @@ def train(
     return curves
 
 
+def _worth(score: float, higher_is_better: bool) -> float:
+    """More is better; a score that is no number, as the correlation with a constant, is worth least."""
+    if math.isnan(score):
+        return -math.inf
+    return score if higher_is_better else -score
+
+
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what is trained."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -191,7 +192,7 @@ def judge(run: Run, task: Task, data: Encoded) -> tuple[float, dict[str, float]]
     """The loss, and the scores by name."""
     loss, logits = predict(run, data, EVALUATION_BATCH)
     if task.kind == LANGUAGE:
-        return loss, {task.metric: math.exp(loss)}
+        return loss, {task.metric: math.exp(loss) if loss < MOST_LOSS else math.inf}
     return loss, scores(task.metrics, logits, data.labels)
 
 
@@ -207,7 +208,7 @@ def judged(
     task, training, model = laboratory.task, job.training, run.plain_model
     loss, score = judge(run, task, laboratory.data["test"])
     trainable = 0 if job.name == UNTRAINED else sum(p.numel() for p in model.parameters() if p.requires_grad)
-    best = max(curve, key=lambda point: point["valid_score"] * (1 if task.higher_is_better else -1))
+    best = max(curve, key=lambda point: _worth(point["valid_score"], task.higher_is_better))
     before = laboratory.forgotten_before(training)
     row: Row = {
         "engine": run.name,

@@ -89,6 +89,7 @@ class Summary:
     """
 
     task: Mapping[str, Any]
+    texts: str
     model: Mapping[str, Any]
     machine: str
     threads: int
@@ -142,21 +143,23 @@ class Summary:
 
     @property
     def comparison(self) -> str:
-        """The same for summaries that can be compared: one task, one model, one machine."""
-        return _key(self.task, self.model, self.machine, self.threads)
+        """The same for summaries that can be compared: one task and its texts, one model, one machine."""
+        return _key(self.task, self.texts, self.model, self.machine, self.threads)
 
 
 def summaries(rows: Iterable[Row]) -> list[Summary]:
     """The runs by task, model, machine, method, settings, training and engine, in the order in which they came.
 
     A run whose time and memory were not measured is the same on every machine, so it counts on all that measured any.
-    Of several rows of one seed the last one counts. A fused method's runs in plain PEFT follow its own. What a method
-    is compared with is full fine-tuning trained in the same way but for the learning rate, or else any; of several the
-    one with the most seeds, the first of these.
+    Of several rows of one seed the last one counts, of one that was measured and others that one. A fused method's runs
+    in plain PEFT follow its own. What a method is compared with is full fine-tuning trained in the same way but for the
+    learning rate, or else any; of several the one with the most seeds, the first of these.
     """
     groups: dict[tuple[str, bool], dict[int, Row]] = {}
     for row in _on_each_machine(list(rows)):
-        groups.setdefault((_choice(row), row["engine"] == PLAIN), {})[row["seed"]] = row
+        seeds = groups.setdefault((_choice(row), row["engine"] == PLAIN), {})
+        if row["measured"] or not seeds.get(row["seed"], row)["measured"]:
+            seeds[row["seed"]] = row
     choices = list(dict.fromkeys(choice for choice, _ in groups))
     ordered = [groups[choice, plain] for choice in choices for plain in (False, True) if (choice, plain) in groups]
     found = _with_labels([_summary(list(group.values())) for group in ordered])
@@ -230,16 +233,20 @@ def _on_each_machine(rows: Sequence[Row]) -> list[Row]:
     machines: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row["measured"]:
-            own = machines.setdefault(_key(row["task"], row["model"]), {})
+            own = machines.setdefault(_task_and_model(row), {})
             own.setdefault(_key(row["machine"]["name"], row["threads"]), row)
     found: list[Row] = []
     for row in rows:
-        places = machines.get(_key(row["task"], row["model"]), {}).values()
+        places = machines.get(_task_and_model(row), {}).values()
         if row["measured"] or not places:
             found.append(row)
         else:
             found += [{**row, "machine": place["machine"], "threads": place["threads"]} for place in places]
     return found
+
+
+def _task_and_model(row: Row) -> str:
+    return _key(row["task"], row["texts"], row["model"])
 
 
 def _key(*parts: object) -> str:
@@ -250,7 +257,7 @@ def _choice(row: Row) -> str:
     """All that tells a group from others but the engine."""
     training = {name: value for name, value in row["training"].items() if name != "seed"}
     machine = row["machine"]["name"]
-    return _key(row["task"], row["model"], machine, row["threads"], row["method"], row["settings"], training)
+    return _key(_task_and_model(row), machine, row["threads"], row["method"], row["settings"], training)
 
 
 def _variant(own: Summary) -> str:
@@ -274,6 +281,7 @@ def _summary(rows: Sequence[Row]) -> Summary:
 
     return Summary(
         task=first["task"],
+        texts=first["texts"],
         model=first["model"],
         machine=first["machine"]["name"],
         threads=first["threads"],
