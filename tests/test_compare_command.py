@@ -109,7 +109,7 @@ def test_what_a_grid_only_scored_is_measured_when_it_is_asked_for(
     ("arguments", "message"),
     [
         (("--methods", "lora,lore"), "unknown method 'lore'; there are none, full,"),
-        (("--lr", "lora"), "'--lr': lora: could not convert string to float"),
+        (("--lr", "lora=x"), "'--lr': lora=x: could not convert string to float"),
         (("--lr", "lora=0"), "a learning rate is a number above 0, not '0'"),
         (("--lr", "lora=nan"), "a learning rate is a number above 0, not 'nan'"),
         (("--lr", "vera=1e-3", "--methods", "lora"), "'vera' is not among the methods compared: lora"),
@@ -119,8 +119,13 @@ def test_what_a_grid_only_scored_is_measured_when_it_is_asked_for(
         (("--text", "sentence"), "'--text': "),
         (("--length", "4096"), f"'--length': the model reads {LENGTH} tokens at most, not 4096"),
         (("--batch-size", "99999", "--length", "12"), "examples to train on, fewer than 99999"),
-        (("--report-only",), "holds no rows yet"),
-        (("--recommend",), "there is none of a trained method that has a result"),
+        (("--lr", "lora"), "'--lr': lora: a method and its rate are wanted: METHOD=RATE"),
+        (("--lr", "lora=1e-3", "--lr", "lora=1e-2"), "'--lr': lora=1e-2: 'lora' has a rate already"),
+        (("--lr", "none=1"), "'--lr': none=1: the untrained model has none"),
+        (("--grid=rank", "--methods", "bitfit", "--length", "12"), "'--grid': bitfit have nothing of rank"),
+        (("--max-memory", "1"), "'--max-memory': is for --recommend"),
+        (("--max-seconds", "nan"), "nan is no number"),
+        (("--recommend",), "'--data': --recommend reads the rows of --out as they are"),
     ],
 )
 def test_what_cannot_be_had_is_said_in_one_line(
@@ -135,6 +140,21 @@ def test_what_cannot_be_had_is_said_in_one_line(
     code, output = run(tmp_path, "--data", "reviews", "--valid-size", "8", "--test-size", "8", *arguments)
     assert code != 0
     assert message in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--report-only",), "holds no rows yet"),
+        (("--recommend",), "there is none of a trained method that has a result"),
+        (("--recommend", "--report-only"), "'--report-only': --recommend reads the rows of --out as they are"),
+        (("--report-only", "--steps", "3"), "'--steps': --report-only reads the rows of --out as they are"),
+    ],
+)
+def test_what_reads_rows_takes_nothing_else(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(compare.command, ["--out", str(tmp_path / "out"), *arguments])
+    assert result.exit_code != 0 and message in " ".join(result.output.split())
+    assert "--recommend" not in arguments or not (tmp_path / "out").exists()
 
 
 def test_a_method_asked_for_by_name_that_cannot_train_the_model_is_refused(

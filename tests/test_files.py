@@ -48,13 +48,15 @@ def test_every_type_of_file_is_read(tmp_path: Path, name: str) -> None:
 
 def test_a_folder_says_its_splits_by_the_files_names(tmp_path: Path) -> None:
     for i, split in enumerate(("train", "validation", "test")):
-        write(tmp_path / f"{split}.csv", {"text": [f"{split} {word}" for word in TEXTS], "label": [i, 1, i, 1]})
+        write(
+            tmp_path / f"{split}.csv", {"text": [f"{split} {word}" for word in TEXTS], "label": [i, (i + 1) % 3, i, 1]}
+        )
     found = read(str(tmp_path), Columns())
     assert found.classes == ("0", "1", "2")
     assert {split: part.texts[1] for split, part in found.splits.items()} == {
         split: f"{split} NA" for split in ("train", "validation", "test")
     }
-    assert found.splits["test"].labels == [2, 1, 2, 1]
+    assert found.splits["test"].labels == [2, 0, 2, 1]
     task = load_task(str(tmp_path), sizes=Sizes(test=2))
     assert (len(task.train), len(task.valid), len(task.test)) == (4, 4, 2)
     assert set(task.test.texts) < {f"test {word}" for word in TEXTS}
@@ -93,7 +95,8 @@ def test_a_missing_split_is_cut_from_those_to_train_on(tmp_path: Path) -> None:
         (["b", "a", "b", "10"], None, "classification", ("10", "a", "b"), [2, 1, 2, 0]),
         ([10, 9, 10, -1], None, "classification", ("-1", "9", "10"), [2, 1, 2, 0]),
         ([True, False, True, True], None, "classification", ("False", "True"), [1, 0, 1, 1]),
-        ([1.0, 0.0, 1.0, 1.0], None, "regression", None, [1.0, 0.0, 1.0, 1.0]),
+        ([1.0, 0.5, 1.0, 1.0], None, "regression", None, [1.0, 0.5, 1.0, 1.0]),
+        ([1.0, 0.0, 1.0, 1.0], "classification", "classification", ("0.0", "1.0"), [1, 0, 1, 1]),
         ([1.5, 0.0, 1.5, 0.0], "classification", "classification", ("0.0", "1.5"), [1, 0, 1, 0]),
         ([3, 1, 2, 1], "regression", "regression", None, [3.0, 1.0, 2.0, 1.0]),
     ],
@@ -173,6 +176,7 @@ NAN = float("nan")
             "'text' holds the first texts already",
         ),
         ({"text": TEXTS, "b": TEXTS, "label": LABELS}, {"text_pair": "b", "label": "b"}, "--label", "holds the texts"),
+        ({"text": TEXTS, "label": [0.0, 1.0, 1.0, 2.0]}, {}, "--kind", "holds 0.0, 1.0, 2.0: say classification or"),
         ({"text": TEXTS * 3, "label": [*range(11), 0]}, {}, "--label", "11 different values in 12 examples: hardly"),
         ({"text": TEXTS, "label": LABELS}, {}, "--data", "4 examples are too few to hold some out of them for a test"),
     ],
@@ -205,6 +209,9 @@ def test_labels_that_are_lists_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
+        ("x.csv", b"text,label\nHello, you,1\nBye, you,0\n", "3 fields in its first row and 2 names of columns"),
+        ("x.tsv", b"text\tlabel\na\tb\t1\n", "3 fields in its first row and 2 names of columns"),
+        ("x.csv", b"text,text,label\na,b,1\n", "2 columns with the name 'text'"),
         ("x.csv", b"", "x.csv is empty"),
         ("x.parquet", None, "no examples can be read from .*x.parquet: "),
         ("x.csv", b"text,label\n", "no examples can be read from .*x.csv: "),

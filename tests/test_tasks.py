@@ -154,7 +154,7 @@ def test_missing_and_broken_archives_are_named(tmp_path: Path) -> None:
         ("reviews", {"sizes": Sizes(test=0)}, "--test-size", "must be at least 1, got 0"),
         ("reviews", {"sizes": Sizes(train=-1)}, "--train-size", "must be at least 1, got -1"),
         ("pairs", {"sizes": Sizes(valid=3)}, "--valid-size", "must be at least 4, got 3"),
-        ("reviews", {"sizes": Sizes(test=COUNT)}, "--test-size", "leaves nothing of 192 examples to train on"),
+        ("reviews", {"sizes": Sizes(test=COUNT)}, "--test-size", "0 to choose by leave nothing of 192 examples"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import math
 import re
@@ -87,7 +88,7 @@ def read(
     labels = {split: own for split, own in found.items() if split == "train" or own.count(None) < len(own)}
     values = [value for split in labels for value in _all_there(labels[split], columns.label, split)]
     if kind is None:
-        kind = REGRESSION if any(isinstance(value, float) for value in values) else CLASSIFICATION
+        kind = _kind_of(values, columns.label)
     classes: tuple[str, ...] | None = None
     known: Mapping[Any, Any]
     if kind == REGRESSION:
@@ -149,6 +150,9 @@ def _from_disk(path: Path, config: str | None, cache: str) -> Mapping[str, Datas
     options: dict[str, Any] = {"cache_dir": cache, **(_CSV if "csv" in types else {})}
     if path.suffix.lower() == ".tsv":
         options["sep"] = "\t"
+    for file in files:
+        if FILE_TYPES.get(file.suffix.lower()) == "csv":
+            _check_header(file, "\t" if file.suffix.lower() == ".tsv" else ",")
     try:
         if path.is_file():
             return datasets.load_dataset(*types, data_files=glob.escape(str(path)), **options)
@@ -161,6 +165,23 @@ def _from_disk(path: Path, config: str | None, cache: str) -> Mapping[str, Datas
         raise BadOption(
             "--data", f"no examples can be read from {path}: {_first_line(error.__cause__ or error)}"
         ) from error
+
+
+def _check_header(file: Path, separator: str) -> None:
+    """Of columns that have one name pandas renames all but the first; a field more than there are names it takes for
+    an index, and the text for the field behind it."""
+    with file.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
+        rows = csv.reader(lines, delimiter=separator)
+        names, first = next(rows, []), next(rows, None)
+    for name in names:
+        if names.count(name) > 1:
+            raise BadOption("--data", f"{file} has {names.count(name)} columns with the name '{name}'")
+    if first is not None and len(first) > len(names):
+        raise BadOption(
+            "--data",
+            f"{file} has {len(first)} fields in its first row and {len(names)} names of columns: a text that holds the "
+            "separator stands in quotes",
+        )
 
 
 def _chosen(source: str, tables: Mapping[str, Dataset], splits: Mapping[str, str]) -> dict[str, Dataset]:
@@ -207,6 +228,20 @@ def _all_there(values: Sequence[Any], name: str, split: str) -> Sequence[Any]:
         if not isinstance(value, (str, int, float)):
             raise BadOption("--label", f"the column '{name}' holds neither classes nor numbers: row {row} is {value!r}")
     return values
+
+
+def _kind_of(values: Sequence[Any], name: str) -> str:
+    """Fractions are to be approached, all else is a class. Few whole numbers written as fractions may be either: that
+    is how classes come out of a program that had one missing."""
+    if not any(isinstance(value, float) for value in values):
+        return CLASSIFICATION
+    few = set(values)
+    if 1 < len(few) <= FEW_CLASSES and all(
+        isinstance(value, (int, float)) and float(value).is_integer() for value in few
+    ):
+        shown = ", ".join(map(str, sorted(few)))
+        raise BadOption("--kind", f"the column '{name}' holds {shown}: say classification or regression")
+    return REGRESSION
 
 
 def _numbers(values: Sequence[Any], name: str) -> dict[Any, float]:

@@ -8,14 +8,25 @@ from typing import Any
 import click
 
 
-class Probability(click.FloatRange):
-    """At least 0 and below 1. Click's ranges let nan through: it is neither below nor above anything."""
+class Number(click.FloatRange):
+    """Click's ranges let nan through: it is neither below nor above anything."""
+
+    wanted = "at least 0"
 
     def __init__(self) -> None:
-        super().__init__(0.0, 1.0, max_open=True)
+        super().__init__(0.0)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if math.isnan(number):
-            self.fail("nan is no number: it must be at least 0 and below 1.", param, ctx)
+            self.fail(f"nan is no number: it must be {self.wanted}.", param, ctx)
         return number
+
+
+class Probability(Number):
+    """At least 0 and below 1."""
+
+    wanted = "at least 0 and below 1"
+
+    def __init__(self) -> None:
+        click.FloatRange.__init__(self, 0.0, 1.0, max_open=True)

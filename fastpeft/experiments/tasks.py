@@ -176,6 +176,9 @@ def load_task(
     else:
         found = read(name, Columns(text or "text", text_pair, label or "label"), kind)
     train, valid, test = _split(found, sizes, seed, group)
+    if found.kind != LANGUAGE:
+        for split, part in {"train": train, "validation": valid, "test": test}.items():
+            _check_labels(part, split, name)
     return Task(name, title, found.kind, metrics or _metrics(found), found.classes, train, valid, test)
 
 
@@ -212,8 +215,19 @@ def _split(found: Learnable, sizes: Sizes, seed: int, group: int) -> tuple[Examp
         if found.kind == LANGUAGE:
             parts[split] = replace(parts[split], blocks=blocks)
     if not len(parts["train"]):
-        raise BadOption("--test-size", f"what is held out leaves nothing of {len(whole)} examples to train on")
+        held_out = f"{len(parts['test'])} to test on and {len(parts['validation'])} to choose by"
+        larger = "--test-size" if len(parts["test"]) >= len(parts["validation"]) else "--valid-size"
+        raise BadOption(larger, f"{held_out} leave nothing of {len(whole)} examples to train on")
     return parts["train"], parts["validation"], parts["test"]
+
+
+def _check_labels(part: Examples, split: str, name: str) -> None:
+    """Where all labels are alike there is nothing to learn, and a score says nothing."""
+    labels = part.labels or []
+    if len(set(labels)) < 2:
+        purpose = {"train": "to train on", "validation": "to choose by", "test": "to test on"}[split]
+        option = "--data" if split == "train" else _SIZE_OPTIONS[split]
+        raise BadOption(option, f"of {name} all {len(labels)} examples {purpose} have the same label")
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

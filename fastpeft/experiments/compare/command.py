@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..files import KINDS
 from ..models import MODELS, faster_dtype
+from ..options import Number
 from ..output import try_out
 from ..packages import MissingPackage, require_package
 from ..quiet import quieten_libraries
@@ -35,6 +37,8 @@ from .tables import terminal_table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+MOST_NAMES = 8  # of classes that are shown
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,9 @@ class Settings:
 )
 @click.option("--report-only", is_flag=True, help="Train nothing: the report anew, from the rows on record.")
 @click.option("--recommend", "advise", is_flag=True, help="Train nothing: say which method to take, from the rows.")
-@click.option("--max-memory", type=click.FloatRange(0), metavar="MIB", help="For --recommend: of a step at its peak.")
-@click.option("--max-seconds", type=click.FloatRange(0), metavar="S", help="For --recommend: of a step.")
-@click.option("--max-parameters", type=click.FloatRange(0), help="For --recommend: trained ones.")
+@click.option("--max-memory", type=Number(), metavar="MIB", help="For --recommend: of a step at its peak.")
+@click.option("--max-seconds", type=Number(), metavar="S", help="For --recommend: of a step.")
+@click.option("--max-parameters", type=Number(), help="For --recommend: trained ones.")
 def command(
     listed: bool,
     report_only: bool,
@@ -142,13 +146,14 @@ def command(
     accelerate launch every run is spread over its processes.
     """
     quieten_libraries()
+    _check_what_goes_together(click.get_current_context(), report_only, advise)
     console = Console(highlight=False)
     settings = Settings(**options)
     if listed:
         for name, method in METHODS.items():
-            console.print(f"[bold]{name:15}[/bold] {method.line}")
+            console.print(f"[bold]{name:15}[/bold] {method.line}", soft_wrap=True)
         return
-    rows = _rows(settings.out)
+    rows = _rows(settings.out, reads=advise)
     if advise:
         budget = Budget(max_memory and max_memory * 2**20, max_seconds, None, max_parameters)
         try:
@@ -163,8 +168,9 @@ def command(
     write_report(rows.rows, settings.out)
     every = summaries(rows.rows)
     console.print(terminal_table(every))
-    for own in behind_untrained(every, settings.plan.margin):
-        console.print(f"{own.label} is not {100 * settings.plan.margin:g} points above the untrained model.")
+    margin = PRESETS.get(rows.rows[-1]["preset"], settings.plan).margin
+    for own in behind_untrained(every, margin):
+        console.print(f"{own.label} is not {100 * margin:g} points above the untrained model.")
     console.print(
         f"{settings.out / PAGE} shows all of it with pictures; {settings.out / FILE} holds the rows, and table.md, "
         "table.csv and table.tex beside it the table.",
@@ -172,9 +178,24 @@ def command(
     )
 
 
-def _rows(out: Path) -> Rows:
+def _check_what_goes_together(context: click.Context, report_only: bool, advise: bool) -> None:
+    given = {
+        option.opts[0]
+        for option in context.command.params
+        if option.name and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    }
+    budget = {"--max-memory", "--max-seconds", "--max-parameters"}
+    if not advise and given & budget:
+        raise click.BadParameter("is for --recommend", param_hint=f"'{min(given & budget)}'")
+    reads = "--recommend" if advise else "--report-only" if report_only else None
+    if reads and (others := given - {reads, "--out"} - budget):
+        raise click.BadParameter(f"{reads} reads the rows of --out as they are", param_hint=f"'{min(others)}'")
+
+
+def _rows(out: Path, reads: bool) -> Rows:
     try:
-        try_out(out, (FILE, PAGE))
+        if not reads:
+            try_out(out, (FILE, PAGE))
         return Rows(out)
     except OSError as error:
         raise click.BadParameter(f"nothing can be written there ({error})", param_hint="'--out'") from error
@@ -237,6 +258,8 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
         dtype=_dtype(settings.dtype),
     )
     wanted = list(jobs(names, settings.seeds or plan.seeds, training, rates, grid))
+    if grid and len(wanted) == len(names) * (settings.seeds or plan.seeds):
+        raise click.BadParameter(f"{', '.join(names)} have nothing of {', '.join(grid)}", param_hint="'--grid'")
     context = {name: described[name] for name in ("task", "model", "texts")}
     from accelerate.utils import broadcast_object_list
 
@@ -286,8 +309,14 @@ def _grid(given: str | None) -> Sequence[str]:
 def _rates(given: Iterable[str], names: Sequence[str]) -> dict[str, float]:
     rates = {}
     for text in given:
-        name, _, rate = text.partition("=")
+        name, equals, rate = text.partition("=")
         try:
+            if not equals:
+                raise ValueError("a method and its rate are wanted: METHOD=RATE")
+            if name in rates:
+                raise ValueError(f"'{name}' has a rate already")
+            if name == UNTRAINED:
+                raise ValueError("the untrained model has none")
             if name not in names:
                 raise ValueError(f"'{name}' is not among the methods compared: {', '.join(names)}")
             rates[name] = float(rate)
@@ -321,6 +350,8 @@ def _introduce(
         f"{sizes['train']:,} examples to train on, {sizes['valid']:,} to choose by, {sizes['test']:,} to test on.",
         soft_wrap=True,
     )
+    learnt = task.kind if task.classes is None else f"{len(task.classes)} classes ({_some(task.classes)})"
+    console.print(f"What is learnt: {learnt}; the score: {task.metric}.", markup=False, soft_wrap=True)
     on_record = len(wanted) - len(missing)
     training = wanted[0].training
     console.print(
@@ -328,6 +359,11 @@ def _introduce(
         f"{training.dtype}" + (f"; {on_record} of them are on record already." if on_record else "."),
         soft_wrap=True,
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MOST_NAMES])
+    return shown if len(names) <= MOST_NAMES else f"{shown}, …"
 
 
 def _check(missing: Sequence[Job], laboratory: Laboratory) -> None:

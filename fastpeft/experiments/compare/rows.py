@@ -27,7 +27,7 @@ FIELDS = (
 """Of a row: what the run alone decides."""
 _ASKED = (
     *("key", "engines", "machine", "threads", "task", "texts", "model", "method", "title", "settings", "training"),
-    *("seed", "measured", "failed"),
+    *("seed", "measured", "failed", "preset"),
 )
 
 
