@@ -213,9 +213,10 @@ def test_four_bits_of_a_model_take_as_many_bytes_as_bitsandbytes_takes() -> None
     quantized = to_four_bit(tiny(0), lambda name: name not in DENSE)
     for parameter in quantized.parameters():
         state = getattr(parameter, "quant_state", None)
-        expected += parameter.nbytes
-        if state is not None:  # a byte a block, and for each 256 of these a number in float32
-            expected += state.absmax.nbytes + state.state2.absmax.nbytes
+        if state is None:
+            expected += parameter.bfloat16().nbytes
+        else:  # a byte a block, and for each 256 of these a number in float32
+            expected += parameter.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     assert four_bit_bytes(model) == expected
 
 

@@ -41,6 +41,13 @@ def test_of_those_within_noise_the_cheapest_is_taken() -> None:
     assert recommend(rows, Budget()).choice.method == "full"
 
 
+def test_one_seed_is_as_sure_as_its_test_examples_are_many() -> None:
+    rows = [one("full", 0.910, peak=400), one("lora", 0.905)]
+    few, many = ([{**each, "task": {**each["task"], "test": count}} for each in rows] for count in (1_000, 100_000))
+    assert recommend(few, Budget()).choice.method == "lora"
+    assert recommend(many, Budget()).choice.method == "full"
+
+
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [

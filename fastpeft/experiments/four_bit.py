@@ -62,7 +62,8 @@ def evaluated_as_trained(model: nn.Module) -> nn.Module:
 
 
 def four_bit_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters of ``model`` were its linear layers in NF4 with nested statistics, its heads left out.
+    """Bytes of the parameters of ``model`` were its linear layers in NF4 with nested statistics, and its heads and all
+    else in 16 bits.
 
     A weight takes half a byte, each block of 64 of them one more, and each 256 of these four (Dettmers et al., 2023).
     """
@@ -71,7 +72,7 @@ def four_bit_bytes(model: nn.Module) -> int:
     sizes = 0
     for parameter in model.parameters():
         if id(parameter) not in packed:
-            sizes += parameter.nbytes
+            sizes += 2 * parameter.numel()
             continue
         blocks = ceil(parameter.numel() / 64)
         sizes += ceil(parameter.numel() / 2) + blocks + 4 * ceil(blocks / 256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,8 +66,9 @@ def recommend(rows: Iterable[Row], budget: Budget) -> Recommendation:
 def choose(every: Sequence[Summary], budget: Budget) -> Recommendation:
     """The best mean test score of all that fit; of those that are as good within noise the cheapest.
 
-    As good is what lies within one standard deviation (over the seeds) of the best, or whose 95 % bootstrap interval of
-    the difference to it holds 0. Cheap is what takes few byte-seconds: a step's seconds times its peak memory.
+    As good is what lies within one standard deviation of the best (over the seeds; of one seed's accuracy that of the
+    draw of the test examples), or whose 95 % bootstrap interval of the difference to it holds 0. Cheap is what takes
+    few byte-seconds: a step's seconds times its peak memory.
 
     Raises:
         ValueError: there are no rows with a result, rows of several tasks, models or machines, or nothing fits.
@@ -102,7 +104,15 @@ def _as_good(own: Summary, best: Summary) -> bool:
     assert best.score is not None
     interval = difference_interval(own.by_seed, best.by_seed)
     within = interval is not None and interval[0] <= 0 <= interval[1]
-    return within or _score(best) - _score(own) <= (best.score.deviation or 0.0)
+    return within or _score(best) - _score(own) <= _deviation(best)
+
+
+def _deviation(own: Summary) -> float:
+    assert own.score is not None
+    if own.score.deviation is not None:
+        return own.score.deviation
+    share = own.score.mean
+    return math.sqrt(share * (1 - share) / own.task["test"]) if own.task["metric"] == "accuracy" else 0.0
 
 
 def _cost(own: Summary) -> float:
