@@ -20,7 +20,7 @@ from fastpeft.experiments.compare import jobs as plans
 from fastpeft.experiments.compare import methods, runs
 from fastpeft.experiments.compare.jobs import Job, Training
 from fastpeft.experiments.compare.laboratory import Laboratory
-from fastpeft.experiments.compare.rows import Rows, key_of
+from fastpeft.experiments.compare.rows import FIELDS, Rows, key_of
 from fastpeft.experiments.encoding import Encoded, Examples
 from fastpeft.experiments.four_bit import four_bit_bytes
 from fastpeft.experiments.tasks import Task
@@ -77,7 +77,7 @@ def test_every_method_trains_and_says_what_it_cost(laboratory: Laboratory, name:
     if "lora" in name or "dora" in name or name == "vera":
         assert found[0]["engine"] == "fastpeft"
     for row in found:
-        assert set(row) == set(runs.FIELDS)
+        assert set(row) == set(FIELDS)
         assert math.isfinite(row["loss"]) and 0.0 <= row["score"] <= 1.0
         assert row["latency"]["before"] > 0.0
         if name == "none":

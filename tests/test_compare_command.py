@@ -34,9 +34,12 @@ def csv(tmp_path: Path) -> Path:
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, str]:
-    result = CliRunner(env={"COLUMNS": "100"}).invoke(
-        compare.command, ["--out", str(tmp_path / "out"), "--folder", str(tmp_path / "data"), *arguments]
-    )
+    return reading(tmp_path, "--folder", str(tmp_path / "data"), *arguments)
+
+
+def reading(tmp_path: Path, *arguments: str) -> tuple[int, str]:
+    """Of rows on record, or whatever else needs no texts."""
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(compare.command, ["--out", str(tmp_path / "out"), *arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, " ".join(result.output.split())
@@ -79,12 +82,12 @@ def test_a_comparison_ends_with_rows_tables_pictures_and_a_page_and_is_not_done_
 
     monkeypatch.setattr(compare, "execute", never)
     assert run(tmp_path, *arguments)[0] == 0
-    assert run(tmp_path, "--report-only")[0] == 0
+    assert reading(tmp_path, "--report-only")[0] == 0
     assert Rows(tmp_path / "out").rows == rows
-    code, advice = run(tmp_path, "--recommend", "--max-parameters", "100")
+    code, advice = reading(tmp_path, "--recommend", "--max-parameters", "100")
     assert code == 0
     assert advice.startswith("head alone")
-    code, advice = run(tmp_path, "--recommend", "--max-parameters", "1")
+    code, advice = reading(tmp_path, "--recommend", "--max-parameters", "1")
     assert code == 1
     assert "nothing fits" in advice
 
@@ -152,8 +155,8 @@ def test_what_cannot_be_had_is_said_in_one_line(
     ],
 )
 def test_what_reads_rows_takes_nothing_else(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    result = CliRunner(env={"COLUMNS": "100"}).invoke(compare.command, ["--out", str(tmp_path / "out"), *arguments])
-    assert result.exit_code != 0 and message in " ".join(result.output.split())
+    code, output = reading(tmp_path, *arguments)
+    assert code != 0 and message in output
     assert "--recommend" not in arguments or not (tmp_path / "out").exists()
 
 
