@@ -60,8 +60,9 @@ def _step(own: Summary, plain: Summary | None) -> str:
 
 def _origin(group: Sequence[Summary]) -> str:
     first = next(own for own in group if own.method != UNTRAINED)
-    seeds, training = max(len(own.by_seed) for own in group), first.training
-    spread = "one seed, so that a point or two is noise" if seeds == 1 else f"mean ± deviation over {seeds} seeds"
+    counts, training = sorted({len(own.by_seed) for own in group if own.engine != PLAIN}), first.training
+    seeds = " or ".join(map(str, counts))
+    spread = "one seed, so that a point or two is noise" if counts == [1] else f"mean ± deviation over {seeds} seeds"
     return (
         f"{first.model['title']}, on {first.task['title']}; {training['steps']} steps of {training['batch_size']} "
         f"texts, {training['dtype']}, on {first.machine}; {spread}. Retained: of full fine-tuning's score. A step's "
