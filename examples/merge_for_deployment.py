@@ -1,8 +1,8 @@
 """An adapter merged into the weights: what is deployed is a plain model, which answers no slower than the base."""
 
+import argparse
 import copy
 import statistics
-import sys
 import time
 
 import peft
@@ -10,6 +10,11 @@ import torch
 from transformers import AutoModel
 
 import fastpeft
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("model", help="a folder, or a name on the hub")
+parser.add_argument("--out", default="runs/merged", help="where the merged model goes")
+arguments = parser.parse_args()
 
 
 def milliseconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
@@ -22,12 +27,13 @@ def milliseconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
     return statistics.median(times)
 
 
-base = AutoModel.from_pretrained(sys.argv[1]).eval()
+base = AutoModel.from_pretrained(arguments.model).eval()
 config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)  # as if it had been trained
 adapted = peft.get_peft_model(copy.deepcopy(base), config).eval()
 fastpeft.patch(adapted)
 merged = copy.deepcopy(adapted).merge_and_unload().eval()
-merged.save_pretrained(sys.argv[2] if len(sys.argv) > 2 else "runs/merged")
+merged.save_pretrained(arguments.out)
+print(f"the merged model is in {arguments.out}")
 
 tokens = torch.randint(5, 10, (1, 8))
 with torch.inference_mode():

@@ -1,6 +1,6 @@
 """Requests of several tasks in one batch: each row goes through its own adapter, the base's products are shared."""
 
-import sys
+import argparse
 import time
 
 import peft
@@ -9,9 +9,13 @@ from transformers import AutoModel
 
 import fastpeft
 
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("model", help="a folder, or a name on the hub")
+arguments = parser.parse_args()
+
 TASKS = ["reviews", "spam", "__base__", "reviews"]  # of the rows of the batch; __base__ has no adapter
 
-model = AutoModel.from_pretrained(sys.argv[1])
+model = AutoModel.from_pretrained(arguments.model)
 config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)  # as if they had been trained
 adapted = peft.get_peft_model(model, config, adapter_name="reviews")
 adapted.add_adapter("spam", config)

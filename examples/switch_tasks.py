@@ -1,6 +1,6 @@
 """One base model, an adapter for each task: switching costs no copy of the model and no reload."""
 
-import sys
+import argparse
 import time
 
 import peft
@@ -9,7 +9,11 @@ from transformers import AutoModel
 
 import fastpeft
 
-model = AutoModel.from_pretrained(sys.argv[1])
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("model", help="a folder, or a name on the hub")
+arguments = parser.parse_args()
+
+model = AutoModel.from_pretrained(arguments.model)
 adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear"), adapter_name="reviews")
 adapted.add_adapter("spam", peft.LoraConfig(r=8, target_modules="all-linear"))  # from disk: load_adapter(path, "spam")
 fastpeft.patch(adapted)

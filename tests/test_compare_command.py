@@ -19,6 +19,7 @@ from test_demo import LENGTH, archive, minilm, sentences
 from fastpeft.experiments.compare import command as compare
 from fastpeft.experiments.compare.methods import METHODS
 from fastpeft.experiments.compare.rows import Rows
+from fastpeft.experiments.compare.runs import Failed
 
 __all__ = ["archive", "minilm"]  # fixtures
 SMALL = ("--steps", "2", "--batch-size", "4", "--length", str(LENGTH), "--dtype", "float32")
@@ -197,6 +198,25 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path, csv: Pat
     assert full["failed"].startswith("the loss of step") and full["score"] is None
     assert head["failed"] is None
     assert "the loss of step" in output
+
+
+def test_what_failed_is_done_again_when_asked_and_is_an_error_when_nothing_else_was(
+    tmp_path: Path, csv: Path, minilm: None, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise Failed("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(compare, "execute", out_of_memory)
+        code, output = run(tmp_path, *small(csv, "none,head"))
+        assert code == 1 and "every run failed" in output and (tmp_path / "out" / "page.html").exists()
+    code, output = run(tmp_path, *small(csv, "none,head"))
+    assert code == 1 and "2 of them are on record already" in output
+    code, output = run(tmp_path, *small(csv, "none,head"), "--retry-failed")
+    assert code == 0 and "on record already" not in output
+    assert [row["failed"] for row in Rows(tmp_path / "out").rows] == ["out of memory", "out of memory", None, None]
+    code, output = run(tmp_path, *small(csv, "none,head"), "--retry-failed")
+    assert code == 0 and "2 of them are on record already" in output
 
 
 def subprocess_arguments(tmp_path: Path, csv: Path, names: str, *more: str) -> list[str]:

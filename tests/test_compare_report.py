@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare_rows import FUSED, LANGUAGE, ODD, TASK, comparison, failed, row
+from compare_rows import FUSED, LANGUAGE, ODD, TASK, TRAINING, comparison, failed, row
 from PIL import Image
 from rich.console import Console
 
@@ -119,6 +119,31 @@ def test_the_terminal_s_table_is_narrow_and_whole(rows: list[dict[str, Any]], ev
     own = by_label(every)["DoRA, r = 16"]
     for part in (words.count(own.trainable), words.spread(own.score, 0.01), words.percent(own.retention), "1.60×"):
         assert part in shown
+
+
+def test_comparisons_of_two_machines_have_titles_of_their_own(tmp_path: Path) -> None:
+    alone, other = row("full"), row("full", threads=8)
+    assert words.scopes([summaries([alone])]) == ["movie reviews · MiniLM-L6, a BERT encoder"]
+    titles = [f"movie reviews · MiniLM-L6, a BERT encoder · a-machine, {threads} threads" for threads in (2, 8)]
+    write_report([alone, other], tmp_path)
+    for name in ("table.md", "table.tex", "page.html"):
+        assert all(title in (tmp_path / name).read_text() for title in titles)
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(tables.terminal_table(summaries([alone, other])))
+    assert all(f"{threads} threads" in console.export_text(clear=False) for threads in (2, 8))
+
+
+def test_metrics_beside_the_score_have_a_column(tmp_path: Path) -> None:
+    write_report([row("full", scores={"accuracy": 0.9, "f1": 0.8}), row("full", 1, scores={"f1": 0.9})], tmp_path)
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert [line["scores"] for line in csv.DictReader(file)] == ["f1 0.850"]
+    write_report([row("full", scores={"accuracy": 0.9})], tmp_path)
+    assert "other metrics" not in (tmp_path / "table.md").read_text()
+
+
+def test_settings_of_a_grid_are_written_as_a_reader_would() -> None:
+    rates = [row("lora"), row("lora", training={**TRAINING, "learning_rate": 3 * 0.1})]
+    assert [own.label for own in summaries(rates)] == ["LoRA, r = 16", "lora: learning_rate = 0.3"]
 
 
 def test_columns_without_a_number_are_left_out() -> None:

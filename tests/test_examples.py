@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def output(script: str, *arguments: Path) -> str:
+def output(script: str, *arguments: Path | str) -> str:
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def test_a_batch_mixes_tasks(model: Path) -> None:
 
 
 def test_merged_is_what_was_adapted(model: Path, tmp_path: Path) -> None:
-    said = output("merge_for_deployment.py", model, tmp_path / "merged")
+    said = output("merge_for_deployment.py", model, "--out", tmp_path / "merged")
     assert numbers(said)[0] <= ROUNDING
     assert BertModel.from_pretrained(tmp_path / "merged").num_parameters() == BertModel(tiny_bert()).num_parameters()
 

@@ -39,6 +39,19 @@ def write(path: Path, columns: dict[str, Sequence[Any]]) -> Path:
     return path
 
 
+def test_a_text_may_be_the_word_nan_and_a_label_may_not(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\nnan,a\nNaN,b\nNone,a\n")
+    assert read(str(path), Columns()).splits["train"].texts == ["nan", "NaN", "None"]
+    for nothing in ("", "nan", "NaN"):
+        path.write_text(f"text,label\nnan,a\nNaN,{nothing}\nNone,b\n")
+        with pytest.raises(BadOption, match="--label: row 2 of the split train has no label"):
+            read(str(path), Columns())
+    path.write_text('text,label\ngood,a\n"",b\n')
+    with pytest.raises(BadOption, match="--text: row 2 of the split train has no text"):
+        read(str(path), Columns())
+
+
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json", "x.JSONL", "x.parquet", "x[1] *.csv"])
 def test_every_type_of_file_is_read(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name.lower(), {"body": TEXTS, "stars": [3, 1, 1, 2]}).rename(tmp_path / name)

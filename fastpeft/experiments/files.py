@@ -26,7 +26,7 @@ SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 MOST_CLASSES = 1000
 FEW_CLASSES = 10  # of which hardly one needs to have two examples
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
-_CSV = {"keep_default_na": False, "na_values": ["", "nan", "NaN"]}  # "NA" and "None" are words like others
+NO_LABEL = ["", "nan", "NaN"]  # in a CSV file; in a text, and all else, are words
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read(
     if kind != LANGUAGE and columns.label in (columns.text, columns.text_pair):
         raise BadOption("--label", f"the column '{columns.label}' holds the texts")
     with tempfile.TemporaryDirectory() as cache, _quiet_library():
-        tables = _chosen(source, _load(source, config, cache), splits)
+        tables = _chosen(source, _load(source, config, cache, columns.label), splits)
         texts = {split: _texts(table, columns.text, "--text", split) for split, table in tables.items()}
         if kind == LANGUAGE:
             return Learnable(kind, None, {split: Examples(texts[split]) for split in tables})
@@ -119,11 +119,11 @@ def _quiet_library() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _load(source: str, config: str | None, cache: str) -> Mapping[str, Dataset]:
+def _load(source: str, config: str | None, cache: str, label: str) -> Mapping[str, Dataset]:
     path = Path(source)
     hub = HUB_NAME.fullmatch(source)
     if path.exists():
-        return _from_disk(path, config, cache)
+        return _from_disk(path, config, cache, label)
     if hub is None or path.suffix.lower() in FILE_TYPES:
         raise BadOption("--data", f"there is no file or folder {source}, and it is no name of a data set on the hub")
     import datasets
@@ -138,7 +138,7 @@ def _load(source: str, config: str | None, cache: str) -> Mapping[str, Dataset]:
         ) from error
 
 
-def _from_disk(path: Path, config: str | None, cache: str) -> Mapping[str, Dataset]:
+def _from_disk(path: Path, config: str | None, cache: str, label: str) -> Mapping[str, Dataset]:
     import datasets
 
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -147,7 +147,9 @@ def _from_disk(path: Path, config: str | None, cache: str) -> Mapping[str, Datas
         raise BadOption("--data", f"{path} has a type that is not known; known are {', '.join(FILE_TYPES)}")
     if not any(file.stat().st_size for file in files):
         raise BadOption("--data", f"{path} is empty")
-    options: dict[str, Any] = {"cache_dir": cache, **(_CSV if "csv" in types else {})}
+    options: dict[str, Any] = {"cache_dir": cache}
+    if "csv" in types:
+        options |= {"keep_default_na": False, "na_values": {label: NO_LABEL}}
     if path.suffix.lower() == ".tsv":
         options["sep"] = "\t"
     for file in files:

@@ -63,6 +63,7 @@ class Settings:
     valid_size: int | None
     test_size: int | None
     log_with: str | None
+    retry_failed: bool
     folder: Path
     out: Path
 
@@ -113,6 +114,7 @@ class Settings:
 @click.option("--valid-size", type=click.IntRange(1), show_default="the preset's", help="Examples to choose by.")
 @click.option("--test-size", type=click.IntRange(1), show_default="the preset's", help="Examples to test on.")
 @click.option("--log-with", type=click.Choice(["tensorboard"]), help="Log losses there, too, under OUT/logs.")
+@click.option("--retry-failed", is_flag=True, help="Do the runs again that are on record as failed.")
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -161,7 +163,8 @@ def command(
         except ValueError as error:
             raise click.ClickException(str(error)) from error
         return
-    if not report_only and not compare(settings, rows, console):
+    asked = [] if report_only else compare(settings, rows, console)
+    if asked is None:
         return  # the first process reports
     if not rows.rows:
         raise click.ClickException(f"{rows.path} holds no rows yet; without --report-only they are made")
@@ -176,6 +179,8 @@ def command(
         "table.csv and table.tex beside it the table.",
         soft_wrap=True,
     )
+    if asked and all(rows.failed(key) for key in asked):
+        raise click.ClickException("every run failed")
 
 
 def _check_what_goes_together(context: click.Context, report_only: bool, advise: bool) -> None:
@@ -203,8 +208,9 @@ def _rows(out: Path, reads: bool) -> Rows:
         raise click.ClickException(str(error)) from error
 
 
-def compare(settings: Settings, rows: Rows, console: Console) -> bool:
-    """Does the jobs that are not on record; whether this is the first process, which has the rows.
+def compare(settings: Settings, rows: Rows, console: Console) -> list[str] | None:
+    """Does the jobs that are not on record; the keys of all that were asked for, or None in all but the first process,
+    which has the rows.
 
     Raises:
         click.ClickException: something that was asked for cannot be had; nothing was trained.
@@ -263,7 +269,7 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
     context = {name: described[name] for name in ("task", "model", "texts")}
     from accelerate.utils import broadcast_object_list
 
-    recorded = [job.key(context) for job in wanted if job.on_record(rows, context)]
+    recorded = [job.key(context) for job in wanted if job.on_record(rows, context, settings.retry_failed)]
     recorded = broadcast_object_list([recorded])[0]  # the first process alone has them, on many machines
     missing = [job for job in wanted if job.key(context) not in recorded]
     _introduce(console, laboratory.task, described, wanted, missing)
@@ -285,7 +291,7 @@ def compare(settings: Settings, rows: Rows, console: Console) -> bool:
     finally:
         gc.unfreeze()
     accelerator.end_training()
-    return accelerator.is_main_process
+    return [job.key(context) for job in wanted] if accelerator.is_main_process else None
 
 
 def _names(settings: Settings) -> list[str]:

@@ -113,9 +113,14 @@ class Job:
         unmeasured = {} if self.measured else {"measured": False}
         return key_of({**asked, **unmeasured, **context})
 
-    def on_record(self, rows: Rows, context: Mapping[str, Any]) -> bool:
-        """Whether ``rows`` have all that it would find; one that was measured has its scores, too."""
-        return rows.has(self.key(context)) or rows.has(replace(self, measured=True).key(context))
+    def on_record(self, rows: Rows, context: Mapping[str, Any], but_failed: bool = False) -> bool:
+        """Whether ``rows`` have all that it would find; one that was measured has its scores, too.
+
+        Args:
+            but_failed: one that failed does not count.
+        """
+        keys = self.key(context), replace(self, measured=True).key(context)
+        return any(rows.has(key) and not (but_failed and rows.failed(key)) for key in keys)
 
     def described(self) -> dict[str, Any]:
         """A row's ``training``."""

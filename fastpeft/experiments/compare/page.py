@@ -35,7 +35,9 @@ def render_page(
         raise ValueError("rows: there are none to write a page about")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
-    sections = [_section(name, group, pictures) for name, group in named_comparisons(every)]
+    named = named_comparisons(every)
+    titles = words.scopes(group for _, group in named)
+    sections = [_section(name, title, group, pictures) for (name, group), title in zip(named, titles, strict=True)]
     return template.render(facts=_facts(rows), sections=sections, literature=literature)
 
 
@@ -50,7 +52,7 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
         "versions": _each(f"{name} {version}" for row in rows for name, version in row["versions"].items()),
         "commit": _each(commits) or "unknown",
         "preset": _each(row["preset"] for row in rows),
-        "runs": f"{len(rows)}, of which {sum(row['failed'] is not None for row in rows)} failed",
+        "runs": f"{len(rows)}, those in plain PEFT among them; {sum(row['failed'] is not None for row in rows)} failed",
         "date": first if first == last else f"{first} to {last}",
     }
 
@@ -62,12 +64,12 @@ def _machine(machine: Mapping[str, Any]) -> str:
     return f"{machine['name']} ({', '.join(facts)})"
 
 
-def _section(name: str, group: Sequence[Summary], pictures: Mapping[str, bytes]) -> dict[str, Any]:
+def _section(name: str, title: str, group: Sequence[Summary], pictures: Mapping[str, bytes]) -> dict[str, Any]:
     first, columns = group[0], shown(group)
     trained = [own for own in group if own.score is not None and own.method != UNTRAINED]
     return {
         "name": name,
-        "title": words.scope(first),
+        "title": title,
         "facts": _section_facts(group),
         "advice": str(choose(trained, Budget())) if trained else "No run of a trained method ended.",
         "columns": columns,

@@ -147,7 +147,8 @@ PICTURES = (
     Picture(
         "score-by-rank",
         "{Metric} against the rank",
-        "A line joins runs that differ by the rank alone. Where it is flat, a smaller rank is enough.",
+        "A line joins runs that differ by the rank alone (alpha is twice the rank where it is not set). Where it is "
+        "flat, a smaller rank is enough.",
         figures.score_by_rank,
     ),
     Picture(

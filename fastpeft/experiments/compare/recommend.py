@@ -78,7 +78,7 @@ def choose(every: Sequence[Summary], budget: Budget) -> Recommendation:
         raise ValueError("rows: there is none of a trained method that has a result")
     groups = comparisons(every)
     if len(groups) > 1:
-        scopes = "; ".join(words.scope(group[0]) for group in groups)
+        scopes = "; ".join(words.scopes(groups))
         raise ValueError(
             f"rows: they are of {len(groups)} comparisons, each of which needs a folder of its own: {scopes}"
         )

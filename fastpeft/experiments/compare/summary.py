@@ -378,6 +378,8 @@ def words_of(value: Any) -> str:
     """The value of a setting."""
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "default" if value is None else str(value)
 
 

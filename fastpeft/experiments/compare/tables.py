@@ -54,6 +54,12 @@ def _gap(own: Summary) -> str:
     return f"{words.points(own.gap)} [{words.points(own.gap_interval[0])}, {words.points(own.gap_interval[1])}]"
 
 
+def _others(own: Summary) -> str:
+    """The metrics beside the score, on the scale that they have: f1 0.845."""
+    others = ((name, spread.mean) for name, spread in own.scores.items() if name != own.task["metric"])
+    return ", ".join(f"{name} {value:.3f}" for name, value in others)
+
+
 def _runs(own: Summary) -> str:
     done, failed = len(own.by_seed), len(own.failures)
     return f"{done} of {done + failed}" if failed else str(done)
@@ -73,7 +79,12 @@ COLUMNS = (
     ),
     _column(
         "retention", "retained", words.percent, lambda s: s.retention,
-        "Score over full fine-tuning's; full fine-tuning's over the score where lower is better.",
+        "Score over full fine-tuning's, both counted from zero, not from the untrained model's; inverted where "
+        "lower is better.",
+    ),
+    Column(
+        "scores", "other metrics", "On the test split as well, mean over the seeds.", lambda s: _others(s) or None,
+        lambda s: _others(s) or words.NOTHING,
     ),
     _column("trainable", "trainable", words.count, lambda s: s.trainable, "Trained parameters, the head's too."),
     _column("share", "share", words.share, lambda s: s.share, "Trainable parameters over all of the model's."),
@@ -85,7 +96,10 @@ COLUMNS = (
         "loss", "test loss", "Mean loss on the test split.", lambda s: mean(s.loss),
         lambda s: words.spread(s.loss),
     ),
-    _column("step_seconds", "step", words.duration, lambda s: s.step_seconds, "Seconds of a training step, median."),
+    _column(
+        "step_seconds", "step", words.duration, lambda s: s.step_seconds,
+        "Seconds of a training step, median. Machines drift from line to line; the two ratios beside it do not.",
+    ),
     _column(
         "step_over_full", "vs full", words.times, lambda s: median(s.against_full),
         "A step's seconds over full fine-tuning's, median over rounds in which both ran.",
@@ -101,7 +115,10 @@ COLUMNS = (
     _column("peak_bytes", "peak memory", words.size, lambda s: s.peak, "The most memory that a training step holds."),
     _column("kept_bytes", "kept", words.size, lambda s: s.kept, "Memory of what forward keeps for backward."),
     _column("adapter_file_bytes", "file", words.size, lambda s: s.adapter_file, "What is saved of the training."),
-    _column("latency_seconds", "latency", words.duration, lambda s: s.latency, "Seconds of a forward pass as trained."),
+    _column(
+        "latency_seconds", "latency", words.duration, lambda s: s.latency,
+        "Seconds of a forward pass as trained; comparable with the merged one beside it, not from line to line.",
+    ),
     _column(
         "merged_latency_seconds", "merged", words.duration, lambda s: s.merged_latency,
         "The same after the adapter is merged into the weights, where it can be.",
@@ -110,7 +127,10 @@ COLUMNS = (
         "forgetting", "forgetting", words.times, lambda s: s.forgetting,
         "Perplexity on other text after the training over that before: above 1 the model forgot.",
     ),
-    Column("runs", "runs", "Runs that ended, one a seed; of how many if some failed.", lambda s: len(s.by_seed), _runs),
+    Column(
+        "runs", "runs", "Runs that ended, one a seed; of how many if some failed. Plain PEFT runs with the first seed "
+        "alone.", lambda s: len(s.by_seed), _runs,
+    ),
 )  # fmt: skip
 NARROW = ("method", "score", "retention", "trainable", "step_over_full", "speed_up_over_peft", "peak_bytes")
 
@@ -129,11 +149,10 @@ def failures(every: Iterable[Summary]) -> list[str]:
 def terminal_table(every: Sequence[Summary]) -> RenderableType:
     """A narrow table for each task and model, at most 100 columns wide, with what failed under it."""
     parts: list[RenderableType] = []
-    for group in comparisons(every):
+    groups = comparisons(every)
+    for group, scope in zip(groups, words.scopes(groups), strict=True):
         columns = shown(group, (column for column in COLUMNS if column.key in NARROW))
-        table = Table(
-            box=SIMPLE_HEAD, title=f"{words.scope(group[0])} · {words.metric(group[0])}", padding=(0, 1, 0, 0)
-        )
+        table = Table(box=SIMPLE_HEAD, title=f"{scope} · {words.metric(group[0])}", padding=(0, 1, 0, 0))
         for column in columns:
             named = column.key == "method"
             table.add_column(column.title, justify="left" if named else "right", no_wrap=named)
@@ -152,14 +171,14 @@ def write_markdown(path: Path, every: Sequence[Summary]) -> None:
     """A section for each task and model: the table, what failed, what each column means."""
     from tabulate import tabulate
 
-    parts = []
-    for group in comparisons(every):
+    parts, groups = [], comparisons(every)
+    for group, scope in zip(groups, words.scopes(groups), strict=True):
         columns = shown(group)
         cells = [[_markdown(column.show(own)) for column in columns] for own in group]
         align = ["left" if column.key == "method" else "right" for column in columns]
         titles = [column.title for column in columns]
         parts += [
-            f"## {words.scope(group[0])}",
+            f"## {scope}",
             f"Score: {words.metric(group[0])}.",
             tabulate(cells, titles, tablefmt="pipe", colalign=align, disable_numparse=True),
             *(f"- failed: {_markdown(line)}" for line in failures(group)),
@@ -172,14 +191,14 @@ def write_latex(path: Path, every: Sequence[Summary]) -> None:
     """A ``tabular`` for each task and model (package booktabs), what failed under it; read by ``\\input``."""
     from tabulate import tabulate
 
-    parts = []
-    for group in comparisons(every):
+    parts, groups = [], comparisons(every)
+    for group, scope in zip(groups, words.scopes(groups), strict=True):
         columns = shown(group)
         cells = [[column.show(own) for column in columns] for own in group]
         align = ["left" if column.key == "method" else "right" for column in columns]
         titles = [column.title for column in columns]
         parts += [
-            f"\\paragraph{{{_latex(f'{words.scope(group[0])}, {words.metric(group[0])}')}}}",
+            f"\\paragraph{{{_latex(f'{scope}, {words.metric(group[0])}')}}}",
             tabulate(cells, titles, tablefmt="latex_booktabs", colalign=align, disable_numparse=True),
             *(f"Failed: {_latex(line)}" for line in failures(group)),
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from .summary import Spread, Summary
 
 NOTHING = "–"
@@ -77,9 +79,14 @@ def metric(summary: Summary) -> str:
     return f"{summary.task['metric']}, %" if summary.higher_is_better else str(summary.task["metric"])
 
 
-def scope(summary: Summary) -> str:
-    """What a table or a picture is of."""
-    return f"{summary.task['title']} · {summary.model['title']}"
+def scopes(groups: Iterable[Sequence[Summary]]) -> list[str]:
+    """What each comparison is of; its machine, too, where others are of the same task and model."""
+    firsts = [group[0] for group in groups]
+    short = [f"{own.task['title']} · {own.model['title']}" for own in firsts]
+    return [
+        f"{scope} · {own.machine}, {own.threads} threads" if short.count(scope) > 1 else scope
+        for own, scope in zip(firsts, short, strict=True)
+    ]
 
 
 def _three_digits(number: float) -> str:
