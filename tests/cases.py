@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import mmap
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from oracle import Expected, LoraInputs, make_inputs
 from torch import Tensor
 
 _SIZES = (1, 3, 63, 100, 257)
+_MAP_NORESERVE = 0x4000  # Linux's; Python names it from 3.13 on
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def in_layout(matrix: Tensor, layout: str) -> Tensor:
             return matrix.t().contiguous().t()
         case "row_stride":
             return torch.nn.functional.pad(matrix, (2, 3), value=torch.nan)[:, 2 : 2 + columns]
+        case "far_apart":
+            return far_apart(matrix)
         case "column_stride":
             return torch.stack((matrix, torch.full_like(matrix, torch.nan)), dim=-1)[..., 0]
         case "expanded":
@@ -93,6 +97,19 @@ def in_layout(matrix: Tensor, layout: str) -> Tensor:
         case "4d_permuted":
             return matrix.view(*_factors(rows), 1, columns).transpose(0, 1)
     raise ValueError(layout)
+
+
+def far_apart(matrix: Tensor) -> Tensor:
+    """The same rows, the last of which starts 2³¹ elements behind the first; on a CPU only their pages take memory."""
+    rows, columns = matrix.shape
+    stride = -(-(2**31) // (rows - 1) // 64) * 64
+    count = (rows - 1) * stride + columns
+    if matrix.is_cuda:
+        memory = torch.empty(count, dtype=matrix.dtype, device=matrix.device)
+    else:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        memory = torch.frombuffer(mmap.mmap(-1, count * matrix.element_size(), flags), dtype=matrix.dtype)
+    return memory.as_strided((rows, columns), (stride, 1)).copy_(matrix)
 
 
 def _factors(rows: int) -> tuple[int, int]:

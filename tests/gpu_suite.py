@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, Case, expected
+from cases import CASES, Case, expected, in_layout
 from devices import DEVICE, DTYPES, moved_to, on_device, run
 from oracle import Expected, LoraInputs, Results, assert_close_as_eager, make_inputs
 from test_dora_norm import eager as eager_norm
 
 from fastpeft import four_bit, ops
-from fastpeft.backends.gpu.kernel_set import Kernels, Mask
+from fastpeft.backends.gpu.kernel_set import Kernels, Mask, Tail
 from fastpeft.call import Weight
 from fastpeft.dropout import dropout_keep, dropout_threshold
 
@@ -129,6 +129,25 @@ class GpuSuite:
         assert torch.equal(short, y)
         pairs = zip(*(torch.autograd.grad(out, learned, i.dy) for out in (y, short)), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("which", ["x", "weight", "dy"])
+    @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+    def test_rows_may_be_further_apart_than_32_bits_count(self, which: str, dora: bool, dtype: torch.dtype) -> None:
+        def results(i: LoraInputs) -> Results:
+            there = on_device(i)
+            return run(replace(there, **{which: in_layout(getattr(there, which), "far_apart")}), self.name)
+
+        Expected.of(Case(M=70, K=40, N=66, dtype=dtype, dropout_p=0.3, dora=dora).inputs).assert_met_by(results)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_result_may_have_rows_that_far_apart(self, kernels: Kernels, dtype: torch.dtype) -> None:
+        with torch.device(DEVICE):
+            base, u, B = torch.randn(70, 40, dtype=dtype), torch.randn(70, 4), torch.randn(40, 4)
+        tail, near, far = Tail(u, B, 1.5), torch.empty_like(base), in_layout(base, "far_apart")
+        kernels.lora_up(base, None, near, tail)
+        kernels.lora_up(far, None, far, tail)
+        assert torch.equal(far, near)
 
     @pytest.mark.parametrize("case", [Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(M=300, dora=True)], ids=str)
     def test_the_same_call_twice_gives_the_same_bits(self, case: Case) -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases import CASES, Case, expected
+from cases import CASES, Case, expected, in_layout
 from oracle import Expected, LoraInputs, fused, oracle
 
 from fastpeft import extension as loader
@@ -85,6 +85,17 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing() -> None:
 def test_forward_and_every_gradient_are_as_close_as_eager(isa: str, case: Case) -> None:
     """On the slower instruction sets; test_ops.py runs the same on the fastest."""
     expected(case).assert_met_by(lambda inputs: fused(inputs, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", ["x", "weight", "dy"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_rows_may_be_further_apart_than_32_bits_count(isa: str, which: str, dora: bool, dtype: torch.dtype) -> None:
+    def far_apart(i: LoraInputs) -> LoraInputs:
+        return replace(i, **{which: in_layout(getattr(i, which), "far_apart")})
+
+    case = Case(M=70, K=40, N=66, dtype=dtype, dropout_p=0.3, dora=dora)
+    Expected.of(case.inputs).assert_met_by(lambda i: fused(far_apart(i), "cpu"))
 
 
 def whole_numbers(case: Case) -> LoraInputs:

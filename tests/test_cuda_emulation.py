@@ -42,6 +42,8 @@ __global__ void reverse_kernel(float* data, bool with_barrier) {
     data[threadIdx.x] = kept[63 - threadIdx.x];
 }
 
+__global__ void same_place_kernel(float* data) { data[threadIdx.x] = blockIdx.x; }
+
 __global__ void skipping_kernel(float* data, int which) {
     if (which == 0 && threadIdx.x != 3) __syncthreads();
     if (which == 1 && threadIdx.x != 3) data[threadIdx.x] = __shfl_sync(kAllLanes, data[threadIdx.x], 0);
@@ -68,6 +70,7 @@ PYBIND11_MODULE(FASTPEFT_CUDA_MODULE, m) {
     m.def("reverse", [](uintptr_t data, bool with_barrier) {
         FASTPEFT_LAUNCH(reverse_kernel, 1, 64, here, at<float>(data), with_barrier);
     });
+    m.def("same_place", [](uintptr_t data) { FASTPEFT_LAUNCH(same_place_kernel, 3, 32, here, at<float>(data)); });
     m.def("skip", [](uintptr_t data, int which) {
         FASTPEFT_LAUNCH(skipping_kernel, 1, 64, here, at<float>(data), which);
     });
@@ -109,6 +112,15 @@ def test_a_race_shows_in_one_order_of_the_threads(kernels: ModuleType, backwards
     assert torch.equal(data, torch.arange(64.0).flip(0))
     kernels.reverse(data.data_ptr(), False)
     assert not torch.equal(data, torch.arange(64.0))
+    kernels.set_backwards(False)
+
+
+def test_blocks_that_write_to_one_place_show_in_their_order(kernels: ModuleType) -> None:
+    data = torch.empty(32)
+    for backwards in (False, True):
+        kernels.set_backwards(backwards)
+        kernels.same_place(data.data_ptr())
+        assert torch.equal(data, torch.full((32,), 0.0 if backwards else 2.0))
     kernels.set_backwards(False)
 
 

@@ -12,9 +12,9 @@ import triton.language as tl
 import triton_interpreter
 from cases import Case
 from devices import DEVICE, DTYPES, on_device, run
-from gpu_suite import GpuSuite
+from gpu_suite import SHORT, GpuSuite
 from oracle import Expected, LoraInputs, Results, assert_close_as_eager
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 import fastpeft
 from fastpeft import dispatch, ops
@@ -79,6 +79,32 @@ def test_the_interpreters_product_and_its_rounding_are_right(dtype: torch.dtype)
     InterpretedFunction(_square_kernel.fn)[(1,)](a, b, out, rounded, SIZE=16)
     assert torch.equal(out, (a.double() @ b.double()).float())
     assert torch.equal(rounded, out.to(dtype))
+
+
+@without_gpu
+@pytest.mark.parametrize("case", [*SHORT.values(), Case(M=300, K=130, N=270, dtype=torch.bfloat16)], ids=str)
+def test_no_two_programs_write_to_one_place(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one read what another wrote: the order in which they run changes no bit."""
+    inputs = case.inputs()
+    forwards = by_triton(inputs)
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", triton_interpreter.set_program_backwards)
+    backwards = by_triton(inputs)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+
+
+@triton.jit
+def _same_place_kernel(out_ptr):
+    tl.store(out_ptr, tl.program_id(0).to(tl.float32))
+
+
+@without_gpu
+def test_programs_that_write_to_one_place_show_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = torch.empty(1)
+    InterpretedFunction(_same_place_kernel.fn)[(3,)](out)
+    assert out.item() == 2
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", triton_interpreter.set_program_backwards)
+    InterpretedFunction(_same_place_kernel.fn)[(3,)](out)
+    assert out.item() == 0
 
 
 @pytest.fixture(params=Plan)

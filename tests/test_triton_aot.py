@@ -85,6 +85,24 @@ ptxas info    : Used 128 registers, used 1 barriers, 16 bytes cumulative stack s
     assert "warnings" not in triton_aot.resources(log.replace("(C7515)", "(C7600)"))
 
 
+def test_what_moves_16_bytes_is_counted() -> None:
+    ptx = """
+    @%p1 ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    cp.async.cg.shared.global [ %r5 + 0 ], [ %rd2 + 0 ], 0x10, %r6;
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2, %r3}], [%r4];
+    cp.async.ca.shared.global [ %r5 + 0 ], [ %rd2 + 0 ], 0x8, %r6;
+    st.global.v2.b32 [ %rd3 + 0 ], { %r7, %r8 };
+    st.global.b16 [ %rd4 + 0 ], { %rs1 };
+    ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];
+    cp.async.commit_group;
+"""
+    assert triton_aot.moves(ptx) == {"wide": 3, "narrow": 3}
+
+
+def test_large_operands_move_16_bytes_at_a_time(compiled: Kernels) -> None:
+    assert [name for name, found in compiled.items() if not found["wide"]] == []
+
+
 def test_how_many_blocks_fit() -> None:
     """As CUDA's own calculator says, whatever the limit: registers, threads, shared or tensor memory, their number."""
     assert blocks_a_multiprocessor(90, registers=128, threads=256, shared=0) == 2

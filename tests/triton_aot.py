@@ -3,7 +3,8 @@
 ``python tests/triton_aot.py [architecture ...]``, with the Triton that is imported first. A call of each launcher on
 tensors of a usual size is recorded, and what it would launch is compiled: the same types, constants and divisibilities
 as at run time. The result maps ``kernel, variant, bf16, rank 16, sm_90`` to registers, bytes spilled, bytes of shared
-memory, blocks that a multiprocessor holds, the matrix instruction; and to what ptxas warns of, if it does.
+memory, blocks that a multiprocessor holds, the matrix instruction, instructions that move 16 bytes or more to or from
+global memory and those that move fewer; and to what ptxas warns of, if it does.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from fastpeft.backends.gpu.triton import COPY_TILES
 
 ARCHITECTURES = (80, 90, 100)
 PERFORMANCE_WARNING = r"\(C75\d\d\).*"  # of ptxas, such as that wgmma instructions wait for one another
+GLOBAL = r"\b(?:(?:ld|st)\.global|cp\.async\.c[ag]\.shared\.global|cp\.async\.bulk\.tensor)\S*"
+WIDE = r"\.v4\.[bfu]32$|\.v[248]\.[bfu]64$|\.v8\.[bfu]32$|^cp\.async\.(?:cg|bulk)"
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
 M, K, N = 2048, 4096, 4096
 KINDS = (
@@ -188,6 +191,13 @@ def resources(log: str) -> dict[str, Any]:
     return {"registers": int(registers), "spilled": int(spilled)} | ({"warnings": warnings} if warnings else {})
 
 
+def moves(ptx: str) -> dict[str, int]:
+    """How many instructions move 16 bytes a thread or more, or fewer."""
+    instructions = re.findall(GLOBAL, ptx)
+    wide = sum(re.search(WIDE, instruction) is not None for instruction in instructions)
+    return {"wide": wide, "narrow": len(instructions) - wide}
+
+
 def compiled(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Any]:
     """Every launch on one architecture."""
     every = {}
@@ -201,6 +211,7 @@ def compiled(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Any]
             architecture, found["registers"], taken.num_warps * WARP, taken.shared, taken.tmem_size
         )
         found["matrix"] = next((i for i in MATRIX_INSTRUCTIONS if i in binary.asm["ptx"]), None)
+        found |= moves(binary.asm["ptx"])
         every[f"{name}, {TYPES[dtype]}, rank {rank}, sm_{architecture}"] = found
     return every
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 from fastpeft.backends.gpu import triton
 
@@ -43,9 +43,19 @@ def cast(builder: Any, handle: Any, dtype: Any) -> TensorHandle:
     return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
 
+_set_program = InterpreterBuilder.set_grid_idx
+
+
+def set_program_backwards(builder: Any, x: int, y: int, z: int) -> None:
+    """The last program comes first."""
+    _set_program(builder, *(size - 1 - at for size, at in zip(builder.grid_dim, (x, y, z), strict=True)))
+
+
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts them in the place of the interpreter's, and lets the backend take calls on CPU tensors, bfloat16 too."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+    # It would copy each tensor's whole memory onto itself after a launch.
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *arguments: None)
     monkeypatch.setattr("fastpeft.backends.gpu.triton.INTERPRETED_DTYPES", triton.DTYPES)

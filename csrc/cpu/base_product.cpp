@@ -8,6 +8,7 @@
 #include <atomic>
 #include <bit>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 
 namespace fastpeft::cpu {
@@ -300,6 +301,8 @@ bool multiplies_pairs(const Kernels& kernels, DType dtype, int64_t depth) {
     static const bool works = try_kernel();
     return works;
 }
+
+bool reaches_rows(int64_t ld) { return ld * kBlock * 2 <= std::numeric_limits<int32_t>::max(); }
 
 int64_t depth_of(int64_t rows) { return even_part(rows, kDepthFloat); }
 

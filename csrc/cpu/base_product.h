@@ -18,8 +18,11 @@ struct RightOperand {
 
 struct Operand {
     const void* data;  // [rows, S.rows], in float32 or, for products in pairs, in bfloat16
-    int64_t ld;        // at least S.rows
+    int64_t ld;        // at least S.rows; for products in pairs such as reaches_rows allows
 };
+
+// Whether torch's micro-kernels find rows so far apart: they count the bytes from a block's first one in 32 bits.
+bool reaches_rows(int64_t ld);
 
 // Elements that dropout drops taken apart from the others, in float32: what remains needs no product of its own
 // (docs/equations.md).

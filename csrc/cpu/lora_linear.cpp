@@ -53,7 +53,8 @@ void base_and_low_rank(const Kernels& kernels, Sweep& sweep, const Tensor& y, co
         std::vector<Operand> operands;
         for (const Tensor& part : x) {
             const Tensor wide = pairs ? part : part.to(at::kFloat);
-            rows.push_back(wide.stride(0) >= wide.size(1) ? wide : wide.contiguous());
+            const bool in_place = wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0)));
+            rows.push_back(in_place ? wide : wide.contiguous());
             const int64_t ld = wide.size(0) > 1 ? rows.back().stride(0) : wide.size(1);
             operands.push_back({rows.back().const_data_ptr(), ld});
         }

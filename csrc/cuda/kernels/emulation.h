@@ -1,6 +1,7 @@
 // Runs the kernels on a processor without a GPU, for tests: each thread of a block is a fiber of its own, which gives
 // way at barriers and warp exchanges; blocks run one after the other. It checks that all threads come to a barrier and
-// all lanes to an exchange. `emulation::backwards` turns the order of the threads round: a race shows as other bits.
+// all lanes to an exchange. `emulation::backwards` turns the order of blocks and threads round: a race shows as other
+// bits.
 #pragma once
 #include <ucontext.h>
 
@@ -153,12 +154,12 @@ cudaError_t launch(dim3 grid, unsigned threads, Kernel kernel) {
     ++launches;
     body = kernel;
     block_dimension = {threads, 1, 1};
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                block_index = {x, y, z};
-                run_block(threads);
-            }
+    const unsigned blocks = grid.x * grid.y * grid.z;
+    for (unsigned i = 0; i < blocks; ++i) {
+        const unsigned block = backwards ? blocks - 1 - i : i;
+        block_index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+        run_block(threads);
+    }
     return cudaSuccess;
 }
 
