@@ -19,9 +19,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-# Each CPU kernel under the address and undefined-behaviour sanitizers.
+# Each CPU kernel, and each emulated CUDA kernel, under the address and undefined-behaviour sanitizers.
 sanitize: setup
-	$(BIN)/python tests/kernel_program.py $(ARGS)
+	$(BIN)/python tests/kernel_program.py
+	$(BIN)/python tests/cuda_sanitized.py $(ARGS)
 
 lint: $(VENV)/packages.stamp
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import fcntl
 import functools
 import importlib.util
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +23,7 @@ from fastpeft.backends.gpu.cuda_kernels import CudaKernels
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-x", "c++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DFASTPEFT_EMULATE"]
+build_name = "cuda-emulation"
 
 
 def load(name: str, library: Path) -> ModuleType:
@@ -43,10 +44,17 @@ def compiled(csrc: Path, sources: list[Path], name: str, folder: Path) -> Module
     return load(name, library)
 
 
+def use_flags(name: str, flags: Sequence[str]) -> None:
+    """From now on the kernels are compiled with these flags, too, in a folder of this name below build/."""
+    global build_name
+    build_name = name
+    FLAGS.extend(flags)
+
+
 @functools.cache
 def library() -> ModuleType:
     """``fastpeft._cuda``, emulated."""
-    csrc, folder = ROOT / "csrc", ROOT / "build" / "cuda-emulation"
+    csrc, folder = ROOT / "csrc", ROOT / "build" / build_name
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # one of several test processes compiles it
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -3,13 +3,13 @@
     python3 tests/gpu_check.py [--out FOLDER] [--packages FOLDER] [--minutes 8]
 
 Uses the python it is started with, which needs torch with CUDA, Triton, transformers, peft and pytest; what it lacks
-of the bench's other packages may lie in a folder made by ``pip install --target FOLDER``. Builds the extensions in this
-checkout, puts fastpeft together in a folder of its own (nothing is installed), runs the GPU backends' tests, times
-kernels and plans, then runs ``fastpeft bench`` with the plans that were found fastest, and leaves behind the tests'
-report, the rows by device name with their tables, the plans (which it puts into fastpeft/backends/gpu) and a summary,
-which is printed last; all of it also as one archive, complete after each step. The exit code is 1 when a step failed, a
-bound was missed, or the time was too short. Without nvcc the CUDA backend is left out, without bitsandbytes the 4-bit
-methods of the bench, and it says so.
+of the bench's other packages may lie in a folder made by ``pip install --target FOLDER``. Builds the extensions in
+this checkout, puts fastpeft together in a folder of its own (nothing is installed), runs the GPU backends' tests,
+times kernels and plans, then runs ``fastpeft bench`` with the plans that were found fastest, then some steps again
+under compute-sanitizer, where there is one, and leaves behind the tests' report, the rows by device name with their
+tables, the plans (which it puts into fastpeft/backends/gpu) and a summary, which is printed last; all of it also as
+one archive, complete after each step. The exit code is 1 when a step failed, a bound was missed, or the time was too
+short. Without nvcc the CUDA backend is left out, without bitsandbytes the 4-bit methods of the bench, and it says so.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ FOLDERS = {"bench": "bench", "kernels/triton": "kernels", "csrc": "csrc"}  # pyp
 METHODS = ("lora", "dora", "qlora", "qdora", "adalora")
 FOUR_BIT = ("qlora", "qdora")
 TESTS = ("test_cuda.py", "test_cuda_steps.py", "test_triton.py", "test_gpu_sync.py")
+SANITIZER = "compute-sanitizer"
+WATCHED = ("tests/test_cuda.py", "-k", "short_way")  # whole steps of a few cases that end within tiles
 MOST_WORKERS = 14
 
 
@@ -70,6 +72,8 @@ def steps_of(python: str, out: Path, methods: Sequence[str]) -> list[Step]:
     if importlib.util.find_spec("xdist") is not None:
         workers = min(MOST_WORKERS, os.cpu_count() or 1)
         tests += ["-n", str(workers), "-p", "broken_context", "--max-worker-restart", "1000"]
+    watched = ["--error-exitcode", "1", *module, "pytest", "-q", "-p", "no:cacheprovider", *WATCHED]
+    tools = ("memcheck", "racecheck") if shutil.which(SANITIZER) else ()
     to_out = ["--out", str(out)]
     bench = [*module, "fastpeft", "bench", "--device", "cuda", "--layer", "--no-compile", *to_out]
     return [
@@ -81,6 +85,7 @@ def steps_of(python: str, out: Path, methods: Sequence[str]) -> list[Step]:
             Step(f"bench-{method}", [*bench, "--method", method], 0.8 / (len(methods) - position))
             for position, method in enumerate(methods)
         ),
+        *(Step(tool, [SANITIZER, "--tool", tool, *watched], 0.45) for tool in tools),
         Step("bounds", [*bench, "--plot-only", "--check"], 1.0),
     ]
 

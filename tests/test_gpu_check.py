@@ -156,9 +156,13 @@ def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert summary is not None and "parity fails" in summary.read().decode()
 
 
-def test_the_programs_take_the_steps_commands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sanitizers", [[], ["memcheck", "racecheck"]], ids=["", "sanitizers"])
+def test_the_programs_take_the_steps_commands(
+    sanitizers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: sanitizers and f"/usr/bin/{name}")
     steps = gpu_check.steps_of("python", tmp_path, gpu_check.METHODS)
-    assert [step.name for step in steps if "pytest" in step.command] == ["tests"]
+    assert [step.name for step in steps if "pytest" in step.command] == ["tests", *sanitizers]
     assert all((HERE.parent / name).exists() for step in steps for name in step.command if name.startswith("tests/"))
     for step in steps:
         if "pytest" not in step.command:
