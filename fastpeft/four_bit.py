@@ -209,5 +209,6 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> FourBit:
     shape = tuple(quant_state.shape)
     if len(shape) != 2:
         raise ValueError(f"quant_state.shape must be (N, K), got {shape}")
-    packed = weight.detach().as_subclass(Tensor).contiguous().view(torch.uint8).flatten()
+    with torch._C.DisableTorchFunctionSubclass():  # a plain tensor of bitsandbytes' Parameter
+        packed = weight.detach().contiguous().view(torch.uint8).flatten()
     return FourBit(packed, quant_state.code, quant_state.absmax, nested, shape, quant_state.blocksize)

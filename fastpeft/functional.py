@@ -166,14 +166,17 @@ def input_dtype(x: Tensor) -> torch.dtype:
 
 
 def with_constant_scaling(adapters: Adapters, x: Tensor) -> Adapters:
-    """The adapters with numbers for scalings; a scaling that is a tensor is multiplied into its ``B``."""
-    if not any(isinstance(s, Tensor) for s in adapters.scaling):
+    """The adapters with constant numbers for scalings. A scaling that may change is multiplied into its ``B``: a
+    tensor, which stays on its device, and any in a graph, which would be compiled anew for each number."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not any(isinstance(s, Tensor) for s in adapters.scaling):
         return adapters
     Bs, factors = list(adapters.B), list(adapters.scaling)
     for i, s in enumerate(factors):
-        if isinstance(s, Tensor):  # stays on its device, so that it may change without a recompile or a synchronisation
-            wide = torch.promote_types(Bs[i].dtype, wide_dtype(x.dtype))
-            Bs[i] = Bs[i].to(wide) * s.detach().to(device=x.device, dtype=wide)
+        if compiling or isinstance(s, Tensor):
+            wide = torch.float64 if torch.float64 in (Bs[i].dtype, x.dtype) else torch.float32
+            factor = s.detach().to(device=x.device, dtype=wide) if isinstance(s, Tensor) else s
+            Bs[i] = Bs[i].to(wide) * factor
             factors[i] = 1.0
     return adapters._replace(B=Bs, scaling=factors)
 

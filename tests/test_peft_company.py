@@ -18,8 +18,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
-from peft_layers import layer_of, lora_model, tiny_llama_base
+from peft_layers import assert_parity, layer_of, lora_model, signed, tiny_llama_base
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import fastpeft
 from fastpeft.peft.layers import FusedForward
@@ -335,3 +336,46 @@ def test_replicas_that_hold_tensors_where_layers_hold_parameters(make: Callable[
                 module.__dict__[name] = parameter
         outputs.append(model(torch.linspace(-1, 1, 3 * layer_of(model).in_features).view(3, -1)))
     assert torch.equal(*outputs)
+
+
+class Renamed(nn.Linear):
+    """Another class with torch's forward, as transformers' ``EsmFoldLinear``."""
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Renamed, FalconLinear])
+@pytest.mark.parametrize("bias", [True, False])
+def test_classes_with_the_forward_of_torchs_linear_are_fused(
+    kind: type[nn.Linear], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_parity(lora_model(kind(24, 24, bias=bias)), lambda: signed(9, 24), monkeypatch)
+
+
+def test_a_class_with_another_forward_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model(Doubled(24, 24))
+    (reason,) = fastpeft.patch(model).left_to_peft.values()
+    assert reason.endswith("Doubled")
+    model = lora_model(FalconLinear(24, 24))
+    assert fastpeft.patch(model).left_to_peft == {}
+    monkeypatch.setattr(FalconLinear, "forward", Doubled.forward)
+    (reason,) = fastpeft.patch(model).left_to_peft.values()
+    assert reason.endswith("FalconLinear.forward was replaced")
+
+
+def test_the_report_is_true_of_the_meta_device() -> None:
+    model = lora_model(nn.Linear(24, 24)).to("meta")
+    (reason,) = fastpeft.patch(model).left_to_peft.values()
+    assert "meta device" in reason
+    assert model(torch.empty(3, 24, device="meta")).shape == (3, 24)
+
+
+def test_the_report_says_what_holds_no_parameter() -> None:
+    model = lora_model(nn.Linear(24, 24))
+    base = layer_of(model).base_layer
+    base.__dict__["weight"] = base._parameters.pop("weight")  # as torch.nn.parallel.replicate does
+    (reason,) = fastpeft.patch(model).left_to_peft.values()
+    assert reason == "its base layer's weight is no Parameter: the layer is parametrized, a replica or a shard"

@@ -313,7 +313,7 @@ def test_gradient_checkpointing_of_a_model(use_reentrant: bool, monkeypatch: pyt
     ids=["plain", "dropout", "bias", "dora", "dora_dropout"],
 )
 def test_compiles_as_one_graph(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora_model(nn.Linear(24, 24), **config)
+    model = lora_model(nn.Linear(24, 24), lora_alpha=8, **config)  # a scaling of 2: a graph multiplies it into B
     fastpeft.patch(model)
     layer, x = layer_of(model), torch.randn(5, 24, requires_grad=True)
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..checks import BASE_DTYPES, is_autocast
@@ -14,7 +15,9 @@ from ..four_bit import FourBit, from_bitsandbytes
 from .stock import Stock
 
 _4BIT_CLASSES = ("Linear4bit", "LinearNF4", "LinearFP4")
+_LIKE_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)  # its forward says the same in other words
 STOCK = Stock((nn.Linear, "forward"), (Conv1D, "forward"))
+_stocks: dict[type[nn.Module], Stock] = {}  # of such classes
 
 
 class Base(NamedTuple):
@@ -29,11 +32,12 @@ def read_base(layer: Any) -> Base | str:
     """The base of a PEFT layer."""
     base = layer._modules["base_layer"]
     four_bit = _is_4bit(base)
-    if not four_bit and type(base) is not nn.Linear and type(base) is not Conv1D:
+    if not four_bit and type(base) is not nn.Linear and type(base) is not Conv1D and not _is_like_linear(base):
         return f"its base layer is a {class_name(base)}"
     if is_hooked(base):
         return "its base layer has a hook or a forward of its own"
-    replaced = STOCK.replaced()
+    stock = _stocks.get(type(base), STOCK)
+    replaced = stock.replaced()
     if replaced is not None:
         return replaced
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
@@ -42,8 +46,12 @@ def read_base(layer: Any) -> Base | str:
     if four_bit:
         packed = _four_bit_weight(layer, base)
         return packed if isinstance(packed, str) else Base(packed, bias, base.compute_dtype)
-    if weight is None or not is_plain(weight):
+    if weight is None:
+        return "its base layer's weight is no Parameter: the layer is parametrized, a replica or a shard"
+    if not is_plain(weight):
         return f"its base layer's weight is a {type(weight).__qualname__}"
+    if weight.is_meta:
+        return "its base layer's weight is on the meta device, where nothing is computed"
     if weight.dtype not in BASE_DTYPES:
         return f"its base layer's weight is {weight.dtype}"
     if bias is not None and bias.dtype != weight.dtype and not _autocast_takes(weight, bias):
@@ -54,6 +62,17 @@ def read_base(layer: Any) -> Base | str:
 def _autocast_takes(weight: Tensor, bias: Tensor) -> bool:
     """Whether autocast casts both to its own dtype."""
     return is_autocast(weight) and is_autocast(bias)
+
+
+def _is_like_linear(base: nn.Module) -> bool:
+    """Whether its class is another one with the forward of torch's Linear."""
+    kind = type(base)
+    if not issubclass(kind, nn.Linear) or kind.__call__ is not nn.Linear.__call__:
+        return False
+    if class_name(base) in _LIKE_LINEAR:
+        _stocks.setdefault(kind, Stock((kind, "forward")))
+        return True
+    return kind.forward is nn.Linear.forward
 
 
 def _is_4bit(base: nn.Module) -> bool:
@@ -77,30 +96,44 @@ class FourBitCache:
 
 
 def _four_bit_weight(layer: Any, base: Any) -> FourBit | str:
-    """The weight of a bitsandbytes 4-bit layer, or what is wrong with it. FSDP may drop ``weight.quant_state``."""
+    """The weight of a bitsandbytes 4-bit layer, or what is wrong with it. FSDP hands out a plain Parameter, without the
+    ``quant_state`` that the layer then has."""
     weight = base._parameters.get("weight")
     state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
-    if state is None or type(weight).__qualname__ != "Params4bit":
+    if weight is None or state is None or not (type(weight).__qualname__ == "Params4bit" or is_plain(weight)):
         return "its 4-bit base weight is not quantized yet, or has lost what describes it"
+    if torch.compiler.is_compiling():  # a graph guards what it read by itself
+        return _read_four_bit(weight, state)
     memory = weight.data_ptr(), weight.numel()
     parts = (*vars(state).values(), *(vars(state.state2).values() if state.nested else ()))
     cache = layer.__dict__.setdefault("_fastpeft_four_bit", FourBitCache())
     kept = cache.kept
-    if kept is not None and kept[0] == memory and len(kept[1]) == len(parts) and all(map(is_, kept[1], parts)):
+    if (
+        kept is not None
+        and kept[0] == memory
+        and kept[2].packed.data_ptr() == memory[0]  # FSDP gives memory back; then another tensor may have the address
+        and len(kept[1]) == len(parts)
+        and all(map(is_, kept[1], parts))
+    ):
         return kept[2]
-    try:
-        with torch.inference_mode(False):  # training may follow an evaluation, and cannot keep an inference tensor
-            found = from_bitsandbytes(weight, state)
-    except (TypeError, ValueError) as error:
-        return f"its 4-bit base weight cannot be read: {error}"
-    if found.packed.data_ptr() == weight.data_ptr():  # not a copy, which would miss what is written into the weight
+    with torch.inference_mode(False):  # training may follow an evaluation, and cannot keep an inference tensor
+        found = _read_four_bit(weight, state)
+    # Not a copy, which would miss what is written into the weight.
+    if isinstance(found, FourBit) and found.packed.data_ptr() == weight.data_ptr():
         cache.kept = memory, parts, found
     return found
 
 
+def _read_four_bit(weight: Tensor, state: Any) -> FourBit | str:
+    try:
+        return from_bitsandbytes(weight, state)
+    except (TypeError, ValueError) as error:
+        return f"its 4-bit base weight cannot be read: {error}"
+
+
 def is_plain(tensor: object) -> bool:
-    """Whether it is a tensor of no subclass, as parameters are."""
-    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+    """Whether it is a tensor of no subclass, as parameters are, or stands for one where torch traces shapes alone."""
+    return type(tensor) is nn.Parameter or type(tensor) is Tensor or type(tensor) is FakeTensor
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..checks import is_finite, is_readable
 from ..functional import compute_dtype, dora_norm
 from ..norm_cache import NormCache
+from ..reference import wide_dtype
 from .base_layers import Base, class_name, is_hooked, is_plain
 from .stock import Stock
 
@@ -120,7 +121,7 @@ def read_vera(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str |
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(wide_dtype(tensor.dtype))
 
 
 def _weight_of(module: Any) -> Any:
