@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_demo import LENGTH, archive, minilm, sentences
+from test_heads import save, tiny_llama
 
 from fastpeft.experiments.compare import command as compare
 from fastpeft.experiments.compare.methods import METHODS
@@ -217,6 +218,25 @@ def test_what_failed_is_done_again_when_asked_and_is_an_error_when_nothing_else_
     assert [row["failed"] for row in Rows(tmp_path / "out").rows] == ["out of memory", "out of memory", None, None]
     code, output = run(tmp_path, *small(csv, "none,head"), "--retry-failed")
     assert code == 0 and "2 of them are on record already" in output
+
+
+def test_a_language_model_of_ones_own_learns_a_language(tmp_path: Path, csv: Path) -> None:
+    """It has no head; the text that it may forget is not at hand."""
+    model = save(tmp_path / "llama", tiny_llama())
+    arguments = (*SMALL, "--data", str(csv), "--kind", "language", "--model", model)
+    code, output = run(tmp_path, *arguments, "--methods", "none,full,lora")
+    assert code == 0 and "What the model forgets is not measured:" in output and "shakespeare" in output
+    rows = Rows(tmp_path / "out").rows
+    assert [(row["method"], row["engine"]) for row in rows] == [
+        ("none", "torch"),
+        ("full", "torch"),
+        ("lora", "fastpeft"),
+        ("lora", "peft"),
+    ]
+    assert all(row["failed"] is None and row["score"] > 1 and row["forgetting"] is None for row in rows)
+    assert rows[0]["trainable"] == 0
+    code, output = run(tmp_path, *arguments, "--methods", "head")
+    assert code == 2 and "head cannot train this model: the model has no head of its own" in output
 
 
 def subprocess_arguments(tmp_path: Path, csv: Path, names: str, *more: str) -> list[str]:

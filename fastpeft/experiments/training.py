@@ -119,7 +119,8 @@ def new_run(name: str, model: nn.Module, recipe: Recipe | float, accelerator: Ac
     recipe = recipe if isinstance(recipe, Recipe) else Recipe(recipe)
     accelerator = accelerator or accelerator_on_cpu()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=recipe.learning_rate)
+    nothing = torch.empty(0, requires_grad=True)  # an optimizer wants something, of an untrained model too
+    optimizer = torch.optim.AdamW(trainable or [nothing], lr=recipe.learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)
     schedule = (
         get_constant_schedule(optimizer)

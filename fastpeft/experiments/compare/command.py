@@ -278,6 +278,9 @@ def compare(settings: Settings, rows: Rows, console: Console) -> list[str] | Non
             f"Each method is expected at least {100 * plan.margin:g} points above the untrained model's score.",
             soft_wrap=True,
         )
+    if laboratory.text_is_missing:
+        note = f"What the model forgets is not measured: {laboratory.text_is_missing}."
+        console.print(note, markup=False, soft_wrap=True)
     if settings.methods:
         _check(missing, laboratory)
     described = {

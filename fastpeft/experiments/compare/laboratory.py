@@ -17,6 +17,7 @@ from ..encoding import Encoded, encode
 from ..forgetting import forgotten_text, perplexity
 from ..memory import held_bytes
 from ..models import MODELS, is_causal, load
+from ..packages import MissingPackage
 from ..refusals import BadOption
 from ..tasks import Task
 from ..training import Recipe, Run, autocast, new_run
@@ -40,6 +41,7 @@ class Laboratory:
         load: the model as it comes, in float32, its new head drawn by a seed.
         parameters: how many the model has.
         forgotten: the perplexity of a text that is not learnt, of a run's model; None where there is none.
+        text_is_missing: why there is none for a model that could foretell it.
     """
 
     task: Task
@@ -48,6 +50,7 @@ class Laboratory:
     parameters: int
     accelerator: Accelerator
     forgotten: Callable[[Run], float | None]
+    text_is_missing: str | None = None
     _base: tuple[int, nn.Module] | None = field(default=None, repr=False)
     _before: list[float | None] = field(default_factory=list, repr=False)
     _yardstick: Run | None = field(default=None, repr=False)
@@ -107,8 +110,13 @@ def open_laboratory(
         raise BadOption("--length", f"the model reads {most} tokens at most, not {length}")
     data = {name: encode(getattr(task, name), tokenizer, length) for name in SPLITS}
     parameters = sum(p.numel() for p in model.parameters())
-    forgotten = _forgetting(task, tokenizer, length, folder)
-    laboratory = Laboratory(task, data, model_of, parameters, accelerator, forgotten)
+    text, missing = None, None
+    if is_causal(model.config):
+        try:
+            text = encode(forgotten_text(task, folder), tokenizer, length)
+        except MissingPackage as error:
+            missing = str(error)
+    laboratory = Laboratory(task, data, model_of, parameters, accelerator, _forgetting(text), missing)
     described = {
         "task": {
             **{name: getattr(task, name) for name in ("name", "title", "kind", "metric", "higher_is_better")},
@@ -133,16 +141,12 @@ def _fingerprint(data: Mapping[str, Encoded]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _forgetting(task: Task, tokenizer: Any, length: int, folder: Path) -> Callable[[Run], float | None]:
-    text: list[Encoded] = []
-
+def _forgetting(text: Encoded | None) -> Callable[[Run], float | None]:
     def measure(run: Run) -> float | None:
-        if not is_causal(run.plain_model.config):
+        if text is None:
             return None
-        if not text:
-            text.append(encode(forgotten_text(task, folder), tokenizer, length).to(run.accelerator.device))
         with autocast(run.accelerator.device, run.recipe.autocast):
-            return perplexity(copy.deepcopy(run.plain_model), text[0], _BATCH)
+            return perplexity(copy.deepcopy(run.plain_model), text.to(run.accelerator.device), _BATCH)
 
     return measure
 

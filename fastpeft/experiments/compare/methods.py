@@ -98,7 +98,13 @@ def _full(model: nn.Module, settings: Settings, situation: Situation) -> Adapted
     return _train_only(model, lambda name: True)
 
 
+def _untrained(model: nn.Module, settings: Settings, situation: Situation) -> Adapted:
+    return _train_only(model, lambda name: False)
+
+
 def _head(model: nn.Module, settings: Settings, situation: Situation) -> Adapted:
+    if not any(is_head(name) for name, _ in model.named_parameters()):
+        raise ValueError("the model has no head of its own: a language model predicts by its embeddings")
     return _train_only(model, lambda name: False)
 
 
@@ -233,7 +239,7 @@ _DORA = _lora_method(
 _BOTTLENECKS, _TOKENS = {"bottleneck": (8, 16, 32, 64, 128)}, {"tokens": (5, 10, 20, 50)}
 
 METHODS: Mapping[str, Method] = {
-    UNTRAINED: Method("untrained", "the model as it comes, its new head drawn at random", _head, 0.0),
+    UNTRAINED: Method("untrained", "the model as it comes, its new head drawn at random", _untrained, 0.0),
     FULL: Method("full fine-tuning", "every parameter is trained", _full, 3e-4),
     "head": Method("head alone", "the classifier on frozen features: linear probing", _head, 1e-1),
     "top": Method("top layer", "the last layers and the head", _top, 1e-3, {"layers": 1}, {"layers": (1, 2, 3)}),
