@@ -179,6 +179,17 @@ _EDGES = [
     {"M": 300, "K": 130, "N": 270, "ranks": (16,), "dropout_p": 0.1, "dora": True},
 ]
 _COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Adapters narrower than the base, or in the other half precision; few tokens and many.
+_NARROW = [
+    Case(M=M, K=K, N=66, dtype=dtype, adapter_dtype=adapter_dtype, dora=dora)
+    for dtype, adapter_dtype in (
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+    )
+    for M, K, dora in ((1, 128, False), (4, 33, True), (70, 33, False))
+]
 
 CASES = [
     Case(
@@ -190,3 +201,4 @@ CASES = [
     )
     for row in _MATRIX
 ] + [Case(**edge, dtype=dtype) for edge in _EDGES for dtype in _COMPUTE_DTYPES]
+CASES += _NARROW

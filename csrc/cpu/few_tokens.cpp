@@ -91,9 +91,12 @@ void few_tokens_product(const Tensor& x, const Weight& weight, const Tensor& bia
     const Tensor q = at::empty_like(u);
     int64_t offset = 0;
     for (size_t i = 0; i < adapters.A.size(); ++i) {
-        const Tensor& A = adapters.A[i];
+        const bool in_pairs = pairs(adapters.A[i].scalar_type());
+        // Where the kernels multiply pairs they take x in bfloat16 with an A in bfloat16: another x wants A wider.
+        const bool too_narrow = !in_pairs && kernels.pairs(dtype_of(adapters.A[i]));
+        const Tensor A = too_narrow ? adapters.A[i].to(at::kFloat) : adapters.A[i];
         const int64_t rank = A.size(0);
-        Tensor input = pairs(A.scalar_type()) ? x : widened();
+        Tensor input = in_pairs ? x : widened();
         if (adapters.thresholds[i]) {
             const Tensor dropped =
                 dropout_keep(static_cast<int64_t>(seed_of(adapters, i)), tokens, columns, adapters.thresholds[i])
