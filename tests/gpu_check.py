@@ -71,7 +71,7 @@ def steps_of(python: str, out: Path, methods: Sequence[str]) -> list[Step]:
     ]
     if importlib.util.find_spec("xdist") is not None:
         workers = min(MOST_WORKERS, os.cpu_count() or 1)
-        tests += ["-n", str(workers), "-p", "broken_context", "--max-worker-restart", "1000"]
+        tests += ["-n", str(workers), "--dist", "loadgroup", "-p", "broken_context", "--max-worker-restart", "1000"]
     watched = ["--error-exitcode", "1", *module, "pytest", "-q", "-p", "no:cacheprovider", *WATCHED]
     tools = ("memcheck", "racecheck") if shutil.which(SANITIZER) else ()
     to_out = ["--out", str(out)]

@@ -17,6 +17,7 @@ from fastpeft.call import Weight
 from fastpeft.dropout import dropout_keep, dropout_threshold
 
 Form = tuple[str, int, bool]  # quant_type, blocksize, nested
+one_at_a_time = pytest.mark.xdist_group("far apart")  # each takes 9 GB of a GPU's memory
 
 
 SHORT = {
@@ -130,6 +131,7 @@ class GpuSuite:
         pairs = zip(*(torch.autograd.grad(out, learned, i.dy) for out in (y, short)), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
 
+    @one_at_a_time
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("which", ["x", "weight", "dy"])
     @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -140,6 +142,7 @@ class GpuSuite:
 
         Expected.of(Case(M=70, K=40, N=66, dtype=dtype, dropout_p=0.3, dora=dora).inputs).assert_met_by(results)
 
+    @one_at_a_time
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_result_may_have_rows_that_far_apart(self, kernels: Kernels, dtype: torch.dtype) -> None:
         with torch.device(DEVICE):

@@ -209,6 +209,19 @@ def test_nothing_sticks_out_of_the_picture(every: list[Summary], name: str) -> N
     assert box.y1 <= figure.get_figheight()
 
 
+@pytest.mark.parametrize("draw", [figures.score_by_rank, figures.score_by_targets])
+def test_joined_points_lie_within_the_axes_beside_each_other(every: list[Summary], draw: Any) -> None:
+    with drawing(LIGHT):
+        figure = draw(without_plain(every), LIGHT)
+        (axes,) = figure.axes
+        figure.canvas.draw()
+        lines = [line.get_xydata() for line in axes.lines if line.get_marker() not in ("_", "|", "None")]
+    points = np.concatenate(lines)
+    assert len({tuple(point) for point in points}) == len(points) > 2
+    for values, (low, high) in zip(points.T, (axes.get_xlim(), axes.get_ylim()), strict=True):
+        assert low < values.min() and values.max() < high
+
+
 def test_pictures_without_rows_are_not_drawn(tmp_path: Path) -> None:
     drawn = {path.stem for path in plots.draw(summaries([row("ia3"), row("bitfit")]), tmp_path)}
     names = ("score-by-parameters", "score-by-time", "time-and-memory", "curves")

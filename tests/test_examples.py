@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_layers import tiny_llama_base
 from test_demo import tiny_bert
+from test_tasks import word_tokenizer
 from transformers import BertModel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -24,8 +26,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def output(script: str, *arguments: Path | str) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a tokenizer. 64 and 128 wide: of other widths bitsandbytes decodes wrongly on some processors."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama_base(64, 128).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def output(script: str, *arguments: Path | str, processes: int = 1) -> str:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *start, str(EXAMPLES / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -39,6 +52,24 @@ def test_every_example_is_tested_and_listed() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
     source, page = Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
     assert all(f'output("{name}"' in source and f"examples/{name}" in page for name in scripts)
+
+
+def test_trainers_of_trl(llama: Path) -> None:
+    for said in (output("sft.py", llama, "--steps", "2"), output("dpo.py", llama, "--steps", "2")):
+        assert "the loss after 2 steps: " in said and "fused: 14, left to PEFT: 0" in said
+
+
+def test_qlora(llama: Path) -> None:
+    said = output("qlora.py", llama)
+    first, last = numbers(said.partition("step 1:")[2])
+    assert "fused: 14, left to PEFT: 0" in said and first > last
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes(engine: str, llama: Path) -> None:
+    said = output("distributed.py", llama, "--engine", engine, processes=2)
+    first, last = numbers(said)[:2]
+    assert said.count("of 2 processes") == 2 and "fused: 14, left to PEFT: 0" in said and first > last
 
 
 def test_tasks_are_switched(model: Path) -> None:

@@ -83,15 +83,20 @@ def test_several_adapters(
     assert_parity(several(dtype, adapter_dtype, **config), lambda: signed(33, K).to(dtype), monkeypatch)
 
 
-def mixed_batch(tail: tuple[int, ...], dtype: torch.dtype, adapter_dtype: torch.dtype, monkeypatch: Any) -> None:
+def mixed_batch(
+    tail: tuple[int, ...], dtype: torch.dtype, adapter_dtype: torch.dtype, monkeypatch: Any, **config: Any
+) -> None:
     names = ["third", "__base__", "default", "second", "default", "__base__", "unheard-of", "third"] * 4
-    model = several(dtype, adapter_dtype)
+    model = several(dtype, adapter_dtype, **config)
     assert_parity(model, lambda: signed(len(names), *tail, K).to(dtype), monkeypatch, adapter_names=names)
 
 
 @per_dtype
-def test_mixed_batch(dtype: torch.dtype, adapter_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixed_batch((3,), dtype, adapter_dtype, monkeypatch)
+@pytest.mark.parametrize("config", [{}, {"lora_bias": True}], ids=["plain", "lora_bias"])
+def test_mixed_batch(
+    dtype: torch.dtype, adapter_dtype: torch.dtype, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed_batch((3,), dtype, adapter_dtype, monkeypatch, **config)
 
 
 @pytest.mark.parametrize("tail", [(), (2, 3)], ids=["2d", "4d"])

@@ -353,14 +353,6 @@ def outcome(call: Callable[[Any], Tensor], layer: Any) -> Tensor | Exception:
         return error
 
 
-def test_mixed_batch_with_adapter_bias() -> None:
-    model = lora_model(nn.Linear(8, 12), lora_bias=True)
-    x, names = torch.randn(4, 3, 8), ["default", "__base__", "default", "default"]
-    expected = layer_of(model)(x, adapter_names=names)
-    fastpeft.patch(model)
-    assert torch.equal(layer_of(model)(x, adapter_names=names), expected)
-
-
 def test_vector_gets_the_shape_that_pefts_dora_gives_it() -> None:
     model = lora_model(nn.Linear(8, 12), use_dora=True)
     expected = layer_of(model)(torch.ones(8))

@@ -78,15 +78,25 @@ class FusedForward(_Layer):
         if (
             isinstance(operands, str)
             or x.dim() < 2
-            or operands.adapters.c  # then each token has factors of its own,
-            or any(self.lora_bias[name] for name in served)  # or the bias differs from token to token
+            or operands.adapters.c  # then each token has factors of its own
             or not _is_plain_input(x, operands.weight)
         ):
             return self._by_peft(x, adapter_names=adapter_names)
         position = {name: i for i, name in enumerate(served)}
         samples = torch.tensor([position.get(name, -1) for name in adapter_names], device=x.device)
         index = samples.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape[:-1])
-        return self._run(operands._replace(adapters=operands.adapters._replace(adapter_index=index)), x)
+        operands = operands._replace(adapters=operands.adapters._replace(adapter_index=index))
+        if not any(self.lora_bias[name] for name in served):
+            return self._run(operands, x)
+        base: Any = self._modules["base_layer"]
+        y = self._run(operands._replace(bias=base.bias), x)
+        return y + self._biases(served, y)[index + 1].to(y.dtype)
+
+    def _biases(self, adapters: Sequence[str], y: Tensor) -> Tensor:
+        """What each adapter's own bias adds to ``y [..., N]``, ``[1 + adapters, N]``; the first row is no adapter's."""
+        nothing = torch.zeros(y.shape[-1], device=y.device)
+        own = [self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else nothing for name in adapters]
+        return torch.stack([nothing, *own])
 
     def extra_repr(self) -> str:
         """Whether the layer is fused as it stands, or why not."""

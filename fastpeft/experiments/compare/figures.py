@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LINE = 0.21  # inches of a method's line
 _LABEL = 0.28  # inches of a plot's height that each labelled point needs
 _ENOUGH = 0.9  # of full fine-tuning's score
-_ASIDE = 0.06  # inches between points of different lines at one place
+_ASIDE = 0.04  # between points of different lines at one place, where neighbours are 1 apart
 _SMALL = 7.5  # points, of the numbers at bars
 _DECADES = 30  # an axis is logarithmic where the largest number is this many times the least
 
@@ -244,9 +244,9 @@ def score_by_rank(group: Sequence[Summary], style: Style) -> Figure | None:
     lines = _lines(group, "rank", r"-(r\d+|half)$")
     if not lines:
         return None
-    figure = _joined(lines, style, "rank")
-    axes = figure.axes[0]
     ranks = sorted({int(rank) for line in lines for rank in line})
+    figure = _joined(lines, style, "rank", lambda rank, aside: int(rank) * 2**aside)
+    axes = figure.axes[0]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
@@ -255,7 +255,12 @@ def score_by_rank(group: Sequence[Summary], style: Style) -> Figure | None:
 
 def score_by_targets(group: Sequence[Summary], style: Style) -> Figure | None:
     lines = _lines(group, "targets", r"-(attention|default|qv)$")
-    return _joined(lines, style, "layers that are adapted") if lines else None
+    if not lines:
+        return None
+    targets = sorted({name for line in lines for name in line})
+    figure = _joined(lines, style, "layers that are adapted", lambda name, aside: targets.index(name) + aside)
+    figure.axes[0].set_xticks(range(len(targets)), targets)
+    return figure
 
 
 def _lines(group: Sequence[Summary], setting: str, suffix: str) -> list[dict[str, Summary]]:
@@ -269,22 +274,21 @@ def _lines(group: Sequence[Summary], setting: str, suffix: str) -> list[dict[str
     return [line for line in lines.values() if len(line) > 1]
 
 
-def _joined(lines: Sequence[dict[str, Summary]], style: Style, xlabel: str) -> Figure:
-    """A line each, a little beside the others so that none hides another's bars."""
-    from matplotlib.transforms import ScaledTranslation
-
+def _joined(
+    lines: Sequence[dict[str, Summary]], style: Style, xlabel: str, place: Callable[[str, float], float]
+) -> Figure:
+    """A line each, a little beside the others so that none hides another's bars; ``place`` is where a value stands."""
     figure = new_figure(4.2)
     axes = figure.subplots()
     for i, line in enumerate(lines):
-        aside = ScaledTranslation(_ASIDE * (i - (len(lines) - 1) / 2), 0, figure.dpi_scale_trans)
-        members = sorted(line.items(), key=lambda item: (item[0].isdigit() and int(item[0]), item[0]))
+        aside = _ASIDE * (i - (len(lines) - 1) / 2)
+        members = sorted(((place(value, aside), own) for value, own in line.items()), key=lambda member: member[0])
         axes.errorbar(
-            [int(value) if value.isdigit() else value for value, _ in members],
+            [at for at, _ in members],
             [_score(own) for _, own in members],
             [_deviation(own) for _, own in members],
             color=style.lines[i % len(style.lines)], linestyle=("-", "--", ":")[i % 3], capsize=2,
             marker=MARKERS[family(members[0][1])], label=members[0][1].method,
-            transform=axes.transData + aside,
         )  # fmt: skip
     axes.set(xlabel=xlabel, ylabel=words.metric(next(iter(lines[0].values()))))
     axes.grid()
