@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-GRACE = 12.0  # seconds to end in when asked to: pytest gives workers that hang 10, then writes its report
+GRACE = 30.0  # seconds to end in when asked to: pytest gives workers that hang 10, then writes its report
 SHOWN = 12  # last lines of a log
 ARCHIVE = "everything.tar.gz"
 

@@ -65,9 +65,10 @@ def _autocast_takes(weight: Tensor, bias: Tensor) -> bool:
 
 
 def _is_like_linear(base: nn.Module) -> bool:
-    """Whether its class is another one with the forward of torch's Linear."""
+    """Whether its class is another one with the forward of torch's Linear; torch's own are for something else each, as
+    the one in MultiheadAttention, which is never called."""
     kind = type(base)
-    if not issubclass(kind, nn.Linear) or kind.__call__ is not nn.Linear.__call__:
+    if not issubclass(kind, nn.Linear) or kind.__call__ is not nn.Linear.__call__ or kind.__module__[:6] == "torch.":
         return False
     if class_name(base) in _LIKE_LINEAR:
         _stocks.setdefault(kind, Stock((kind, "forward")))
