@@ -13,7 +13,6 @@ _WARNINGS = (
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "KINETO_LOG_LEVEL": "99",  # torch's profiler, which counts the memory
-    "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
