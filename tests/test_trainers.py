@@ -28,7 +28,7 @@ CONFIG = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | TARGETS
 METHODS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}}
 SHARED = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd"}
 SHARED |= {"learning_rate": 0.5, "report_to": [], "save_strategy": "no", "use_cpu": True, "seed": 3, "logging_steps": 1}
-SHARED |= {"disable_tqdm": True, "max_grad_norm": 1.0}
+SHARED |= {"disable_tqdm": True, "max_grad_norm": 1.0, "bf16": False}  # accelerate has one precision in a process
 Make = Callable[[Any, peft.LoraConfig, Path], Trainer]
 
 
