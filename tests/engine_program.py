@@ -25,7 +25,7 @@ import fastpeft
 from fastpeft.peft.layers import FusedForward
 
 STEPS = 20
-METHODS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "qlora": {}, "qdora": {}}
+DENSE: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}}  # all else is in 4 bits
 
 
 def shard(model: Any, **options: Any) -> nn.Module:
@@ -50,8 +50,8 @@ ENGINES: dict[str, Callable[[Any], nn.Module]] = {
 def made(method: str, exact: bool) -> peft.PeftModel:
     """The same model in each process and each time; ``exact``: in float64."""
     torch.manual_seed(0)
-    if method not in ("qlora", "qdora"):
-        model = tiny_llama(**METHODS[method])
+    if method in DENSE:
+        model = tiny_llama(**DENSE[method])
         return model.double() if exact else model
     model = four_bit_llama(method)
     if not exact:

@@ -68,10 +68,12 @@ def _is_like_linear(base: nn.Module) -> bool:
     """Whether its class is another one with the forward of torch's Linear; torch's own are for something else each, as
     the one in MultiheadAttention, which is never called."""
     kind = type(base)
+    if kind in _stocks:
+        return True
     if not issubclass(kind, nn.Linear) or kind.__call__ is not nn.Linear.__call__ or kind.__module__[:6] == "torch.":
         return False
     if class_name(base) in _LIKE_LINEAR:
-        _stocks.setdefault(kind, Stock((kind, "forward")))
+        _stocks[kind] = Stock((kind, "forward"))
         return True
     return kind.forward is nn.Linear.forward
 
