@@ -25,7 +25,10 @@ FUSED = {
     "without bias": Case(M, K, N, bias=False),
     "adapters": Case(M, K, N, ranks=(8, 3)),
     "odd rank": Case(M, K, N, ranks=(5,), adapter_dtype=torch.bfloat16),
-    "many ranks": Case(M, K, N, ranks=(70,), dropout_p=0.3),
+    "many ranks": Case(M, K, N, ranks=(70,)),
+    "many ranks, dropout": Case(M, K, N, ranks=(70,), dropout_p=0.3),
+    "many ranks, dora": Case(M, K, N, ranks=(70,), dora=True),
+    "many tokens": Case(8200, 16, 24),
     "dropout": Case(M, K, N, dropout_p=0.3),
     "transposed": Case(M, K, N, dropout_p=0.3, weight_layout="transposed"),
     "mixed": Case(M, K, N, ranks=(8, 3), dropout_p=0.3, mixed=True),
@@ -117,6 +120,18 @@ def test_elsewhere_the_vendors_product_and_one_pass_take_its_place() -> None:
     backward = i.backward_call(u, z, [True, False, False, True, True]).flat()
     assert launches_of(lambda: ops.lora_linear(*i.call().flat(), "cuda")) == (2, ["mm"])
     assert launches_of(lambda: ops.lora_linear_backward(*backward, "cuda")) == (4, ["mm"])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the emulation counts")
+@pytest.mark.parametrize(("tokens", "ranks", "ours"), [(M, 70, 2), (2048, 8, 4), (8192, 8, 2)])
+def test_torch_multiplies_by_many_ranks_and_sums_many_tokens(tokens: int, ranks: int, ours: int) -> None:
+    i = Case(tokens, 16, 24, dtype=torch.bfloat16, ranks=(ranks,)).inputs()
+    _, u, z = ops.lora_linear(*i.call().flat(), "cuda")
+    backward = i.backward_call(u, z, [True, False, False, True, True]).flat()
+    launches = [launches_of(lambda: ops.lora_linear(*i.call().flat(), "cuda"))]
+    launches.append(launches_of(lambda: ops.lora_linear_backward(*backward, "cuda")))
+    assert sum(count for count, _ in launches) == ours
+    assert sum(names.count("mm") for _, names in launches) == {2: 4, 4: 2}[ours]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the emulation counts")

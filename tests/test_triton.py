@@ -225,10 +225,28 @@ def test_partial_sums_of_v_are_bounded(
     with torch.device("meta"):
         dy, B, u, v = torch.empty(M, N, dtype=torch.bfloat16), torch.empty(N, r), torch.empty(M, r), torch.empty(M, r)
         c, z = (torch.empty(N), torch.empty_like(dy)) if scaled else (None, None)
-    kernels.lora_dy(dy, DyOperands(B, u, 1.0, c=c, z=z), v, DyNeeds(True, scaled, scaled))
+        index = None if scaled else torch.empty(M, dtype=torch.int32)  # without either torch takes many ranks
+    kernels.lora_dy(dy, DyOperands(B, u, 1.0, index, c=c, z=z), v, DyNeeds(True, scaled, scaled))
     ((*_, out, _, _, config),) = taken
     assert out.v.nbytes <= max(backend.MOST_BYTES_OF_V, v.nbytes)
     assert out.v.shape[0] * config.SLABS * config.BLOCK_N >= N
+
+
+@pytest.mark.parametrize("c", [None, torch.tensor([0.5, -2.0, 1.0])], ids=["", "scaled"])
+def test_torch_multiplies_by_more_ranks_than_a_program_holds(
+    kernels: backend.TritonKernels, c: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kernel would read x once for every so many of them."""
+    for name in ("lora_down", "lora_dy", "lora_dA"):
+        monkeypatch.setattr(launchers, name, None)
+    x, dy, A, B = (torch.randn(shape, device=DEVICE) for shape in ((4, 6), (4, 3), (70, 6), (3, 70)))
+    c = None if c is None else c.to(DEVICE)
+    u, v, no_mask = torch.empty(4, 70, device=DEVICE), torch.empty(4, 70, device=DEVICE), Mask(0, 1.0, None)
+    kernels.lora_down(x, [A], u, [no_mask], None)
+    found = kernels.lora_dy(dy, DyOperands(B, u, 2.0, c=c), v, DyNeeds(True, False, False))
+    flowing = dy if c is None else dy * c
+    expected = x @ A.t(), 2 * flowing @ B, 2 * flowing.t() @ (x @ A.t()), (2 * flowing @ B).t() @ x
+    torch.testing.assert_close((u, v, found.dB, kernels.lora_dA(x, v, no_mask)), expected)
 
 
 @pytest.mark.parametrize("case", [Case(), Case(ranks=(8, 3), dropout_p=0.5, mixed=True), Case(dora=True)], ids=str)

@@ -83,7 +83,7 @@ class Kernels {
 
   private:
     void check(const char* kernel, cuda::Error error) const;
-    void exact_down(const at::Tensor& x, const at::Tensor& A, const at::Tensor& c, const Mask& mask,
+    void torch_down(const at::Tensor& x, const at::Tensor& A, const at::Tensor& c, const Mask& mask,
                     const at::Tensor& index, size_t adapter, const DownResult& result) const;
     at::Tensor kept(const at::Tensor& x, const Mask& mask) const;
 

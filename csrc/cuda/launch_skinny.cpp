@@ -1,4 +1,5 @@
-// The GPU's products with an adapter's rank: kernels of kernels/ in bfloat16 and float16, torch's products in float32.
+// The GPU's products with an adapter's rank: kernels of kernels/ in bfloat16 and float16, torch's products in float32
+// and where they are faster.
 #include <ATen/ATen.h>
 
 #include "launch.h"
@@ -13,23 +14,42 @@ const float* floats(const Tensor& t) { return t.defined() ? t.const_data_ptr<flo
 
 Tensor rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
+// Whether torch's products, which have no mask, are faster than ours, their roundings and launches included: as
+// measured on an H100 (bench/results) from so many tokens on. More ranks than kMostRanks make ours read x once more.
+constexpr int64_t kTokensDown = 8192, kTokensSummed = 2048, kMostRanks = 64;
+bool torch_is_faster(const Tensor& x, int64_t rank, int64_t tokens) {
+    return x.size(0) >= (rank > kMostRanks ? cuda::kFewestTokens : tokens);
+}
+
+// A product of matrices of one dtype in float32: torch may add up parts of what it rounds in the lower precision. A
+// CPU, on which the kernels are emulated, has no such product.
+Tensor product(const Tensor& a, const Tensor& b) {
+    if (a.is_cuda() && a.scalar_type() != at::kFloat) return at::mm(a, b, at::kFloat);
+    return at::mm(a.to(at::kFloat), b.to(at::kFloat));
+}
+
 }  // namespace
 
 Tensor Kernels::kept(const Tensor& x, const Mask& mask) const { return mask.threshold ? dropout(x, mask, 1.0) : x; }
 
-void Kernels::exact_down(const Tensor& x, const Tensor& A, const Tensor& c, const Mask& mask, const Tensor& index,
+void Kernels::torch_down(const Tensor& x, const Tensor& A, const Tensor& c, const Mask& mask, const Tensor& index,
                          size_t adapter, const DownResult& result) const {
-    const Tensor right = A.to(at::kFloat);
-    const Tensor product = at::mm(kept(x, mask), (c.defined() ? right * c : right).t());
-    if (index.defined()) product.masked_fill_(index.ne(static_cast<int64_t>(adapter)).unsqueeze(1), 0);
-    if (result.u.defined()) result.u.copy_(result.u_scale == 1.0 ? product : product * result.u_scale);
-    if (result.q.defined()) result.q.copy_(product * result.q_scale);
+    Tensor right = A.to(x.scalar_type());
+    if (c.defined()) {
+        right = at::empty(A.sizes(), x.options());
+        at::mul_out(right, A, c);
+    }
+    const Tensor wide = product(kept(x, mask), right.t());
+    if (index.defined()) wide.masked_fill_(index.ne(static_cast<int64_t>(adapter)).unsqueeze(1), 0);
+    if (result.u.defined()) result.u.copy_(result.u_scale == 1.0 ? wide : wide * result.u_scale);
+    if (result.q.defined()) result.q.copy_(wide * result.q_scale);
 }
 
 void Kernels::down(const Tensor& x, const Tensor& A, const Tensor& c, const Mask& mask, const Tensor& index,
                    size_t adapter, const DownResult& result, const Rounding& rounding) const {
-    if (x.scalar_type() == at::kFloat) {
-        exact_down(x, A, c, mask, index, adapter, result);
+    if (x.scalar_type() == at::kFloat ||
+        (!mask.threshold && !index.defined() && torch_is_faster(x, A.size(0), kTokensDown))) {
+        torch_down(x, A, c, mask, index, adapter, result);
         if (rounding.to.defined()) rounding.to.copy_(rounding.from);
         return;
     }
@@ -76,7 +96,8 @@ void Kernels::down(const Tensor& x, const Tensor& A, const Tensor& c, const Mask
 }
 
 Tensor Kernels::input_sums(const Tensor& x, const Tensor& v, const Mask& mask, at::ScalarType dtype) const {
-    if (x.scalar_type() == at::kFloat) return at::mm(v.t(), kept(x, mask)).to(dtype);
+    if (x.scalar_type() == at::kFloat || (!mask.threshold && torch_is_faster(x, v.size(1), kTokensSummed)))
+        return product(v.t(), kept(x, mask)).to(dtype);
     const Tensor tokens = rows(x), dA = at::empty({v.size(1), x.size(1)}, x.options().dtype(dtype));
     const cuda::GradientOperands operands{.x = tokens.const_data_ptr(),
                                           .x_stride = tokens.stride(0),
@@ -111,6 +132,12 @@ DyGradients Kernels::output_sums(const Tensor& dy, const Tensor& u, double scale
             if (need_z) found.dz = dz;
             return found;
         }
+    }
+    if (need_B && !c.defined() && !need_z && torch_is_faster(dy, u.size(1), kTokensSummed)) {
+        Tensor q = at::empty(u.sizes(), dy.options());
+        at::mul_out(q, u, at::scalar_tensor(scale));
+        found.dB = product(dy.t(), q).to(dtype);
+        return found;
     }
     const bool sums_c = need_c && !found.dc.defined();
     if (!need_B && !need_z && !sums_c) return found;

@@ -86,7 +86,12 @@ class TritonKernels:
 
     def lora_down(self, x: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask], index: Tensor | None) -> None:
         """Where tokens and ranks do not fill the GPU with programs, each takes a part of the inputs."""
-        (M, K), kind = x.shape, _kind(x, max(a.shape[0] for a in A))
+        (M, K), rank = x.shape, max(a.shape[0] for a in A)
+        kind = _kind(x, rank)
+        if index is None and not any(mask.threshold for mask in masks) and _torch_is_faster(kind, rank):
+            for a, part in zip(A, compose.parts_of(u, A), strict=True):
+                part.copy_(_product(x, a.t().to(x.dtype)))
+            return
         config = self._launch.lora_down_config(*kind)
         programs = _ceil(M, config.BLOCK_M) * sum(_ceil(a.shape[0], kind.rank_block) for a in A)
         shortest = SHORTEST_SPLIT_FLOAT32 if kind.float32 else SHORTEST_SPLIT
@@ -102,6 +107,8 @@ class TritonKernels:
     def lora_dy(self, dy: Tensor, operands: DyOperands, v: Tensor | None, needs: DyNeeds) -> DyGradients:
         (M, N), rank = dy.shape, operands.B.shape[1]
         kind = _kind(dy, rank)
+        if not (operands.adapter_index is not None or needs.dc or needs.dz) and _torch_is_faster(kind, rank):
+            return self._dy_by_torch(dy, operands, v, needs)
         config = self._dy_config(dy, rank, operands.c is not None)
         groups, parts = _ceil(N, config.BLOCK_N * config.SLABS), _ceil(M, config.BLOCK_M * config.TILES)
         shapes = (groups, M, rank), (parts, N, rank), (parts, N)
@@ -115,6 +122,16 @@ class TritonKernels:
         if v is not None and v_sums is not None:
             torch.sum(v_sums, 0, out=v)
         return DyGradients(None if dB is None else dB.sum(0), None if dc is None else dc.sum(0), dz)
+
+    def _dy_by_torch(self, dy: Tensor, operands: DyOperands, v: Tensor | None, needs: DyNeeds) -> DyGradients:
+        B, u, scale, c = operands.B, operands.u, operands.scale, operands.c
+        if v is not None:
+            v.copy_(_product(dy, (B if c is None else B * c.unsqueeze(1)).to(dy.dtype))).mul_(scale)
+        if not needs.dB:
+            return DyGradients(None, None, None)
+        assert u is not None
+        dB = _product(dy.t(), (u * scale).to(dy.dtype))
+        return DyGradients(dB if c is None else dB.mul_(c.unsqueeze(1)), None, None)
 
     def _dy_config(self, dy: Tensor, rank: int, scaled: bool) -> Any:
         """A program sums up as many slabs of columns as it takes to keep the partial sums of v within their bound."""
@@ -130,6 +147,8 @@ class TritonKernels:
     def lora_dA(self, x: Tensor, v: Tensor, mask: Mask) -> Tensor:
         rank = v.shape[1]
         kind = _kind(x, rank)
+        if not mask.threshold and _torch_is_faster(kind, rank):
+            return _product(v.t().to(x.dtype), x)
         config = self._launch.lora_dA_config(*kind)
         programs = _ceil(x.shape[1], config.BLOCK_K) * _ceil(rank, kind.rank_block)
         config = replace(config, TILES=_tiles(x, config.BLOCK_M, programs))
@@ -196,6 +215,19 @@ def is_installed() -> bool:
 def shared_plans(device: torch.device, dtype: torch.dtype) -> tuple[Plan, ...]:
     """Those of ``plans.SHARED`` that there are on this device, where the operands allow for them."""
     return SHARED if _architecture(device) in COPY_TILES and dtype != torch.float32 else (Plan.one_accumulator,)
+
+
+def _torch_is_faster(kind: _Kind, rank: int) -> bool:
+    """A program that does not hold all ranks would read x once more for the others; torch has no masks."""
+    return rank > kind.rank_block
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of one dtype in float32: torch may add up parts of what it rounds in a lower precision. A CPU, which the
+    interpreter uses, has no such product."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
 
 
 def _has_descriptor(matrix: Tensor) -> bool:
