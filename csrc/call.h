@@ -12,14 +12,15 @@
 
 namespace fastpeft {
 
-// W [N, K]: a dense tensor, or 4 bits an element.
+// W [N, K]: a dense tensor, 4 bits an element, or absent: then the low-rank part is all.
 struct Weight {
     at::Tensor data;                // [N, K], any strides; or uint8, flat
     std::vector<at::Tensor> quant;  // empty; or code [16], absmax; or code, absmax in uint8, code2, absmax2, offset
-    int64_t blocksize;
+    int64_t blocksize;              // negative: W is absent
     int64_t N, K;
 
     bool four_bit() const { return !quant.empty(); }
+    bool absent() const { return blocksize < 0; }
 };
 
 // The adapters, with dropout's factor 1 / (1 - p) made part of `scaling` and p turned into the mask's threshold.

@@ -43,6 +43,8 @@ void check_operands(const std::optional<Tensor>& x, const Weight& weight, const 
                     weight.data.numel(), " bytes");
         check_memory("weight", weight.data);
         for (const Tensor& statistics : weight.quant) check_memory("what describes weight", statistics);
+    } else if (weight.absent()) {
+        TORCH_CHECK(!adapters.dora(), "DoRA scales a product with a weight, and there is none");
     } else {
         check_matrix("weight", weight.data, N, K);
     }

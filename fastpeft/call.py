@@ -29,14 +29,16 @@ LORA_LINEAR_BACKWARD_SCHEMA = (
 )
 DORA_NORM_SCHEMA = f"dora_norm({_WEIGHT}, Tensor A, Tensor B, float scaling, ScalarType dtype, str? backend) -> Tensor"
 
+ABSENT = -1  # the blocksize of a weight that there is not
+
 
 class Weight(NamedTuple):
-    """``W [N, K]``, dense or in 4 bits.
+    """``W [N, K]``, dense, in 4 bits, or absent: then the adapters' low-rank part is all that is computed.
 
     Attributes:
-        data: ``[N, K]``, any strides; of 4 bits the packed bytes, flat.
+        data: ``[N, K]``, any strides; of 4 bits the packed bytes, flat; of an absent weight an element nobody reads.
         quant: empty; of 4 bits what :attr:`fastpeft.four_bit.FourBit.quant` says.
-        blocksize: of 4 bits, elements that share a scale.
+        blocksize: of 4 bits, elements that share a scale; :data:`ABSENT` of an absent weight.
     """
 
     data: Tensor
@@ -49,6 +51,16 @@ class Weight(NamedTuple):
         if isinstance(weight, FourBit):
             return cls(weight.packed, weight.quant, weight.blocksize)
         return cls(weight, [], 0)
+
+    @classmethod
+    def none(cls, x: Tensor) -> Weight:
+        """An absent one, beside an input ``x``."""
+        return cls(x.new_empty(1), [], ABSENT)
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether there is no product with ``x``."""
+        return self.blocksize == ABSENT
 
 
 class Adapters(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -30,13 +31,34 @@ def check_call(x: Tensor, weight: Tensor | FourBit, bias: Tensor | None, adapter
     """Raises TypeError or ValueError where an argument does not fit the others."""
     if is_usual(x, weight, bias, adapters, training):
         return
-    check_base(x, weight, bias)
-    check_adapters(x, weight, adapters)
+    check_weight(weight)
+    check_input(x, bias, tuple(weight.shape))
+    check_device("weight", weight, x)
+    check_adapters(x, weight.shape, adapters)
     check_index(x, adapters)
-    if not isinstance(training, bool):
-        raise TypeError(f"training must be True or False, got {training!r}")
+    check_training(training)
     if not isinstance(weight, FourBit) and x.dtype != weight.dtype and not is_autocast(x):
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
+
+
+def check_update(x: Tensor, bias: Tensor | None, adapters: Adapters, training: object) -> None:
+    """The same without a weight: the first adapter says how many inputs and outputs there are."""
+    check_tensor("x", x)
+    for name, matrices in (("A", adapters.A), ("B", adapters.B)):
+        if matrices and matrices[0].dim() != 2:
+            raise ValueError(f"{name} must be a matrix, got shape {list(matrices[0].shape)}")
+    shape = adapters.shape if adapters.A and adapters.B else (0, 0)
+    check_adapters(x, shape, adapters)
+    check_input(x, bias, shape)
+    if x.dtype not in BASE_DTYPES:
+        raise TypeError(f"x must be float64, float32, float16 or bfloat16, got {x.dtype}")
+    check_index(x, adapters)
+    check_training(training)
+
+
+def check_training(training: object) -> None:
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be True or False, got {training!r}")
 
 
 def check_weight(weight: Tensor | FourBit) -> None:
@@ -49,26 +71,26 @@ def check_weight(weight: Tensor | FourBit) -> None:
         raise ValueError(f"weight must have shape [N, K], got {list(weight.shape)}")
 
 
-def check_base(x: Tensor, weight: Tensor | FourBit, bias: Tensor | None) -> None:
+def check_input(x: Tensor, bias: Tensor | None, shape: Sequence[int]) -> None:
+    """Of a layer of shape ``[N, K]``."""
+    N, K = shape
     check_tensor("x", x)
-    check_weight(weight)
     if x.device.type == "meta":
         raise ValueError("x is a meta tensor and holds no data; move the model and its input to a real device first")
     if not x.is_floating_point():
         raise TypeError(f"x must have a floating dtype, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must have shape [..., K={weight.shape[1]}], got {list(x.shape)}")
-    check_device("weight", weight, x)
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x must have shape [..., K={K}], got {list(x.shape)}")
     if bias is not None:
         check_tensor("bias", bias)
         if not bias.is_floating_point():
             raise TypeError(f"bias must have a floating dtype, got {bias.dtype}")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must have shape [N={weight.shape[0]}], got {list(bias.shape)}")
+        if bias.shape != (N,):
+            raise ValueError(f"bias must have shape [N={N}], got {list(bias.shape)}")
         check_device("bias", bias, x)
 
 
-def check_adapters(x: Tensor, weight: Tensor | FourBit, adapters: Adapters) -> None:
+def check_adapters(x: Tensor, shape: Sequence[int], adapters: Adapters) -> None:
     As, Bs, _, scalings, ps, *_ = adapters
     count = len(As)
     if count == 0:
@@ -76,7 +98,7 @@ def check_adapters(x: Tensor, weight: Tensor | FourBit, adapters: Adapters) -> N
     for name, values in (("B", Bs), ("scaling", scalings), ("dropout_p", ps)):
         if len(values) != count:
             raise ValueError(f"{name} must have one entry for each of the {count} adapters in A, got {len(values)}")
-    N, K = weight.shape
+    N, K = shape
     for i, (A, B, s, p) in enumerate(zip(As, Bs, scalings, ps, strict=True)):
         at = f"[{i}]" if count > 1 else ""
         if not A.is_floating_point() or not B.is_floating_point():

@@ -60,6 +60,36 @@ def lora_linear(
     return adapted_linear(x, weight, bias, adapters, training, backend)
 
 
+def lora_update(
+    x: Tensor,
+    A: Tensor | Sequence[Tensor],
+    B: Tensor | Sequence[Tensor],
+    scaling: float | Tensor | Sequence[float | Tensor],
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    *,
+    bias: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What LoRA adapters add to a layer: ``Σ s (D(x) Aᵀ) Bᵀ + b``, for a base layer that computes its own product.
+
+    Runs in the dtype of ``x`` (or of autocast where that is on) with float32 accumulation and keeps what
+    :func:`lora_linear` keeps.
+
+    Args:
+        x: ``[..., K]``, float64, float32, float16 or bfloat16.
+        A, B, scaling, dropout_p, training, bias, adapter_index, backend: as in :func:`lora_linear`.
+
+    Returns:
+        ``[..., N]``, in the dtype that it ran in.
+
+    Raises:
+        What :func:`lora_linear` raises.
+    """
+    return update(x, bias, checks.as_adapters(A, B, scaling, dropout_p, adapter_index), training, backend)
+
+
 def dora_linear(
     x: Tensor,
     weight: Tensor | FourBit,
@@ -126,7 +156,7 @@ def dora_norm(
     dtype = compute_dtype(weight)
     like = torch.empty(0, dtype=dtype, device=weight.device)
     adapters = Adapters([A], [B], [], [scaling], [0.0])
-    checks.check_adapters(like, weight, adapters)
+    checks.check_adapters(like, weight.shape, adapters)
     _, (B,), _, (factor,), *_ = with_constant_scaling(adapters, like)
     return _norm(weight, A, B, factor, dtype, backend)
 
@@ -147,6 +177,15 @@ def adapted_linear(
     check_backend_name(backend)
     checks.check_call(x, weight, bias, adapters, training)
     return _run(x, weight, bias, with_constant_scaling(adapters, x), training, backend)
+
+
+def update(
+    x: Tensor, bias: Tensor | None, adapters: Adapters, training: bool = True, backend: str | None = None
+) -> Tensor:
+    """:func:`lora_update` of adapters that are put together."""
+    check_backend_name(backend)
+    checks.check_update(x, bias, adapters, training)
+    return _run(x, None, bias, with_constant_scaling(adapters, x), training, backend)
 
 
 def compute_dtype(weight: Tensor | FourBit) -> torch.dtype:
@@ -191,7 +230,7 @@ def _norm(
 
 def _run(
     x: Tensor,
-    weight: Tensor | FourBit,
+    weight: Tensor | FourBit | None,
     bias: Tensor | None,
     adapters: Adapters,
     training: bool,
@@ -199,7 +238,7 @@ def _run(
 ) -> Tensor:
     dtype = input_dtype(x)
     x = x if x.dtype == dtype else x.to(dtype)
-    if not isinstance(weight, FourBit) and weight.dtype != dtype:
+    if isinstance(weight, Tensor) and weight.dtype != dtype:
         weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
@@ -207,4 +246,5 @@ def _run(
     seed = dropout.dropout_seeds(len(A), x.device) if training and any(ps) else None
     keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in c)
     adapters = Adapters(A, B, c, scaling, ps, seed, index)
-    return ops.call_lora_linear(ForwardCall(x, Weight.of(weight), bias, adapters, keep_z), backend)
+    given = Weight.none(x) if weight is None else Weight.of(weight)
+    return ops.call_lora_linear(ForwardCall(x, given, bias, adapters, keep_z), backend)

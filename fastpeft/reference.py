@@ -44,10 +44,12 @@ def z_dtype(tokens: int, dtype: torch.dtype) -> torch.dtype:
 
 
 def lora_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, adapters: Sequence[Adapter]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """``u = D(x) Aᵀ``. LoRA: ``y = x Wᵀ + b + Σ s u Bᵀ``. DoRA, adapter by adapter from ``y = x Wᵀ``: without dropout
     ``z = y + s u Bᵀ`` and ``y = c z``; with it ``z = D(x) Wᵀ + s u Bᵀ`` and ``y = y - D(x) Wᵀ + c z``; then ``+ b``.
+
+    Without a ``weight``, LoRA's low-rank part and the bias alone.
 
     Returns:
         ``y [M, N]`` in the dtype of ``x``, ``u [M, Σ r]`` (the adapters' columns side by side), and each ``z [M, N]``
@@ -55,13 +57,20 @@ def lora_linear_reference(
     """
     linear = torch.nn.functional.linear
     dora = adapters[0].c is not None
-    y = linear(x, weight, None if dora else bias)
+    if weight is None:
+        start = x.new_zeros(len(adapters[0].B)) if bias is None else bias
+        y = start.expand(len(x), -1)
+    else:
+        y = linear(x, weight, None if dora else bias)
     us, zs = [], []
     for A, B, scaling, c, keep, factor, select in adapters:
         u = (_dropped(x, keep) @ A.to(x.dtype).t()).to(wide_dtype(x.dtype))
         u = _selected(u, select)
         us.append(u)
-        before = y if c is None or keep is None else linear(_dropped(x, keep) * factor, weight)
+        before = y
+        if c is not None and keep is not None:
+            assert weight is not None
+            before = linear(_dropped(x, keep) * factor, weight)
         z = torch.addmm(before, u.to(x.dtype), B.to(x.dtype).t(), alpha=scaling * factor)
         if c is None:
             y = z
@@ -75,7 +84,7 @@ def lora_linear_reference(
 def lora_linear_backward_reference(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     u: Tensor | None,
     z: Sequence[Tensor],
     adapters: Sequence[Adapter],
@@ -98,8 +107,8 @@ def lora_linear_backward_reference(
     need_x, need_weight, need_bias = needs[:3]
     need_A, need_B, need_c = needs[3 : 3 + count], needs[3 + count : 3 + 2 * count], needs[3 + 2 * count :]
     bias_grad = dy.sum(0, dtype=wide_dtype(dy.dtype)).to(dy.dtype)
-    dx = dy.new_zeros(dy.shape[0], weight.shape[1])
-    dW = weight.new_zeros(weight.shape)
+    dx = dy.new_zeros(dy.shape[0], adapters[0].A.shape[1])
+    dW = dx.new_zeros(()) if weight is None else weight.new_zeros(weight.shape)
     dA, dB, dc = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
     offset = sum(adapter.A.shape[0] for adapter in adapters)
     for i in reversed(range(count)):
@@ -124,6 +133,7 @@ def lora_linear_backward_reference(
         if c is not None and keep is None:
             dy = dz
         elif c is not None:
+            assert weight is not None
             if need_x:
                 dx = dx + _dropped((dz - dy) @ weight, keep) * factor
             if need_weight:
@@ -131,9 +141,9 @@ def lora_linear_backward_reference(
                 dW = dW + (dz - dy).t() @ (_dropped(x, keep) * factor)
     grads: list[Tensor] = []
     if need_x:
-        grads.append(dx + dy @ weight)
+        grads.append(dx if weight is None else dx + dy @ weight)
     if need_weight:
-        assert x is not None
+        assert x is not None and weight is not None
         grads.append((dW + dy.t() @ x).to(weight.dtype))
     if need_bias:
         grads.append(bias_grad)

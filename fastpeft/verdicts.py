@@ -15,17 +15,25 @@ from .functional import compute_dtype
 _NAMES_SHOWN = 3
 
 
-def backend_refusals(weight: Tensor | FourBit, adapters: Adapters) -> dict[str, str | None]:
-    """:func:`fastpeft.dispatch.refusals` for one token in the dtype that a layer with this ``weight`` computes in."""
-    x = torch.empty((1, weight.shape[1]), dtype=compute_dtype(weight), device=weight.device)
-    return dispatch.refusals(x, Weight.of(weight).data, adapters.factors)
+def backend_refusals(weight: Tensor | FourBit | None, adapters: Adapters) -> dict[str, str | None]:
+    """:func:`fastpeft.dispatch.refusals` for one token in the dtype that a layer with this ``weight`` computes in;
+    where the layer's base multiplies by itself, in the adapters'."""
+    return dispatch.refusals(*_one_call(weight, adapters), adapters.factors)
 
 
-def backend_verdict(weight: Tensor | FourBit, adapters: Adapters, requested: str | None) -> str:
+def _one_call(weight: Tensor | FourBit | None, adapters: Adapters) -> tuple[Tensor, Tensor]:
+    like = adapters.A[0] if weight is None else weight
+    x = torch.empty((1, adapters.shape[1]), dtype=compute_dtype(like), device=like.device)
+    return x, (Weight.none(x) if weight is None else Weight.of(weight)).data
+
+
+def backend_verdict(weight: Tensor | FourBit | None, adapters: Adapters, requested: str | None) -> str:
     """The backend that would run a layer, why the others would not, and how it computes."""
     refusals = backend_refusals(weight, adapters)
     chosen = _first(refusals) if requested is None else dispatch.named(requested).name
     text = _choice(refusals, chosen) if requested is None else _request(requested, refusals[chosen])
+    if weight is None:
+        return f"{text}; the base layer multiplies by itself"
     how = ""
     if refusals[chosen] is None:
         how = dispatch.named(chosen).describe(Weight.of(weight), adapters, compute_dtype(weight))

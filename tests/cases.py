@@ -32,6 +32,7 @@ class Case:
     bias: bool = True
     mixed: bool = False
     dora: bool = False
+    alone: bool = False
     x_layout: str = "contiguous"
     weight_layout: str = "contiguous"
     dy_layout: str = "contiguous"
@@ -53,7 +54,8 @@ class Case:
         leading = x.shape[:-1]
         index = None if made.adapter_index is None else made.adapter_index.reshape(leading)
         dy = in_layout(made.dy, self.dy_layout).reshape(*leading, self.N)
-        return replace(made, x=x, weight=in_layout(made.weight, self.weight_layout), dy=dy, adapter_index=index)
+        weight = torch.zeros_like(made.weight) if self.alone else in_layout(made.weight, self.weight_layout)
+        return replace(made, x=x, weight=weight, dy=dy, adapter_index=index, alone=self.alone)
 
     def __str__(self) -> str:
         names = [f"{self.M}x{self.K}x{self.N}", f"r{'+'.join(map(str, self.ranks))}"]
@@ -63,6 +65,7 @@ class Case:
             + ["bias"] * self.bias
             + ["mixed"] * self.mixed
             + ["dora"] * self.dora
+            + ["alone"] * self.alone
         )
         layouts = {"x": self.x_layout, "weight": self.weight_layout, "dy": self.dy_layout}
         names += [f"{name}:{layout}" for name, layout in layouts.items() if layout != "contiguous"]
@@ -190,6 +193,16 @@ _NARROW = [
     )
     for M, K, dora in ((1, 128, False), (4, 33, True), (70, 33, False))
 ]
+# Without a product with W.
+_ALONE = [
+    {},
+    {"M": 0, "bias": False},
+    {"M": 1, "K": 192, "N": 130},
+    {"M": 300, "K": 130, "N": 270, "ranks": (16,), "dropout_p": 0.1},
+    {"ranks": (1, 17, 16), "dropout_p": 0.5, "mixed": True, "bias": False},
+    {"ranks": (8, 3), "x_layout": "4d_permuted", "dy_layout": "transposed"},
+    {"ranks": (70,), "adapter_dtype": torch.float32, "x_layout": "row_stride"},
+]
 
 CASES = [
     Case(
@@ -202,3 +215,6 @@ CASES = [
     for row in _MATRIX
 ] + [Case(**edge, dtype=dtype) for edge in _EDGES for dtype in _COMPUTE_DTYPES]
 CASES += _NARROW
+CASES += [
+    Case(**{"adapter_dtype": dtype} | case, dtype=dtype, alone=True) for case in _ALONE for dtype in _COMPUTE_DTYPES
+]

@@ -55,15 +55,21 @@ class LoraInputs:
     dy: Tensor
     c: list[Tensor] = field(default_factory=list)
     packed: FourBit | None = None  # what the op is given in the place of weight
+    alone: bool = False  # the op is given no weight; this one is 0
 
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, by the names that :func:`oracle` gives their gradients."""
-        named = {"x": self.x} if self.packed else {"x": self.x, "weight": self.weight}
+        named = {"x": self.x, "weight": self.weight} if self.has_dense_weight else {"x": self.x}
         if self.bias is not None:
             named["bias"] = self.bias
         named |= {f"A[{i}]": a for i, a in enumerate(self.A)}
         named |= {f"B[{i}]": b for i, b in enumerate(self.B)}
         return named | {f"c[{i}]": c for i, c in enumerate(self.c)}
+
+    @property
+    def has_dense_weight(self) -> bool:
+        """Whether the op is given ``weight`` itself."""
+        return self.packed is None and not self.alone
 
     @property
     def adapters(self) -> Adapters:
@@ -72,7 +78,8 @@ class LoraInputs:
 
     def call(self, keep_z: bool = True) -> ForwardCall:
         """The call itself."""
-        return ForwardCall(self.x, Weight.of(self.packed or self.weight), self.bias, self.adapters, keep_z)
+        weight = Weight.none(self.x) if self.alone else Weight.of(self.packed or self.weight)
+        return ForwardCall(self.x, weight, self.bias, self.adapters, keep_z)
 
     def backward_call(self, u: Tensor | None, z: Sequence[Tensor], needs: Sequence[bool]) -> BackwardCall:
         """The call of the backward op with what the forward one kept; ``needs`` in the order of the gradients."""
@@ -162,7 +169,7 @@ def oracle(inputs: LoraInputs) -> Results:
         Adapter(*each) for each in zip(A, B, inputs.scaling, c or [None] * len(A), keep, factor, select, strict=True)
     ]
     y, u, z = lora_linear_reference(x, weight, bias, adapters)
-    needs = [True, inputs.packed is None, bias is not None] + [True] * (2 * len(A) + len(c))
+    needs = [True, inputs.has_dense_weight, bias is not None] + [True] * (2 * len(A) + len(c))
     grads = lora_linear_backward_reference(dy, x, weight, u, z, adapters, needs)
     grads[0] = grads[0].reshape(inputs.x.shape)
     return {"y": y.reshape(inputs.dy.shape)} | dict(zip(inputs.differentiable(), grads, strict=True))
@@ -203,6 +210,7 @@ def run(function: Callable[[LoraInputs], Tensor], inputs: LoraInputs) -> Results
             dy=inputs.dy,
             c=[leaves[f"c[{i}]"] for i in range(len(inputs.c))],
             packed=inputs.packed,
+            alone=inputs.alone,
         )
     )
     grads = torch.autograd.grad(y, list(leaves.values()), inputs.dy)

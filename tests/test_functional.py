@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
-from fastpeft.functional import lora_linear
+from fastpeft.functional import lora_linear, lora_update
 
 M, K, N, R = 6, 5, 4, 3
 
@@ -98,6 +98,28 @@ WRONG_OF_TWO = [
     ({"scaling": [1.0, float("nan")]}, ValueError, r"scaling\[1\] must be finite, got nan"),
     ({"dropout_p": [1.5, 0.0]}, ValueError, r"dropout_p\[0\] must be in \[0, 1\), got 1.5"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"A": []}, ValueError, r"A holds no adapter"),
+        ({"A": torch.ones(K)}, ValueError, r"A must be a matrix, got shape \[5\]"),
+        ({"B": torch.ones(N, R, 1)}, ValueError, r"B must be a matrix, got shape \[4, 3, 1\]"),
+        ({"B": torch.ones(N, R + 1)}, ValueError, r"B must have shape \[N=4, r=3\], got \[4, 4\]"),
+        ({"x": torch.ones(2, K + 1)}, ValueError, r"x must have shape \[..., K=5\], got \[2, 6\]"),
+        ({"x": torch.ones(2, 3, K).to(torch.float8_e4m3fn)}, TypeError, r"x must be float64.*got torch.float8_e4m3fn"),
+        ({"x": torch.ones(2, 3, K).to("meta")}, ValueError, r"A must be on the device of x, meta, got cpu"),
+        ({"bias": torch.ones(N + 1)}, ValueError, r"bias must have shape \[N=4\], got \[5\]"),
+        ({"training": 1}, TypeError, r"training must be True or False, got 1"),
+        ({"backend": "opencl"}, ValueError, r"backend must be None or one of"),
+    ],
+)
+def test_wrong_input_of_an_update_is_named(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = good()
+    del arguments["weight"]
+    with pytest.raises(error, match=message):
+        lora_update(**(arguments | wrong))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastpeft import dispatch, four_bit
-from fastpeft.functional import dora_linear, dora_norm, lora_linear
+from fastpeft.functional import dora_linear, dora_norm, lora_linear, lora_update
 
 EXAMPLES = int(os.environ.get("FASTPEFT_FUZZ_EXAMPLES", "400"))
 ERRORS = (TypeError, ValueError, dispatch.BackendRefusal)
@@ -132,6 +132,27 @@ def test_lora_linear(call: dict[str, Any]) -> None:
     fits = exact.abs() < torch.finfo(y.dtype).max / 2
     off = (y.double() - exact).abs()
     assert (off <= bound(call))[fits].all()
+
+
+@fuzzed
+@given(calls())
+def test_lora_update(call: dict[str, Any]) -> None:
+    """As lora_linear with a weight of zeros."""
+    del call["weight"]
+    y = checked(lora_update, call)
+    if y is None:
+        return
+    x, bias, A, B = (call[name] for name in ("x", "bias", "A", "B"))
+    assert y.shape == (*x.shape[:-1], B.shape[0]) and y.dtype == x.dtype
+    with_zeros = call | {"weight": torch.zeros(B.shape[0], A.shape[1], dtype=x.dtype), "bias": bias}
+    if call["training"] and call["dropout_p"]:
+        return
+    low_rank = (x.double() @ A.double().t()) @ B.double().t() * float(call["scaling"])
+    if call.get("adapter_index") is not None:
+        low_rank = low_rank * (call["adapter_index"] == 0).unsqueeze(-1)
+    exact = low_rank + (0.0 if bias is None else bias.double())
+    fits = exact.abs() < torch.finfo(y.dtype).max / 2
+    assert ((y.double() - exact).abs() <= bound(with_zeros))[fits].all()
 
 
 @fuzzed

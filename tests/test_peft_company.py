@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from oracle import assert_close_as_eager
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
@@ -183,16 +184,23 @@ def test_weights_that_another_module_generates() -> None:
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_a_float8_base_is_left_to_peft(use_dora: bool) -> None:
-    model = model_of(use_dora=use_dora)
+def float8_of(model: peft.PeftModel) -> peft.PeftModel:
     base = layer_of(model).base_layer
     base.weight.data, base.bias = base.weight.data.to(torch.float8_e4m3fn), None
+    return model
+
+
+def test_a_float8_base_is_called_as_it_is() -> None:
+    model, x = float8_of(model_of()), signed(2, 16)
+    exact = model_of().double()
+    base = layer_of(exact).base_layer
+    base.weight.data, base.bias = layer_of(model).base_layer.weight.double(), None
     with torch.autocast("cpu", torch.bfloat16):
-        stock = model(torch.ones(2, 16))
-        report = fastpeft.patch(model)
-        assert torch.equal(model(torch.ones(2, 16)), stock)
-    assert list(report.left_to_peft.values()) == ["its base layer's weight is torch.float8_e4m3fn"]
+        stock = model(x)
+        assert fastpeft.patch(model).left_to_peft == {}
+        assert_close_as_eager(model(x), exact(x.double()), stock)
+    (reason,) = fastpeft.patch(float8_of(model_of(use_dora=True))).left_to_peft.values()
+    assert reason == "its adapter 'default' has DoRA, and its base layer's weight is torch.float8_e4m3fn"
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -355,11 +363,10 @@ def test_classes_with_the_forward_of_torchs_linear_are_fused(
     assert_parity(lora_model(kind(24, 24, bias=bias)), lambda: signed(9, 24), monkeypatch)
 
 
-def test_a_class_with_another_forward_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora_model(Doubled(24, 24))
-    (reason,) = fastpeft.patch(model).left_to_peft.values()
-    assert reason.endswith("Doubled")
-    model = lora_model(FalconLinear(24, 24))
+def test_a_class_with_another_forward_is_called_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        assert_parity(lora_model(Doubled(24, 24)), lambda: signed(9, 24), patch)
+    model = lora_model(FalconLinear(24, 24), use_dora=True)
     assert fastpeft.patch(model).left_to_peft == {}
     monkeypatch.setattr(FalconLinear, "forward", Doubled.forward)
     (reason,) = fastpeft.patch(model).left_to_peft.values()

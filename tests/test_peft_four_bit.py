@@ -200,14 +200,6 @@ def test_enable_fuses_four_bit_layers_and_unpatch_gives_pefts_class_back() -> No
     assert type(layer_of(model)).__module__ == "peft.tuners.lora.bnb"
 
 
-def test_eight_bit_layers_are_left_to_peft() -> None:
-    sequential = nn.Sequential(bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False))
-    sequential.is_loaded_in_8bit = True
-    model = peft.get_peft_model(sequential, peft.LoraConfig(r=4, target_modules=["0"]))
-    report = fastpeft.patch(model)
-    assert report.fused == [] and "Linear8bitLt" in str(report)
-
-
 def four_bit_llama(method: str, decoded: bool = False) -> peft.PeftModel:
     """A tiny Llama in NF4 with adapters on q, v and down; ``decoded``: the same weights, dense, in float64.
 

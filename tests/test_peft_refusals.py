@@ -21,13 +21,6 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-class OtherLinear(nn.Linear):
-    """A base layer whose forward is not torch's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).neg()
-
-
 class OtherDropout(nn.Dropout):
     """A dropout module alike."""
 
@@ -72,22 +65,6 @@ def double_first(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, 
     return (2 * args[0],)
 
 
-def double_grad(_module: nn.Module, grads: tuple[Tensor, ...], *_: Any) -> tuple[Tensor, ...]:
-    return (2 * grads[0],)
-
-
-def set_base_class(layer: Any) -> None:
-    layer.base_layer.__class__ = OtherLinear
-
-
-def set_base_weight(layer: Any) -> None:
-    layer.base_layer.weight = other_parameter(layer.base_layer.weight)
-
-
-def set_base_bias(layer: Any) -> None:
-    layer.base_layer.bias = other_parameter(layer.base_layer.bias)
-
-
 def set_adapter_weight(layer: Any) -> None:
     layer.lora_B["default"].weight = other_parameter(layer.lora_B["default"].weight)
 
@@ -116,19 +93,11 @@ def set_scaling(value: Any) -> Callable[[Any], None]:
     return lambda layer: layer.scaling.update(default=value)
 
 
-BASE_HOOK, ADAPTER_HOOK = "base layer has a hook or a forward", "'default' has a module with a hook or a forward"
+ADAPTER_HOOK = "'default' has a module with a hook or a forward"
 STATES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "disabled": (lambda layer: layer.enable_adapters(False), "its adapters are disabled"),
     "merged": (lambda layer: layer.merge(), "merged into the base weight"),
     "other adapter": (lambda layer: layer.set_adapter("elsewhere"), "none of the active adapters"),
-    "base class": (set_base_class, "its base layer is a test_peft_refusals.OtherLinear"),
-    "base hook": (lambda layer: layer.base_layer.register_forward_hook(double), BASE_HOOK),
-    "base pre-hook": (lambda layer: layer.base_layer.register_forward_pre_hook(double_first), BASE_HOOK),
-    "base backward hook": (lambda layer: layer.base_layer.register_full_backward_hook(double_grad), BASE_HOOK),
-    "base backward pre-hook": (lambda layer: layer.base_layer.register_full_backward_pre_hook(double_grad), BASE_HOOK),
-    "base forward": (lambda layer: own_forward(layer.base_layer), BASE_HOOK),
-    "base weight": (set_base_weight, "weight is a OtherTensor"),
-    "base bias": (set_base_bias, "its bias a OtherTensor"),
     "containers": (set_container, "lies in containers that are wrapped"),
     "adapter class": (wrap, "consists of test_peft_refusals.Wrapper and torch.nn.modules.linear.Linear"),
     "adapter hook": (lambda layer: layer.lora_A["default"].register_forward_hook(double), ADAPTER_HOOK),

@@ -96,6 +96,7 @@ Plan product_plan(const Tensor& x, const Weight& weight, const Adapters& adapter
 }  // namespace
 
 Plan forward_plan(const Tensor& x, const Weight& weight, const Adapters& adapters) {
+    if (weight.absent()) return Plan::low_rank_first;
     const int plan = forced;
     if (plan != kChosen) return static_cast<Plan>(plan);
     if (has_few_tokens(x, weight) && takes_dots(x, weight, adapters)) return Plan::dots;
@@ -103,6 +104,7 @@ Plan forward_plan(const Tensor& x, const Weight& weight, const Adapters& adapter
 }
 
 Plan backward_plan(const Tensor& dy, const Weight& weight, const Adapters& adapters) {
+    if (weight.absent()) return Plan::low_rank_first;
     const int plan = forced;
     if (plan != kChosen && static_cast<Plan>(plan) != Plan::dots) return static_cast<Plan>(plan);
     return product_plan(dy, weight, adapters);

@@ -59,6 +59,10 @@ Tensor lora_down(const Kernels& kernels, const Tensor& x, const Adapters& adapte
     return u;
 }
 
+Tensor dense_of(const Kernels& kernels, const Weight& weight, at::ScalarType dtype) {
+    return weight.four_bit() ? kernels.decode(weight, dtype) : weight.data;
+}
+
 // All adapters' low-rank parts as one.
 Tail lora_tail(const Tensor& u, const Adapters& adapters) {
     if (adapters.B.size() == 1) return {.q = u, .right = adapters.B[0], .scale = adapters.scaling[0]};
@@ -98,8 +102,8 @@ Forward lora_linear(const Gpu& gpu, const Tensor& x, const Weight& weight, const
                 at::empty({0, adapters.ranks()}, x.options().dtype(at::kFloat)), z};
     const bool one_tail = scales == 0 || (scales == 1 && !masks[0].threshold);
     const bool in_loop = one_tail && Kernels::decodes_in_loop(M, weight);
-    const Tensor dense = in_loop ? Tensor() : weight.four_bit() ? kernels.decode(weight, x.scalar_type()) : weight.data;
-    const bool fused = one_tail && !in_loop && kernels.fuses(x2, dense, adapters.ranks(), false);
+    const Tensor dense = in_loop || weight.absent() ? Tensor() : dense_of(kernels, weight, x.scalar_type());
+    const bool fused = one_tail && dense.defined() && kernels.fuses(x2, dense, adapters.ranks(), false);
     const Tensor left = fused ? left_of(x2, adapters.ranks()) : Tensor();
     const Tensor right = fused ? right_of(dense, adapters.ranks()) : Tensor();
     const Tensor u = lora_down(kernels, x2, adapters, masks, left, right);
@@ -121,7 +125,7 @@ Forward lora_linear(const Gpu& gpu, const Tensor& x, const Weight& weight, const
         tails[0].right = right;
         return {with_leading_shape_of(x, kernels.fused(x2, dense, tails[0])), u, z};
     }
-    const Tensor y = at::mm(x2, dense.t());
+    const Tensor y = dense.defined() ? at::mm(x2, dense.t()) : at::zeros({M, weight.N}, x.options());
     for (size_t i = 0; i < tails.size(); ++i) {  // DoRA's adapters one after the other
         Tensor second;
         if (scales != 0 && masks[i].threshold)
@@ -142,12 +146,11 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
     const Tensor x2 = x ? flat_rows(*x) : Tensor(), index = index_of(adapters);
     const Tensors u_parts = kept.u ? parts_of(*kept.u, adapters) : Tensors(count);
     const std::vector<Mask> masks = masks_of(adapters);
-    const Tensor dense = !weight.four_bit()        ? weight.data
-                         : needs.x || needs.weight ? kernels.decode(weight, dtype)
-                                                   : Tensor();
+    const bool multiplies = !weight.absent() && (needs.x || needs.weight);
+    const Tensor dense = multiplies ? dense_of(kernels, weight, dtype) : Tensor();
     // One sweep masks one adapter's part; DoRA's dropout takes a product of its own.
     const bool masked = any_masked(masks), one_product = !masked || (count == 1 && !scales);
-    const bool fused = needs.x && one_product && kernels.fuses(dy2, dense.t(), adapters.ranks(), masked);
+    const bool fused = needs.x && multiplies && one_product && kernels.fuses(dy2, dense.t(), adapters.ranks(), masked);
     const bool need_q = fused || Needs::any(needs.A);
     const Tensor left = need_q ? left_of(dy2, adapters.ranks()) : Tensor();
     const Tensor right = fused ? right_of(dense.t(), adapters.ranks()) : Tensor();
@@ -185,7 +188,7 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
         if (fused) {
             dx = kernels.fused(flowing, dense.t(), {.q = left, .right = right, .mask = masks[0]});
         } else {
-            dx = at::mm(flowing, dense);
+            dx = multiplies ? at::mm(flowing, dense) : at::zeros({dy2.size(0), weight.K}, dy.options());
             for (size_t i = 0; i < count; ++i)
                 kernels.finish_(dx, {}, {.q = v_parts[i], .right = adapters.A[i].t(), .mask = masks[i]});
         }

@@ -41,6 +41,7 @@ class ReferenceBackend(Backend):
 
     def dora_norm(self, weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         dense = _dense(weight, Adapters([A], [B], [], [scaling], [0.0]), dtype)
+        assert dense is not None
         return dora_norm_reference(dense, A, B, scaling).to(wide_dtype(dtype))
 
 
@@ -53,8 +54,10 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) 
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]), u, z
 
 
-def _dense(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor:
+def _dense(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:
     data, quant, blocksize = weight
+    if weight.is_absent:
+        return None
     return dequantize(data, quant, blocksize, adapters.shape, dtype) if quant else data
 
 

@@ -21,39 +21,55 @@ _stocks: dict[type[nn.Module], Stock] = {}  # of such classes
 
 
 class Base(NamedTuple):
-    """What a base layer computes with, in ``dtype``; None where a 4-bit layer has not settled it yet."""
+    """What a base layer computes with, in ``dtype``; None where a 4-bit layer has not settled it yet.
 
-    weight: Tensor | FourBit
+    Of a layer that fastpeft calls as it is there is no weight, and ``unread`` says why.
+    """
+
+    weight: Tensor | FourBit | None
     bias: Tensor | None
     dtype: torch.dtype | None
+    unread: str = ""
 
 
-def read_base(layer: Any) -> Base | str:
-    """The base of a PEFT layer."""
+def _unread(reason: str) -> Base:
+    return Base(None, None, None, reason)
+
+
+def read_base(layer: Any, multiplies: bool) -> Base | str:
+    """The base of a PEFT layer, or why PEFT has to run it; ``multiplies``: it is one to be called as it is."""
     base = layer._modules["base_layer"]
+    replaced = STOCK.replaced()
+    if replaced is not None:  # the adapters' matrices are such layers, too
+        return replaced
+    if multiplies:
+        return _unread("its weight has a form of another library's")
     four_bit = _is_4bit(base)
     if not four_bit and type(base) is not nn.Linear and type(base) is not Conv1D and not _is_like_linear(base):
-        return f"its base layer is a {class_name(base)}"
+        reason = f"its base layer is a {class_name(base)}"
+        # Torch's own classes are for something else each: the one in MultiheadAttention is never called.
+        return reason if type(base).__module__.startswith("torch.") else _unread(reason)
     if is_hooked(base):
-        return "its base layer has a hook or a forward of its own"
-    stock = _stocks.get(type(base), STOCK)
-    replaced = stock.replaced()
+        return _unread("its base layer has a hook or a forward of its own")
+    stock = _stocks.get(type(base))
+    replaced = None if stock is None else stock.replaced()
     if replaced is not None:
-        return replaced
+        return _unread(replaced)
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if bias is not None and not is_plain(bias):
-        return f"its base layer's weight is a {type(weight).__qualname__} and its bias a {type(bias).__qualname__}"
+        kinds = f"weight is a {type(weight).__qualname__} and its bias a {type(bias).__qualname__}"
+        return _unread(f"its base layer's {kinds}")
     if four_bit:
         packed = _four_bit_weight(layer, base)
         return packed if isinstance(packed, str) else Base(packed, bias, base.compute_dtype)
     if weight is None:
         return "its base layer's weight is no Parameter: the layer is parametrized, a replica or a shard"
     if not is_plain(weight):
-        return f"its base layer's weight is a {type(weight).__qualname__}"
+        return _unread(f"its base layer's weight is a {type(weight).__qualname__}")
     if weight.is_meta:
         return "its base layer's weight is on the meta device, where nothing is computed"
     if weight.dtype not in BASE_DTYPES:
-        return f"its base layer's weight is {weight.dtype}"
+        return _unread(f"its base layer's weight is {weight.dtype}")
     if bias is not None and bias.dtype != weight.dtype and not _autocast_takes(weight, bias):
         return f"its base layer's weight is {weight.dtype} and its bias {bias.dtype}, without autocast"
     return Base(weight.t() if type(base) is Conv1D else weight, bias, weight.dtype)

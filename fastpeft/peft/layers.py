@@ -12,8 +12,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..call import Adapters
 from ..four_bit import FourBit
-from ..functional import adapted_linear
+from ..functional import adapted_linear, update
 from ..verdicts import backend_verdict
 from .base_layers import class_name
 from .methods import METHODS, Method, method_of, stock_of
@@ -60,6 +61,8 @@ class FusedForward(_Layer):
     def _run(self, operands: Operands, x: Tensor) -> Tensor:
         weight, bias, adapters = operands
         backend = self.fastpeft_backend
+        if weight is None:
+            return self._run_beside_base(bias, adapters, x)
         if not isinstance(weight, FourBit):
             return adapted_linear(x, weight, bias, adapters, backend=backend)
         base: Any = self._modules["base_layer"]
@@ -69,6 +72,13 @@ class FusedForward(_Layer):
         if base.compute_dtype in (None, x.dtype):
             return adapted_linear(x, weight, bias, adapters, backend=backend)
         return adapted_linear(x.to(base.compute_dtype), weight, bias, adapters, backend=backend).to(x.dtype)
+
+    def _run_beside_base(self, bias: Tensor | None, adapters: Adapters, x: Tensor) -> Tensor:
+        """The base layer's own result and the adapters' part, added up in PEFT's dtype."""
+        base: Any = self._modules.get("quant_linear_module") or self._modules["base_layer"]
+        y = base(x)
+        added = update(x, bias, adapters, backend=self.fastpeft_backend)
+        return y + (added if torch.is_autocast_enabled(x.device.type) else added.to(y.dtype))
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """``adapter_names`` has a name for each sample of ``x [samples, ..., K]``; ``"__base__"`` is no adapter."""
@@ -89,7 +99,7 @@ class FusedForward(_Layer):
         if not any(self.lora_bias[name] for name in served):
             return self._run(operands, x)
         base: Any = self._modules["base_layer"]
-        y = self._run(operands._replace(bias=base.bias), x)
+        y = self._run(operands._replace(bias=None if operands.weight is None else base.bias), x)
         return y + self._biases(served, y)[index + 1].to(y.dtype)
 
     def _biases(self, adapters: Sequence[str], y: Tensor) -> Tensor:
@@ -137,7 +147,7 @@ def read_layer(layer: Any, adapters: Sequence[str], x: Any) -> Operands | str:
     if replaced is not None:
         return replaced
     tokens = x.numel() // max(1, x.shape[-1]) if isinstance(x, Tensor) and x.dim() else 1
-    return read_operands(layer, adapters, layer.method.read, tokens)
+    return read_operands(layer, adapters, layer.method, tokens)
 
 
 def operands_or_reason(layer: BaseTunerLayer) -> Operands | str:
@@ -146,7 +156,7 @@ def operands_or_reason(layer: BaseTunerLayer) -> Operands | str:
     if fused is None:
         return f"{class_name(layer)} is no class that fastpeft fuses"
     replaced = _replaced_on_the_layer(layer) or fused.stock.replaced()
-    return read_operands(layer, layer.active_adapters, fused.method.read, 1) if replaced is None else replaced
+    return read_operands(layer, layer.active_adapters, fused.method, 1) if replaced is None else replaced
 
 
 def verdict_on(module: nn.Module) -> str | None:
@@ -207,11 +217,11 @@ def _replaced_on_the_layer(layer: Any) -> str | None:
     return "its forward was replaced by another library"
 
 
-def _is_plain_input(x: Tensor, weight: Tensor | FourBit) -> bool:
+def _is_plain_input(x: Tensor, weight: Tensor | FourBit | None) -> bool:
     """False where PEFT computes something else than the op, or raises an error that is PEFT's to raise."""
     if not isinstance(x, Tensor) or x.is_nested or x.is_meta or x.layout is not torch.strided:
         return False
-    if isinstance(weight, FourBit):
+    if weight is None or isinstance(weight, FourBit):
         return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if x.dtype == weight.dtype:
         return True

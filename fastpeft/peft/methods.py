@@ -24,6 +24,7 @@ class Method(NamedTuple):
         model: the tuner whose ``_create_new_module`` makes the layers.
         read: see :data:`fastpeft.peft.readers.Reader`.
         mixes_batches: whether PEFT's forward takes ``adapter_names``.
+        base_multiplies: whether the base layer multiplies by itself, with a weight in a form of another library's.
         may_be_plain: whether :mod:`fastpeft.peft.plain` knows its layers.
     """
 
@@ -33,6 +34,7 @@ class Method(NamedTuple):
     model: type[Any]
     read: Reader
     mixes_batches: bool = False
+    base_multiplies: bool = False
     may_be_plain: bool = False
 
     def peft_class(self) -> type[Any] | None:
@@ -41,13 +43,25 @@ class Method(NamedTuple):
         return None if module is None else getattr(module, self.qualname, None)
 
 
+_LORA, _ADALORA = "peft.tuners.lora", "peft.tuners.adalora"
 METHODS = (
-    Method(
-        "FusedLinear", "peft.tuners.lora.layer", "Linear", LoraModel, read_lora, mixes_batches=True, may_be_plain=True
+    Method("FusedLinear", f"{_LORA}.layer", "Linear", LoraModel, read_lora, mixes_batches=True, may_be_plain=True),
+    Method("FusedLinear4bit", f"{_LORA}.bnb", "Linear4bit", LoraModel, read_lora, mixes_batches=True),
+    *(
+        Method(f"Fused{name}", f"{_LORA}.{file}", name, LoraModel, read_lora, mixes_batches, base_multiplies=True)
+        for file, name, mixes_batches in (
+            ("bnb", "Linear8bitLt", True),
+            ("torchao", "TorchaoLoraLinear", True),
+            ("hqq", "HqqLoraLinear", True),
+            ("gptq", "GPTQLoraLinear", False),
+            ("awq", "AwqLoraLinear", False),
+        )
     ),
-    Method("FusedLinear4bit", "peft.tuners.lora.bnb", "Linear4bit", LoraModel, read_lora, mixes_batches=True),
-    Method("FusedSVDLinear", "peft.tuners.adalora.layer", "SVDLinear", AdaLoraModel, read_adalora),
-    Method("FusedSVDLinear4bit", "peft.tuners.adalora.bnb", "SVDLinear4bit", AdaLoraModel, read_adalora),
+    Method("FusedSVDLinear", f"{_ADALORA}.layer", "SVDLinear", AdaLoraModel, read_adalora),
+    Method("FusedSVDLinear4bit", f"{_ADALORA}.bnb", "SVDLinear4bit", AdaLoraModel, read_adalora),
+    Method(
+        "FusedSVDLinear8bitLt", f"{_ADALORA}.bnb", "SVDLinear8bitLt", AdaLoraModel, read_adalora, base_multiplies=True
+    ),
     Method("FusedVeraLinear", "peft.tuners.vera.layer", "Linear", VeraModel, read_vera),
 )
 

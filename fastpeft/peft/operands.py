@@ -14,29 +14,32 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..call import Adapters
 from ..four_bit import FourBit
 from .base_layers import read_base
-from .readers import Adapter, Reader
+from .methods import Method
+from .readers import Adapter
 
 
 class Operands(NamedTuple):
-    """What a fused layer hands to :func:`fastpeft.functional.adapted_linear`; the scalings may be tensors."""
+    """What a fused layer hands to :func:`fastpeft.functional.adapted_linear`, or to :func:`fastpeft.functional.update`
+    where the base layer multiplies by itself: then there is no weight, and the bias is the adapters' own. The scalings
+    may be tensors."""
 
-    weight: Tensor | FourBit
+    weight: Tensor | FourBit | None
     bias: Tensor | None
     adapters: Adapters
 
 
-def read_operands(layer: Any, adapters: Sequence[str], read: Reader, tokens: int) -> Operands | str:
+def read_operands(layer: Any, adapters: Sequence[str], method: Method, tokens: int) -> Operands | str:
     """The operands of one call of a PEFT layer with these adapters, or why PEFT has to run it."""
     reason = _state_reason(layer)
     if reason is not None:
         return reason
-    base = read_base(layer)
+    base = read_base(layer, method.base_multiplies)
     if isinstance(base, str):
         return base
     bias = base.bias
     found: list[Adapter] = []
     for name in adapters:
-        adapter = read(layer, name, base, tokens)
+        adapter = method.read(layer, name, base, tokens)
         if isinstance(adapter, str):
             return f"its adapter {name!r} {adapter}"
         if adapter is None:  # it is one of other layers

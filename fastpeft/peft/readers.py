@@ -161,6 +161,8 @@ def _dora_factor(layer: Any, name: str, base: Base, adapter: Adapter, tokens: in
     module = layer.lora_magnitude_vector._modules.get(name)
     if type(module) is not DoraLinearLayer or is_hooked(module):
         return f"keeps its magnitude in a {class_name(module)}, or in a module with a hook or a forward of its own"
+    if base.weight is None:
+        return f"has DoRA, and {base.unread}"
     replaced = _DORA.replaced()
     if replaced is not None:
         return f"has DoRA, and {replaced}"

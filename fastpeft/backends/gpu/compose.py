@@ -48,6 +48,7 @@ def lora_linear(
         if not c:
             y = product(kernels, x2, dense, Tail(u, *_side_by_side(B, scales), bias=bias))
         else:
+            assert dense is not None
             tails = [
                 Tail(part, b, scale, c=factor, z=z[i] if z else None)
                 for i, (part, b, scale, factor) in enumerate(zip(parts_of(u, A), B, scales, c, strict=True))
@@ -69,7 +70,7 @@ def lora_linear_backward(
         if M == 0:
             like = [dy.new_empty((*dy.shape[:-1], K)), weight.data, dy.new_empty(N), *A, *B, *c]
             return [torch.zeros_like(t) for t, need in zip(like, needs.flat, strict=True) if need]
-        dense = _dense(kernels, weight, N, K, dy.dtype) if needs.x or needs.weight else weight.data
+        dense = _dense(kernels, weight, N, K, dy.dtype) if needs.x or needs.weight else None
         masks = [Mask.of(p, seed, i) for i, p in enumerate(dropout_p)]
         index = None if index is None else index.reshape(-1)
         v = dy.new_empty((M, sum(adapters.ranks)), dtype=torch.float32)
@@ -103,6 +104,7 @@ def lora_linear_backward(
         if needs.x:
             dx = _dx(kernels, flowing, dense, A, v, masks)
             for mask, branch in branches:
+                assert dense is not None
                 dx = dx + kernels.dropout(branch @ dense, mask)
             grads.append(with_leading_shape_of(dy, dx))
         if needs.weight:
@@ -148,8 +150,13 @@ def _plan(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, masked: bool)
     return plans.choose(what, x.device, kernels.shared_plans(x, weight, tail.q.shape[1]))
 
 
-def product(kernels: Kernels, x: Tensor, weight: Tensor, tail: Tail, plan: Plan | None = None) -> Tensor:
-    """``x Wᵀ`` and its tail, without DoRA's second input; by the plan chosen for it unless one is given."""
+def product(kernels: Kernels, x: Tensor, weight: Tensor | None, tail: Tail, plan: Plan | None = None) -> Tensor:
+    """``x Wᵀ`` and its tail, without DoRA's second input; by the plan chosen for it unless one is given. None for a
+    weight: the tail alone."""
+    if weight is None:
+        y = x.new_zeros((x.shape[0], tail.right.shape[0]))
+        kernels.lora_up(y, None, y, tail)
+        return y
     plan = plan or _plan(kernels, x, weight, tail, tail.threshold > 0)
     if plan in SHARED:
         y = x.new_empty((x.shape[0], weight.shape[0]))
@@ -197,20 +204,25 @@ def _side_by_side(B: Sequence[Tensor], scales: Sequence[float]) -> tuple[Tensor,
     return torch.cat([b.float() * s for b, s in zip(B, scales, strict=True)], dim=1), 1.0
 
 
-def _dx(kernels: Kernels, dy: Tensor, weight: Tensor, A: Sequence[Tensor], v: Tensor, masks: Sequence[Mask]) -> Tensor:
+def _dx(
+    kernels: Kernels, dy: Tensor, weight: Tensor | None, A: Sequence[Tensor], v: Tensor, masks: Sequence[Mask]
+) -> Tensor:
     """``dy W + Σ keep ∘ (v A)``; each mask takes a sweep of its own over the result."""
+    across = None if weight is None else weight.t()
     if not any(mask.threshold for mask in masks):
         A_all = A[0] if len(A) == 1 else torch.cat([a.float() for a in A])
-        return product(kernels, dy, weight.t(), Tail(v, A_all.t(), 1.0))
+        return product(kernels, dy, across, Tail(v, A_all.t(), 1.0))
     parts = parts_of(v, A)
     tails = [Tail(part, a.t(), 1.0, mask.threshold, mask.seed) for part, a, mask in zip(parts, A, masks, strict=True)]
-    dx = product(kernels, dy, weight.t(), tails[0])
+    dx = product(kernels, dy, across, tails[0])
     for tail in tails[1:]:
         kernels.lora_up(dx, None, dx, tail)
     return dx
 
 
-def _dense(kernels: Kernels, weight: Weight, N: int, K: int, dtype: torch.dtype) -> Tensor:
+def _dense(kernels: Kernels, weight: Weight, N: int, K: int, dtype: torch.dtype) -> Tensor | None:
+    if weight.is_absent:
+        return None
     return kernels.four_bit_decode(weight, N, K, dtype) if weight.quant else in_memory(weight.data)
 
 

@@ -1,0 +1,242 @@
+"""Base layers whose weight fastpeft does not read: they are called as they are, and the adapters' part is one step."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
+from peft_layers import adalora_model, add_adapter, layer_of, lora_model, no_peft_forward, share_masks, signed
+from test_peft_vera import vera_model
+from torch import Tensor, nn
+
+import fastpeft
+from fastpeft.peft.layers import FusedForward
+
+K, N = 64, 48
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+class OtherLinear(nn.Linear):
+    """A layer whose forward is not torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).neg()
+
+
+class OtherTensor(Tensor):
+    """A tensor subclass, as quantizers and parallelisms use them."""
+
+
+class Packed(nn.Module):
+    """A quantizer's layer: bytes and scales, multiplied by a function of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.qweight.to(x.dtype) * self.scale.to(x.dtype)).t()
+
+
+def eight_bit() -> nn.Module:
+    return bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False).to("cpu")
+
+
+def set_weight(base: Any) -> None:
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(OtherTensor))
+
+
+def set_bias(base: Any) -> None:
+    base.bias = nn.Parameter(base.bias.detach().as_subclass(OtherTensor))
+
+
+def own_forward(base: Any) -> None:
+    """As accelerate does it: an attribute of the instance."""
+    forward = base.forward
+    base.forward = lambda x: 2 * forward(x)
+
+
+def set_class(base: Any) -> None:
+    base.__class__ = OtherLinear
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "class": (set_class, "its base layer is a test_peft_other_bases.OtherLinear"),
+    "hook": (lambda base: base.register_forward_hook(lambda module, args, y: 2 * y), "has a hook or a forward"),
+    "pre-hook": (lambda base: base.register_forward_pre_hook(lambda _, args: (2 * args[0],)), "has a hook"),
+    "backward hook": (lambda base: base.register_full_backward_hook(lambda _, dx, dy: (2 * dx[0],)), "has a hook"),
+    "backward pre-hook": (lambda base: base.register_full_backward_pre_hook(lambda _, dy: (2 * dy[0],)), "has a hook"),
+    "forward": (own_forward, "has a hook or a forward of its own"),
+    "weight": (set_weight, "its base layer's weight is a OtherTensor"),
+    "bias": (set_bias, "its bias a OtherTensor"),
+}
+MODELS = {
+    "lora": lora_model,
+    "two adapters": lambda base: with_another(lora_model(base)),
+    "lora_bias": lambda base: lora_model(base, lora_bias=True),
+    "dropout": lambda base: lora_model(base, lora_dropout=0.3),
+    "adalora": adalora_model,
+    "vera": vera_model,
+}
+
+
+def with_another(model: peft.PeftModel) -> peft.PeftModel:
+    add_adapter(model, "other", r=3)
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+def results(model: nn.Module, x: Tensor, **kwargs: Any) -> list[Tensor]:
+    """The layer's result, and the gradients of ``x`` and of what learns."""
+    x = x.detach().requires_grad_()
+    learned = [x, *(p for p in model.parameters() if p.requires_grad)]
+    y = layer_of(model)(x, **kwargs)
+    dy = torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype)
+    grads = torch.autograd.grad(y, learned, dy, allow_unused=True)
+    return [y, *(grad for grad in grads if grad is not None)]
+
+
+def assert_as_peft(model: Any, monkeypatch: pytest.MonkeyPatch, x: Tensor, **kwargs: Any) -> None:
+    """Fused, in float32, the layer gives what PEFT's own gives."""
+    model = share_masks(model, monkeypatch) if hasattr(layer_of(model), "lora_dropout") else model
+    stock = results(model, x, **kwargs)
+    assert fastpeft.patch(model).left_to_peft == {}
+    assert "multiplies by itself" in str(fastpeft.explain(model))
+    with no_peft_forward(monkeypatch):
+        fused = results(model, x, **kwargs)
+    assert len(fused) == len(stock)
+    torch.testing.assert_close(fused, stock)
+
+
+# PEFT's AdaLoRA adds onto the base layer's result in place, and torch forbids it for some.
+BY_PEFT = [
+    (change, model) for change in CHANGES for model in MODELS if (model, "backward" in change) != ("adalora", True)
+]
+
+
+@pytest.mark.parametrize(("change", "model"), BY_PEFT)
+def test_a_changed_base_is_called_as_it_is(change: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = MODELS[model](nn.Linear(K, N))
+    CHANGES[change][0](layer_of(made).base_layer)
+    assert_as_peft(made, monkeypatch, signed(3, 7, K))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_dora_reads_the_weight_and_is_pefts(change: str) -> None:
+    model = lora_model(nn.Linear(K, N), use_dora=True)
+    prepare, reason = CHANGES[change]
+    prepare(layer_of(model).base_layer)
+    x = signed(5, K)
+    stock = results(model, x)
+    (stated,) = fastpeft.patch(model).left_to_peft.values()
+    assert stated.startswith("its adapter 'default' has DoRA, and its") and reason in stated
+    torch.testing.assert_close(results(model, x), stock, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["class", "hook"])
+def test_a_mixed_batch_beside_a_changed_base(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model(nn.Linear(K, N), lora_bias=True)
+    add_adapter(model, "other", r=3)
+    CHANGES[change][0](layer_of(model).base_layer)
+    names = ["other", "__base__", "default", "other"]
+    assert_as_peft(model.eval(), monkeypatch, signed(4, 5, K), adapter_names=names)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["placed by hand", "loaded in 8 bits"])
+@pytest.mark.parametrize("method", ["lora", "dropout"])
+def test_eight_bits_of_bitsandbytes(method: str, loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Sequential, "is_loaded_in_8bit", loaded, raising=False)
+    model = MODELS[method](eight_bit())
+    expected = "bnb" if loaded else "layer"
+    assert type(layer_of(model)).__module__.endswith(expected)
+    assert_as_peft(model, monkeypatch, signed(3, 7, K))
+    fastpeft.unpatch(model)
+    assert type(layer_of(model)).__module__.endswith(expected)
+
+
+def test_adalora_over_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Sequential, "is_loaded_in_8bit", True, raising=False)
+    model = adalora_model(eight_bit())
+    assert type(layer_of(model)).__name__ == "SVDLinear8bitLt"
+    assert_as_peft(model, monkeypatch, signed(3, 7, K))
+
+
+@pytest.mark.parametrize("kind", [GPTQLoraLinear, AwqLoraLinear], ids=lambda kind: kind.__name__)
+def test_packed_layers_of_gptq_and_awq(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's layer around a stand-in for the quantizer's, whose packages need a compiler or a GPU."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False)
+    layer = kind(Packed(nn.Linear(K, N)), "default", config=config, r=4, lora_alpha=6)
+    model = nn.Module()
+    model.base_model = types.SimpleNamespace(model=[layer])
+    model.layer = layer
+    assert_as_peft(model, monkeypatch, signed(3, 7, K))
+
+
+@pytest.fixture
+def torchao_int8() -> Iterator[Callable[[], nn.Module]]:
+    """Makes layers with a weight of torchao's; PEFT finds them by their tensors."""
+    import torchao.quantization as torchao
+
+    def make() -> nn.Module:
+        holder = nn.Sequential(nn.Linear(K, N))
+        torchao.quantize_(holder, torchao.Int8WeightOnlyConfig())
+        return holder[0]
+
+    yield make
+
+
+@pytest.mark.parametrize("method", ["lora", "dropout"])
+def test_int8_of_torchao(method: str, torchao_int8: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS[method](torchao_int8())
+    assert type(layer_of(model)).__name__ == "TorchaoLoraLinear"
+    assert_as_peft(model, monkeypatch, signed(3, 7, K))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_dtypes_are_pefts(dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    """Beside 8 bits any dtype comes in; the adapters stay in float32."""
+    model = lora_model(eight_bit())
+    x = signed(5, K).to(dtype)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        stock = [t.dtype for t in results(model, x)]
+        fastpeft.patch(model)
+        assert [t.dtype for t in results(model, x)] == stock
+
+
+def test_an_error_of_the_base_layer_comes_through() -> None:
+    model = lora_model(OtherLinear(K, N))
+    fastpeft.patch(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer_of(model)(torch.ones(2, K + 1))
+
+
+def test_a_copy_and_a_compiled_model_call_their_own_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model(OtherLinear(K, N))
+    fastpeft.patch(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        layer_of(other).base_layer.weight.zero_()
+    x = signed(5, K)
+    assert not torch.allclose(other(x), model(x))
+    calls = []
+    run = FusedForward._run_beside_base
+    monkeypatch.setattr(FusedForward, "_run_beside_base", lambda *args: calls.append(None) or run(*args))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert calls
