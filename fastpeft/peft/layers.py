@@ -16,7 +16,7 @@ from ..call import Adapters
 from ..four_bit import FourBit
 from ..functional import adapted_linear, update
 from ..verdicts import backend_verdict
-from .base_layers import class_name
+from .base_layers import class_name, is_plain
 from .methods import METHODS, Method, method_of, stock_of
 from .operands import Operands, read_operands
 from .plain import plain_layers, read_plain
@@ -78,7 +78,8 @@ class FusedForward(_Layer):
         base: Any = self._modules.get("quant_linear_module") or self._modules["base_layer"]
         y = base(x)
         added = update(x, bias, adapters, backend=self.fastpeft_backend)
-        return y + (added if torch.is_autocast_enabled(x.device.type) else added.to(y.dtype))
+        added = added if torch.is_autocast_enabled(x.device.type) else added.to(y.dtype)
+        return added.add_(y) if added.dtype == y.dtype and is_plain(y) else y + added  # nobody else has seen it
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """``adapter_names`` has a name for each sample of ``x [samples, ..., K]``; ``"__base__"`` is no adapter."""
