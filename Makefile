@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: setup demo test sanitize fuzz lint format bench tables gpu-check microbench clean
 
-setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(REVIEWS) $(PLAYS)
+setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(VENV)/quantizers.stamp $(REVIEWS) $(PLAYS)
 
 demo: setup
 	$(BIN)/python -m fastpeft demo $(ARGS)
@@ -69,6 +69,11 @@ $(VENV)/packages.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 # The oldest Triton that fastpeft takes, beside the newest: both must make good code of the kernels.
 $(VENV)/triton-3.6.stamp: $(VENV)/torch.stamp
 	$(PIP) install --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0
+	touch $@
+
+# Libraries that PEFT imports wherever it finds them, with much to say: for their own test alone.
+$(VENV)/quantizers.stamp: $(VENV)/torch.stamp
+	$(PIP) install --no-deps --no-build-isolation --upgrade --target $(VENV)/quantizers hqq==0.2.8.post1 termcolor==3.3.0 torchao==0.18.0
 	touch $@
 
 $(VENV)/native.stamp: $(VENV)/packages.stamp fastpeft/build.py $(CXX_FILES)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import subprocess
+import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -21,6 +26,8 @@ import fastpeft
 from fastpeft.peft.layers import FusedForward
 
 K, N = 64, 48
+HERE = Path(__file__).parent
+QUANTIZERS = HERE.parent / ".venv" / "quantizers"
 
 
 @pytest.fixture(autouse=True)
@@ -187,24 +194,13 @@ def test_packed_layers_of_gptq_and_awq(kind: type[Any], monkeypatch: pytest.Monk
     assert_as_peft(model, monkeypatch, signed(3, 7, K))
 
 
-@pytest.fixture
-def torchao_int8() -> Iterator[Callable[[], nn.Module]]:
-    """Makes layers with a weight of torchao's; PEFT finds them by their tensors."""
-    import torchao.quantization as torchao
-
-    def make() -> nn.Module:
-        holder = nn.Sequential(nn.Linear(K, N))
-        torchao.quantize_(holder, torchao.Int8WeightOnlyConfig())
-        return holder[0]
-
-    yield make
-
-
-@pytest.mark.parametrize("method", ["lora", "dropout"])
-def test_int8_of_torchao(method: str, torchao_int8: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = MODELS[method](torchao_int8())
-    assert type(layer_of(model)).__name__ == "TorchaoLoraLinear"
-    assert_as_peft(model, monkeypatch, signed(3, 7, K))
+def test_layers_of_other_quantizers() -> None:
+    """In a process of their own, since PEFT imports these libraries wherever it finds them."""
+    paths = [str(QUANTIZERS), str(HERE), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "quantizers_suite.py")]
+    done = subprocess.run(suite, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.search(r"\b8 passed", done.stdout), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
