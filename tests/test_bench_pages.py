@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpeft.bench import plot, readme, rows, summary, table
+from fastpeft.bench import gains, plot, readme, rows, summary, table
 from fastpeft.bench.cases import LayerCase, ModelCase
 from fastpeft.bench.rows import Row
 from test_bench import row
@@ -125,3 +125,18 @@ def test_readmes_picture_fits_a_page(tmp_path: Path) -> None:
     assert set(summary.chosen(found)) == {"LoRA", "DoRA", "QLoRA", "LoRA, a small Llama"}
     plot.draw_summary([found, found, found], tmp_path / "summary.png")
     assert fits_a_page(tmp_path / "summary.png")
+
+
+def test_gains_are_ranges_over_all_sizes_of_an_adapter(tmp_path: Path) -> None:
+    larger = LayerCase(512, 1024, 1024, "bf16")
+    found = [
+        of(SHOWN, 2.0, contestant="peft", kept_bytes=4000),
+        of(SHOWN, 1.0, 0.5, kept_bytes=1000),
+        of(larger, 3.0, contestant="peft", kept_bytes=4000),
+        of(larger, 2.5, 2.5 / 3, kept_bytes=2000),
+        of(larger, 1.0, against=None, phase="forward"),
+    ]
+    text = gains.text({Path("bench/results/cpu.jsonl"): found})
+    assert "## CPU, 2 cores\n\n[All cases](../bench/results/cpu.md)" in text
+    line = "| LoRA, bfloat16 | 1.20 – **1.60** – 2.0× | 1.00 – **1.75** – 2.5 | – | – | 25 – **38** – 50 % | 2 |"
+    assert line in text

@@ -9,8 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from fastpeft.bench import gains, readme
 from fastpeft.bench import page as machine_page
-from fastpeft.bench import readme
 from test_bench_pages import fits_a_page
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,6 +37,11 @@ def tiny_model() -> LlamaForCausalLM:
 def test_readmes_numbers_are_the_recorded_ones() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.drawn_anew(text, ROOT) == text, "`make tables` draws them anew"
+
+
+def test_what_you_gain_is_what_is_recorded() -> None:
+    drawn = gains.text(readme.recorded(ROOT))
+    assert (ROOT / gains.PAGE).read_text(encoding="utf-8") == drawn, "`make tables` draws it anew"
 
 
 def test_the_pages_of_the_machines_hold_the_recorded_numbers() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import peft.helpers
 import pytest
 import torch
 from oracle import assert_close_as_eager

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import peft
+import peft.helpers
 import pytest
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer

@@ -44,6 +44,10 @@ def parse(text: object) -> Positions | None:
     return Positions(int(found[1] or found[3] or 0), int(found[2] or found[4] or 0))
 
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What transformers calls the cached keys and values: up to 5.23, and since."""
+
+
 class Padding:
     """Notes a model's attention mask at the start of each forward pass, for the hooks on its blocks.
 
@@ -57,8 +61,8 @@ class Padding:
         self._pass: _Pass | None = None
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        cache = given.get("past_key_values")
+        given = kwargs | inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         continued = cache is not None and cache.get_seq_length() > 0
         self._pass = _Pass(self.positions, given.get("attention_mask"), continued)
 
