@@ -23,6 +23,7 @@ using PyWhere = std::tuple<int64_t, int64_t, int64_t>;
 using PyWeight = std::tuple<Tensor, Tensors, int64_t>;
 using PyAdapters = std::tuple<Tensors, Tensors, Tensors, Numbers, Numbers, MaybeTensor, MaybeTensor>;
 using PyKept = std::tuple<MaybeTensor, Tensors>;
+using Functions = std::vector<std::array<pybind11::object, 3>>;
 using PyNeeds = std::tuple<bool, bool, bool, Flags, Flags, Flags>;
 
 fastpeft::Where where_of(const PyWhere& where) { return std::make_from_tuple<fastpeft::Where>(where); }
@@ -52,12 +53,17 @@ auto of_arguments(pybind11::handle x, pybind11::handle weight, const Tensors& qu
 }
 
 fastpeft::PlainLayers plain_layers(pybind11::object linear, pybind11::object module_dict, pybind11::object identity,
-                                   pybind11::object dropout, std::vector<pybind11::object> global_hooks,
-                                   const std::vector<std::array<pybind11::object, 3>>& stock) {
-    fastpeft::PlainLayers plain{std::move(linear),  std::move(module_dict),  std::move(identity),
-                                std::move(dropout), std::move(global_hooks), {}};
-    for (const auto& [owner, name, function] : stock) plain.stock.push_back({owner, name, function});
-    return plain;
+                                   pybind11::object dropout, pybind11::object dora_variant,
+                                   pybind11::object dora_magnitude, std::vector<pybind11::object> global_hooks,
+                                   const Functions& stock, const Functions& dora_stock) {
+    const auto known = [](const Functions& functions) {
+        std::vector<fastpeft::Function> all;
+        for (const auto& [owner, name, function] : functions) all.push_back({owner, name, function});
+        return all;
+    };
+    return {std::move(linear),       std::move(module_dict),    std::move(identity),     std::move(dropout),
+            std::move(dora_variant), std::move(dora_magnitude), std::move(global_hooks), known(stock),
+            known(dora_stock)};
 }
 
 fastpeft::Forward lora_linear(const PyWhere& where, const Tensor& x, const PyWeight& weight, const MaybeTensor& bias,
@@ -102,6 +108,21 @@ pybind11::bytes fingerprint(const Tensors& small, const Tensors& large, int64_t 
     return {reinterpret_cast<const char*>(prints.data()), prints.size() * sizeof(uint64_t)};
 }
 
+// Where tensors' memory is and what they are, as bytes: equal as long as the storages live and nothing wrote to a
+// tensor that counts its versions.
+pybind11::bytes identity(const Tensors& tensors) {
+    std::vector<int64_t> key;
+    for (const Tensor& t : tensors) {
+        key.push_back(reinterpret_cast<int64_t>(t.storage().unsafeGetStorageImpl()));
+        key.push_back(t.storage_offset());
+        key.insert(key.end(), t.sizes().begin(), t.sizes().end());
+        key.insert(key.end(), t.strides().begin(), t.strides().end());
+        key.push_back(static_cast<int64_t>(t.scalar_type()));
+        key.push_back(static_cast<int64_t>(t._version()));
+    }
+    return {reinterpret_cast<const char*>(key.data()), key.size() * sizeof(int64_t)};
+}
+
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const char* const* name = fastpeft::cpu::available_kernels(); *name; ++name) names.emplace_back(*name);
@@ -124,11 +145,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("usual_lora_linear", &of_arguments<fastpeft::usual_lora_linear>);
     pybind11::class_<fastpeft::PlainLayers>(m, "PlainLayers")
         .def(pybind11::init(&plain_layers), arg("linear"), arg("module_dict"), arg("identity"), arg("dropout"),
-             arg("global_hooks"), arg("stock"))
+             arg("dora_variant"), arg("dora_magnitude"), arg("global_hooks"), arg("stock"), arg("dora_stock"))
         .def("read", &fastpeft::read_plain_lora, arg("state"));
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
     m.def("fingerprint", &fingerprint, arg("small"), arg("large"), arg("first"), arg("count"));
+    m.def("identity", &identity, arg("tensors"));
     m.def("dropout_keep", &fastpeft::cpu::dropout_keep, release(), arg("seed"), arg("rows"), arg("columns"),
           arg("threshold"), "Boolean [rows, columns], true where kept.");
     m.def("isa", [] { return fastpeft::cpu::kernels().name; }, "The instruction set whose kernels run.");

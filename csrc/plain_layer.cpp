@@ -3,6 +3,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <algorithm>
+
 namespace fastpeft {
 
 using pybind11::handle;
@@ -19,9 +21,13 @@ handle item(handle dict, handle key) {
 
 bool is_empty_dict(handle dict) { return dict && PyDict_Check(dict.ptr()) && PyDict_GET_SIZE(dict.ptr()) == 0; }
 
+bool is_exactly(handle object, handle type) {
+    return object && reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type.ptr();
+}
+
 // The __dict__ of an object of exactly this class, which keeps it; null otherwise.
 handle state_of(handle object, handle type) {
-    if (!object || reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return {};
+    if (!is_exactly(object, type)) return {};
     PyObject* state = PyObject_GenericGetDict(object.ptr(), nullptr);
     if (!state) throw pybind11::error_already_set();
     Py_DECREF(state);
@@ -35,7 +41,7 @@ struct Names {
                  p = interned("p"), training = interned("training"), scaling = interned("scaling"),
                  lora_variant = interned("lora_variant"), active = interned("_active_adapter"),
                  disabled = interned("_disable_adapters"), merged = interned("merged_adapters"),
-                 casts = interned("cast_input_dtype_enabled");
+                 casts = interned("cast_input_dtype_enabled"), magnitudes = interned("lora_magnitude_vector");
     const handle hooks[4] = {interned("_forward_hooks"), interned("_forward_pre_hooks"), interned("_backward_hooks"),
                              interned("_backward_pre_hooks")};
 };
@@ -61,11 +67,13 @@ handle only_active(handle state) {
     return PyUnicode_CheckExact(active.ptr()) ? active : handle();
 }
 
-bool is_stock(const Function& known) {
-    const auto now =
-        pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(known.owner.ptr(), known.name.ptr()));
-    if (!now) throw pybind11::error_already_set();
-    return now.ptr() == known.function.ptr();
+bool are_stock(const std::vector<Function>& functions) {
+    return std::all_of(functions.begin(), functions.end(), [](const Function& known) {
+        const auto now =
+            pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(known.owner.ptr(), known.name.ptr()));
+        if (!now) throw pybind11::error_already_set();
+        return now.ptr() == known.function.ptr();
+    });
 }
 
 // A tensor of no subclass and of a dtype that layers are computed in; null for anything else.
@@ -90,13 +98,16 @@ pybind11::object read_plain_lora(const PlainLayers& plain, pybind11::dict state)
     if (torch::jit::tracer::isTracing()) return no;
     for (const handle hooks : plain.global_hooks)
         if (!is_empty_dict(hooks)) return no;
-    for (const Function& known : plain.stock)
-        if (!is_stock(known)) return no;
+    if (!are_stock(plain.stock)) return no;
     const handle merged = item(state, n.merged), disabled = item(state, n.disabled), name = only_active(state);
     const bool bare = merged && PyList_CheckExact(merged.ptr()) && PyList_GET_SIZE(merged.ptr()) == 0 && disabled &&
-                      disabled.ptr() == Py_False && name && is_empty_dict(item(state, n.lora_variant));
+                      disabled.ptr() == Py_False && name;
     const handle casts = item(state, n.casts);
     if (!bare || !casts || casts.ptr() != Py_True) return no;
+    const handle variants = item(state, n.lora_variant);
+    if (!variants || !PyDict_Check(variants.ptr())) return no;
+    const handle variant = item(variants, name);
+    if (variant && (!is_exactly(variant, plain.dora_variant) || !are_stock(plain.dora_stock))) return no;
 
     const handle modules = item(state, n.modules);
     const handle base = state_of(item(modules, n.base_layer), plain.linear);
@@ -128,7 +139,15 @@ pybind11::object read_plain_lora(const PlainLayers& plain, pybind11::dict state)
     if (!A_bias.is_none() || !B_bias.is_none() || !PyFloat_CheckExact(scaling.ptr())) return no;
     if (!have_one_dtype(A_weight, B_weight) || !tensor(weight)) return no;
     if (!bias.is_none() && !have_one_dtype(bias, weight)) return no;
-    return pybind11::make_tuple(weight, bias, A_weight, B_weight, scaling, dropout_p);
+    handle magnitude = Py_None;
+    if (variant) {
+        const handle holder = state_of(part(n.magnitudes), plain.dora_magnitude), trains = item(state, n.training);
+        if (!is_bare(holder) || !trains || !PyBool_Check(trains.ptr())) return no;
+        magnitude = item(item(holder, n.parameters), n.weight);
+        if (!magnitude || !tensor(magnitude) || tensor(magnitude)->device() != tensor(weight)->device()) return no;
+        if (trains.ptr() != Py_True) dropout_p = 0.0;  // whether DoRA drops anything, PEFT asks the layer, too
+    }
+    return pybind11::make_tuple(weight, bias, A_weight, B_weight, scaling, dropout_p, magnitude, name);
 }
 
 }  // namespace fastpeft

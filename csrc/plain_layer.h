@@ -14,14 +14,15 @@ struct Function {
 
 // Python's classes and objects by which a plain layer is told.
 struct PlainLayers {
-    pybind11::object linear, module_dict, identity, dropout;
+    pybind11::object linear, module_dict, identity, dropout, dora_variant, dora_magnitude;
     std::vector<pybind11::object> global_hooks;  // the dicts of torch.nn.modules.module
-    std::vector<Function> stock;                 // that PEFT's path would call
+    std::vector<Function> stock, dora_stock;     // that PEFT's path would call, of DoRA beside the others
 };
 
-// Of a layer's __dict__ (weight, bias, A, B, scaling, dropout_p) where it is torch's Linear with one active LoRA
-// adapter that is torch's, too, with torch's dropout or none, all in tensors of no subclass: nothing merged, disabled,
-// hooked or traced. None where any of that is otherwise or in doubt.
+// Of a layer's __dict__ (weight, bias, A, B, scaling, dropout_p, magnitude, the adapter's name) where it is torch's
+// Linear with one active LoRA or DoRA adapter that is torch's, too, with torch's dropout or none, all in tensors of no
+// subclass: nothing merged, disabled, hooked or traced. The magnitude is None for LoRA. None where any of that is
+// otherwise or in doubt.
 pybind11::object read_plain_lora(const PlainLayers& plain, pybind11::dict state);
 
 }  // namespace fastpeft

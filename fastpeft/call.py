@@ -32,6 +32,11 @@ DORA_NORM_SCHEMA = f"dora_norm({_WEIGHT}, Tensor A, Tensor B, float scaling, Sca
 ABSENT = -1  # the blocksize of a weight that there is not
 
 
+def _all(some: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """A list, which AOTInductor hands over as None where it is empty."""
+    return [] if some is None else some
+
+
 class Weight(NamedTuple):
     """``W [N, K]``, dense, in 4 bits, or absent: then the adapters' low-rank part is all that is computed.
 
@@ -149,8 +154,8 @@ class ForwardCall(NamedTuple):
     @classmethod
     def of(cls, flat: Sequence[Any]) -> ForwardCall:
         """The way back from :meth:`flat`."""
-        x, data, quant, blocksize, bias, *adapters, keep_z = flat
-        return cls(x, Weight(data, quant, blocksize), bias, Adapters(*adapters), keep_z)
+        x, data, quant, blocksize, bias, A, B, c, *rest, keep_z = flat
+        return cls(x, Weight(data, _all(quant), blocksize), bias, Adapters(A, B, _all(c), *rest), keep_z)
 
 
 class NormCall(NamedTuple):
@@ -170,7 +175,7 @@ class NormCall(NamedTuple):
     def of(cls, flat: Sequence[Any]) -> NormCall:
         """The way back from :meth:`flat`."""
         data, quant, blocksize, *rest = flat
-        return cls(Weight(data, quant, blocksize), *rest)
+        return cls(Weight(data, _all(quant), blocksize), *rest)
 
 
 class BackwardCall(NamedTuple):
@@ -190,6 +195,6 @@ class BackwardCall(NamedTuple):
     @classmethod
     def of(cls, flat: Sequence[Any]) -> BackwardCall:
         """The way back from :meth:`flat`."""
-        dy, x, data, quant, blocksize, *adapters, u, z, needs = flat
-        call = Adapters(*adapters)
-        return cls(dy, x, Weight(data, quant, blocksize), call, Kept(u, z), Needs.of(needs, len(call.A)))
+        dy, x, data, quant, blocksize, A, B, c, *rest, u, z, needs = flat
+        call = Adapters(A, B, _all(c), *rest)
+        return cls(dy, x, Weight(data, _all(quant), blocksize), call, Kept(u, _all(z)), Needs.of(needs, len(A)))

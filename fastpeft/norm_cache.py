@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import dispatch, ops
+from . import dispatch, extension, ops
 from .backends.base import PARTS, Backend
 from .call import Weight
 from .four_bit import FourBit
@@ -45,16 +45,16 @@ class NormCache:
     ) -> Tensor:
         """``‖W + s B A‖`` of each row, see ``fastpeft::dora_norm``, for a call with so many tokens; not to be written
         to."""
-        data, quant, blocksize = Weight.of(weight)
-        operands = Weight(data.detach(), quant, blocksize), A.detach(), B.detach()
+        of_weight = Weight.of(weight)
+        data, quant, blocksize = of_weight
         settings = scaling, dtype, backend
         watched = not (torch.compiler.is_compiling() or ops.is_transformed())
-        watcher = _watcher(*operands) if watched else None
+        watcher = _watcher(of_weight, A, B) if watched else None
         if watcher is None:
-            return ops.call_dora_norm(*operands, *settings)
-        kept, key = self._kept, (settings, _identity(A), _identity(B))
-        weight_key = blocksize, *(_identity(t) for t in (data, *quant))
-        small, large = _memory(*operands)
+            return _norm(of_weight, A, B, settings)
+        identity = extension.built().identity
+        kept, key, weight_key = self._kept, (settings, identity([A, B])), (blocksize, identity([data, *quant]))
+        small, large = _memory(of_weight, A, B)
         seen = None
         if kept is not None and kept.weight_key == weight_key:
             count = watcher.parts_watched(data, tokens)
@@ -66,8 +66,9 @@ class NormCache:
                 seen = now[:_NUMBER] + kept.seen[_NUMBER:]  # in training A and B are others in each step, W is not
         seen = seen or watcher.fingerprint(small, large)
         with torch.inference_mode(False):  # training may follow an evaluation, and cannot keep an inference tensor
-            norm = ops.call_dora_norm(*operands, *settings)
-        self._kept = _Kept(key, weight_key, seen, norm)
+            norm = _norm(of_weight, A, B, settings)
+        storages = [StorageWeakRef(t.untyped_storage()) for t in (A, B, data, *quant)]
+        self._kept = _Kept(key, weight_key, seen, norm, storages)
         return norm
 
     def __deepcopy__(self, memo: object) -> NormCache:
@@ -82,13 +83,19 @@ class _Kept(NamedTuple):
     weight_key: tuple[Any, ...]
     seen: bytes
     norm: Tensor
+    storages: list[StorageWeakRef]  # so that their addresses are not given to others; their data may be freed
+
+
+def _norm(weight: Weight, A: Tensor, B: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    return ops.call_dora_norm(weight._replace(data=weight.data.detach()), A.detach(), B.detach(), *settings)
 
 
 def _watcher(weight: Weight, A: Tensor, B: Tensor) -> Backend | None:
     """The backend that sees changes of them; None where one could stay unseen."""
-    tensors = weight.data, A, B, *weight.quant
-    if any(type(t) is not Tensor or t.is_inference() or not _in_order(t).is_contiguous() for t in tensors):
-        return None
+    for t in (weight.data, A, B, *weight.quant):
+        known = type(t) is Tensor or type(t) is torch.nn.Parameter
+        if not known or t.is_inference() or not (t.is_contiguous() or _in_order(t).is_contiguous()):
+            return None
     return dispatch.watcher(weight.data)
 
 
@@ -111,8 +118,3 @@ def _parts_are_those_of(every: bytes, some: bytes, first: int, count: int) -> bo
 def _in_order(tensor: Tensor) -> Tensor:
     """A view whose elements follow each other, where there is one: a Conv1D's weight comes transposed."""
     return tensor.t() if tensor.dim() == 2 and not tensor.is_contiguous() else tensor
-
-
-def _identity(t: Tensor) -> tuple[Any, ...]:
-    # The weak reference keeps the storage's address from being given to another one, not its data from being freed.
-    return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype, t._version

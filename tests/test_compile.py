@@ -30,6 +30,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fastpeft
+from fastpeft import ops
 
 F32 = torch.float32
 
@@ -220,6 +221,24 @@ def test_an_exported_program_has_the_op(name: str, strict: bool) -> None:
     for rows in (5, 9):
         x = signed(rows, K)
         torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_a_program_compiled_ahead_of_time_calls_the_op(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By AOTInductor; it runs where Python has the op."""
+    model, x = fused(name).eval(), signed(5, K)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes={"args": ({0: torch.export.Dim("rows", min=2)},)})
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        loaded = torch._inductor.aoti_load_package(package)
+        calls, run = [], ops._run_forward
+        monkeypatch.setattr(ops, "_run_forward", lambda *call: calls.append(None) or run(*call))
+        for rows in (5, 9):
+            x = signed(rows, K)
+            torch.testing.assert_close(loaded(x), model(x))
+    assert len(calls) == 2
 
 
 def test_a_model_is_one_graph_that_trains() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft_layers import layer_of, lora_model
 from torch import nn
 
@@ -15,6 +17,7 @@ import fastpeft
 from fastpeft.peft.layers import read_layer
 from fastpeft.peft.plain import read_plain
 
+X = torch.ones(1, 48)
 Change = Callable[[Any, pytest.MonkeyPatch], object]
 
 
@@ -29,16 +32,19 @@ def plain_layer(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("tokens", [1, 20])
-def test_it_gives_the_bits_of_the_longer_way(dtype: torch.dtype, training: bool, dropout: float, tokens: int) -> None:
-    layer = plain_layer(dtype, lora_dropout=dropout).train(training)
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_it_gives_the_bits_of_the_longer_way(
+    use_dora: bool, dtype: torch.dtype, training: bool, dropout: float, tokens: int
+) -> None:
+    layer = plain_layer(dtype, lora_dropout=dropout, use_dora=use_dora).train(training)
     x = torch.randn(tokens, 48, dtype=dtype, requires_grad=True)
     results = []
-    for operands in (read_plain(layer), read_layer(layer, ["default"], x)):
+    for operands in (read_plain(layer, x), read_layer(layer, ["default"], x)):
         assert operands is not None and not isinstance(operands, str)
         torch.manual_seed(7)
         y = layer._run(operands, x)
-        factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *factors))))
+        learned = [p for p in layer.parameters() if p.requires_grad]
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *learned))))
     assert all(map(torch.equal, *results))
 
 
@@ -99,21 +105,76 @@ CHANGES: dict[str, Change] = {
 }
 
 
+class OtherVariant(DoraLinearVariant):
+    pass
+
+
+class OtherMagnitude(DoraLinearLayer):
+    pass
+
+
+def other_magnitude(layer: Any, patch: pytest.MonkeyPatch) -> None:
+    layer.lora_magnitude_vector["default"].__class__ = OtherMagnitude
+
+
+def integer_magnitude(layer: Any, patch: pytest.MonkeyPatch) -> None:
+    magnitude = nn.Parameter(torch.ones(32, dtype=torch.int32), requires_grad=False)
+    layer.lora_magnitude_vector["default"].weight = magnitude
+
+
+def norm_of_zero(layer: Any, patch: pytest.MonkeyPatch) -> None:
+    layer.base_layer.weight.data[3] = 0
+    layer.lora_B["default"].weight.data[3] = 0
+
+
+CHANGES_OF_DORA: dict[str, Change] = {
+    "another variant": lambda layer, _: layer.lora_variant.update(default=OtherVariant()),
+    "another magnitude": other_magnitude,
+    "a hook on the magnitude": lambda layer, _: layer.lora_magnitude_vector["default"].register_forward_hook(hook),
+    "a magnitude of integers": integer_magnitude,
+    "a magnitude that is not finite": lambda layer, _: layer.lora_magnitude_vector["default"].weight.data.fill_(
+        float("inf")
+    ),
+    "a row of norm 0": norm_of_zero,
+    "the norm changed": lambda _, patch: patch.setattr(DoraLinearLayer, "get_weight_norm", None),
+    "dora changed": lambda _, patch: patch.setattr(DoraLinearVariant, "forward", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_DORA)
+def test_dora_that_is_not_plain_takes_the_longer_way(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = plain_layer(use_dora=True)
+    assert read_plain(layer, X) is not None
+    with monkeypatch.context() as patch:
+        CHANGES_OF_DORA[change](layer, patch)
+        assert read_plain(layer, X) is None
+
+
+def test_plain_dora_drops_nothing_in_an_evaluation_of_the_layer_alone() -> None:
+    layer = plain_layer(use_dora=True, lora_dropout=0.5)
+    layer.training = False  # its dropout goes on
+    operands = read_plain(layer, X)
+    assert operands is not None and list(operands.adapters.dropout_p) == [0.0]
+    layer.training = True
+    operands = read_plain(layer, X)
+    assert operands is not None and list(operands.adapters.dropout_p) == [0.5]
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_plain_takes_the_longer_way(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = plain_layer(lora_dropout=0.1)
-    assert read_plain(layer) is not None
+    assert read_plain(layer, X) is not None
     with monkeypatch.context() as patch:
         CHANGES[change](layer, patch)
-        assert read_plain(layer) is None
+        assert read_plain(layer, X) is None
 
 
 def test_a_hook_on_all_modules_takes_the_longer_way() -> None:
     layer = plain_layer()
     handle = nn.modules.module.register_module_forward_hook(hook)
-    assert read_plain(layer) is None
+    assert read_plain(layer, X) is None
     handle.remove()
-    assert read_plain(layer) is not None
+    assert read_plain(layer, X) is not None
 
 
 def test_a_layer_that_is_traced_or_transformed_takes_the_longer_way() -> None:
@@ -121,7 +182,7 @@ def test_a_layer_that_is_traced_or_transformed_takes_the_longer_way() -> None:
     seen: list[object] = []
 
     def look(x: torch.Tensor) -> torch.Tensor:
-        seen.append(read_plain(layer))
+        seen.append(read_plain(layer, X))
         return x * 2
 
     torch.jit.trace(look, x, check_trace=False)

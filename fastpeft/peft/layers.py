@@ -18,7 +18,7 @@ from ..functional import adapted_linear, update
 from ..verdicts import backend_verdict
 from .base_layers import class_name, is_plain
 from .methods import METHODS, Method, method_of, stock_of
-from .operands import Operands, read_operands
+from .operands import Operands, read_operands, tokens_of
 from .plain import plain_layers, read_plain
 from .stock import Stock
 
@@ -46,7 +46,7 @@ class FusedForward(_Layer):
             return self._by_peft(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed_batch(x, adapter_names)
-        operands = read_plain(self) or read_layer(self, self.active_adapters, x)
+        operands = read_plain(self, x) or read_layer(self, self.active_adapters, x)
         if (
             isinstance(operands, str)
             or not _is_plain_input(x, operands.weight)
@@ -147,8 +147,7 @@ def read_layer(layer: Any, adapters: Sequence[str], x: Any) -> Operands | str:
     replaced = layer.stock.replaced()
     if replaced is not None:
         return replaced
-    tokens = x.numel() // max(1, x.shape[-1]) if isinstance(x, Tensor) and x.dim() else 1
-    return read_operands(layer, adapters, layer.method, tokens)
+    return read_operands(layer, adapters, layer.method, tokens_of(x))
 
 
 def operands_or_reason(layer: BaseTunerLayer) -> Operands | str:

@@ -58,6 +58,11 @@ def read_operands(layer: Any, adapters: Sequence[str], method: Method, tokens: i
     return Operands(base.weight, bias, Adapters([a.A for a in found], [a.B for a in found], c, scalings, ps))
 
 
+def tokens_of(x: Any) -> int:
+    """Of an input ``[..., K]``."""
+    return x.numel() // max(1, x.shape[-1]) if isinstance(x, Tensor) and x.dim() else 1
+
+
 def _state_reason(layer: Any) -> str | None:
     if layer._disable_adapters:
         return "its adapters are disabled"

@@ -1,20 +1,23 @@
-"""Layers of the plainest kind, read in one step in C++ (csrc/plain_layer.h): torch's Linear with one active LoRA
-adapter and nothing beside. To read such a layer piece by piece, as operands.py does for all kinds and with reasons,
-takes as long as the product of one token."""
+"""Layers of the plainest kind, read in one step in C++ (csrc/plain_layer.h): torch's Linear with one active LoRA or
+DoRA adapter and nothing beside. To read such a layer piece by piece, as operands.py does for all kinds and with
+reasons, takes as long as the product of one token."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import extension
 from ..call import Adapters
 from ..ops import is_transformed
 from .base_layers import STOCK
-from .operands import Operands
+from .operands import Operands, tokens_of
+from .readers import DORA, Adapter, dora_factor
 from .stock import Stock
 
 _GLOBAL_HOOKS = [
@@ -26,16 +29,24 @@ def plain_layers(stock: Stock) -> Any:
     """What tells plain layers whose forward stands in for ``stock``; None where none can be told."""
     if extension.C is None or stock.replaced() or STOCK.replaced():
         return None
+    DORA.replaced()  # what it finds replaced it does not know, and no layer of DoRA is plain then
     functions = [*stock.functions, *STOCK.functions]
-    return extension.C.PlainLayers(nn.Linear, nn.ModuleDict, nn.Identity, nn.Dropout, _GLOBAL_HOOKS, functions)
+    classes = nn.Linear, nn.ModuleDict, nn.Identity, nn.Dropout, DoraLinearVariant, DoraLinearLayer
+    return extension.C.PlainLayers(*classes, _GLOBAL_HOOKS, functions, list(DORA.functions))
 
 
-def read_plain(layer: Any) -> Operands | None:
+def read_plain(layer: Any, x: Any) -> Operands | None:
     """The operands of a call of a plain layer; None where the layer is another one, or a compiler or transform asks."""
     if torch.compiler.is_compiling() or layer.plain_layers is None or is_transformed():
         return None
     found = layer.plain_layers.read(layer.__dict__)
     if found is None:
         return None
-    weight, bias, A, B, scaling, p = found
-    return Operands(weight, bias, Adapters([A], [B], [], [scaling], [p]))
+    weight, bias, A, B, scaling, p, magnitude, name = found
+    c: list[Tensor] = []
+    if magnitude is not None:
+        factor = dora_factor(layer, name, weight, Adapter(A, B, scaling, p), magnitude, tokens_of(x))
+        if isinstance(factor, str):
+            return None
+        c.append(factor)
+    return Operands(weight, bias, Adapters([A], [B], c, [scaling], [p]))

@@ -15,6 +15,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..checks import is_finite, is_readable
+from ..four_bit import FourBit
 from ..functional import compute_dtype, dora_norm
 from ..norm_cache import NormCache
 from ..reference import wide_dtype
@@ -22,7 +23,7 @@ from .base_layers import Base, class_name, is_hooked, is_plain
 from .stock import Stock
 
 _ADALORA_EPSILON = 1e-5  # what PEFT adds to the number of ranks
-_DORA = Stock((DoraLinearVariant, "forward"), (DoraLinearLayer, "forward"), (DoraLinearLayer, "get_weight_norm"))
+DORA = Stock((DoraLinearVariant, "forward"), (DoraLinearLayer, "forward"), (DoraLinearLayer, "get_weight_norm"))
 
 
 class Adapter(NamedTuple):
@@ -163,13 +164,21 @@ def _dora_factor(layer: Any, name: str, base: Base, adapter: Adapter, tokens: in
         return f"keeps its magnitude in a {class_name(module)}, or in a module with a hook or a forward of its own"
     if base.weight is None:
         return f"has DoRA, and {base.unread}"
-    replaced = _DORA.replaced()
+    replaced = DORA.replaced()
     if replaced is not None:
         return f"has DoRA, and {replaced}"
     magnitude: Any = _weight_of(module)
-    weight, A, B, scaling = base.weight, adapter.A, adapter.B, adapter.scaling
-    if not is_plain(magnitude) or magnitude.device != weight.device:
+    if not is_plain(magnitude) or magnitude.device != base.weight.device:
         return f"has a magnitude that is a {type(magnitude).__qualname__} on {getattr(magnitude, 'device', None)}"
+    return dora_factor(layer, name, base.weight, adapter, magnitude, tokens)
+
+
+def dora_factor(
+    layer: Any, name: str, weight: Tensor | FourBit, adapter: Adapter, magnitude: Tensor, tokens: int
+) -> Tensor | str:
+    """``c = m / ‖W + s B A‖`` of an adapter that is read, for a call with so many tokens; a reason where it is not
+    finite."""
+    A, B, scaling = adapter.A, adapter.B, adapter.scaling
     backend = layer.__dict__.get("fastpeft_backend")
     stays_tensor = isinstance(scaling, Tensor) and not is_readable(scaling)
     if stays_tensor or torch.compiler.is_compiling():  # nothing is kept that a graph would depend on
