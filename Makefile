@@ -19,7 +19,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-# Each CPU kernel, and each emulated CUDA kernel, under the address and undefined-behaviour sanitizers.
+# Each CPU kernel, and each emulated CUDA kernel, under the address and undefined-behaviour sanitizers; the CPU's by two
+# threads under the thread sanitizer.
 sanitize: setup
 	$(BIN)/python tests/kernel_program.py
 	$(BIN)/python tests/cuda_sanitized.py $(ARGS)

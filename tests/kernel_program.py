@@ -1,5 +1,5 @@
 """The program of tests/kernel_check, which holds each CPU kernel to what ``kernels.h`` says of it: for this processor,
-with sanitizers, or for Arm and run by an emulator. ``python tests/kernel_program.py`` is ``make sanitize``."""
+with sanitizers (of memory, of undefined behaviour, of two threads), or for Arm and run by an emulator. ``python tests/kernel_program.py`` is ``make sanitize``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from fastpeft import build
 
 ROOT = Path(__file__).resolve().parent.parent
+THREADS = ("-O1", "-g", "-fsanitize=thread", "-pthread", "-Wno-error=tsan")
 SANITIZE = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
 CROSS = "aarch64-linux-gnu-"
 EMULATOR = "qemu-aarch64"
@@ -74,3 +75,5 @@ def run(command: Sequence[str | Path]) -> str:
 if __name__ == "__main__":
     check = program("kernel-check-sanitized", platform.machine(), build.find_compiler(), SANITIZE)
     print(run([check, *sys.argv[1:]]), end="")
+    shared = program("kernel-check-threads", platform.machine(), build.find_compiler(), THREADS)
+    print("two threads at once:", run([shared, "--threads", *sys.argv[1:]]), sep="\n", end="")

@@ -134,7 +134,7 @@ struct Sum {
 
 const char* name(DType dtype);
 
-extern std::string place;  // what is being checked, told when something is wrong
+extern thread_local std::string place;  // what is being checked, told when something is wrong
 template <typename... Parts>
 void now(const Parts&... parts) {
     std::ostringstream told;
