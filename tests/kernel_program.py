@@ -1,5 +1,6 @@
 """The program of tests/kernel_check, which holds each CPU kernel to what ``kernels.h`` says of it: for this processor,
-with sanitizers (of memory, of undefined behaviour, of two threads), or for Arm and run by an emulator. ``python tests/kernel_program.py`` is ``make sanitize``."""
+with sanitizers (of memory, of undefined behaviour, of two threads), or for Arm and run by an emulator. ``python
+tests/kernel_program.py`` is ``make sanitize``."""
 
 from __future__ import annotations
 

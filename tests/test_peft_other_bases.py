@@ -203,6 +203,68 @@ def test_layers_of_other_quantizers() -> None:
     assert done.returncode == 0 and re.search(r"\b8 passed", done.stdout), done.stdout + done.stderr
 
 
+CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "1d": (nn.Conv1d(24, 16, 1), (2, 24, 9)),
+    "2d": (nn.Conv2d(24, 16, 1), (2, 24, 5, 7)),
+    "2d, no bias": (nn.Conv2d(24, 16, 1, bias=False), (1, 24, 4, 4)),
+    "2d, no batch": (nn.Conv2d(24, 16, 1), (24, 5, 7)),
+    "3d": (nn.Conv3d(24, 16, 1), (2, 24, 3, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels last"])
+@pytest.mark.parametrize("model", ["lora", "two adapters", "dropout"])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions_of_single_places(
+    kind: str, model: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strides included: who looks at the result as a view finds what PEFT gives."""
+    base, shape = CONVOLUTIONS[kind]
+    x = signed(*shape)
+    if channels_last and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    made = MODELS[model](copy.deepcopy(base))
+    if model == "dropout":  # no masks in common: PEFT's channels are not the last dimension
+        for name in layer_of(made).lora_dropout:
+            layer_of(made).lora_dropout[name] = nn.Dropout(0.0)
+    stock = results(made, x)
+    assert fastpeft.patch(made).left_to_peft == {}
+    with no_peft_forward(monkeypatch):
+        fused = results(made, x)
+    torch.testing.assert_close(fused, stock)
+    assert fused[0].stride() == stock[0].stride()
+
+
+def test_a_convolution_drops_as_often_as_it_says() -> None:
+    model = lora_model(nn.Conv2d(64, 16, 1, bias=False), lora_dropout=0.25)
+    layer = layer_of(model)
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.lora_A["default"].weight.fill_(1.0)
+        layer.lora_B["default"].weight.fill_(1.0)
+    fastpeft.patch(model)
+    kept = layer(torch.ones(2, 64, 16, 16)).mean() / (64 * 4 * layer.scaling["default"])
+    assert abs(kept - 1) < 0.02
+
+
+OTHER_CONVOLUTIONS = {
+    "of neighbours": nn.Conv2d(24, 16, 3),
+    "with a stride": nn.Conv2d(24, 16, 1, stride=2),
+    "padded": nn.Conv2d(24, 16, 1, padding=1),
+    "in groups": nn.Conv2d(24, 16, 1, groups=2),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CONVOLUTIONS)
+def test_other_convolutions_are_pefts(kind: str) -> None:
+    model = lora_model(copy.deepcopy(OTHER_CONVOLUTIONS[kind]))
+    x = signed(2, 24, 5, 5)
+    stock = results(model, x)
+    (reason,) = fastpeft.patch(model).left_to_peft.values()
+    assert "consists of torch.nn.modules.conv.Conv2d and torch.nn.modules.conv.Conv2d" in reason
+    torch.testing.assert_close(results(model, x), stock, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 def test_dtypes_are_pefts(dtype: torch.dtype, autocast: torch.dtype | None) -> None:

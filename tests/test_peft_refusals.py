@@ -350,7 +350,6 @@ def test_mixed_batch_raises_what_peft_raises() -> None:
 
 OTHER_LAYERS = {
     "Embedding": (nn.Embedding(10, 8), {}, "peft.tuners.lora.layer.Embedding"),
-    "Conv2d": (nn.Conv2d(3, 4, 1), {}, "peft.tuners.lora.layer.Conv2d"),
     "MultiheadAttention": (nn.MultiheadAttention(8, 2), {}, "peft.tuners.lora.layer.MultiheadAttention"),
     "ParamWrapper": (nn.Linear(8, 8), {"target_parameters": ["0.weight"]}, "peft.tuners.lora.layer.ParamWrapper"),
 }

@@ -76,10 +76,11 @@ class FusedForward(_Layer):
     def _run_beside_base(self, bias: Tensor | None, adapters: Adapters, x: Tensor) -> Tensor:
         """The base layer's own result and the adapters' part, added up in PEFT's dtype."""
         base: Any = self._modules.get("quant_linear_module") or self._modules["base_layer"]
-        y = base(x)
-        added = update(x, bias, adapters, backend=self.fastpeft_backend)
+        y, at = base(x), self.method.features
+        added = update(x.movedim(at, -1), bias, adapters, backend=self.fastpeft_backend).movedim(-1, at)
         added = added if torch.is_autocast_enabled(x.device.type) else added.to(y.dtype)
-        return added.add_(y) if added.dtype == y.dtype and is_plain(y) else y + added  # nobody else has seen it
+        takes_y = added.dtype == y.dtype and added.stride() == y.stride() and is_plain(y)
+        return added.add_(y) if takes_y else y + added  # in place, as nobody else has seen it
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """``adapter_names`` has a name for each sample of ``x [samples, ..., K]``; ``"__base__"`` is no adapter."""

@@ -25,6 +25,7 @@ class Method(NamedTuple):
         read: see :data:`fastpeft.peft.readers.Reader`.
         mixes_batches: whether PEFT's forward takes ``adapter_names``.
         base_multiplies: whether the base layer multiplies by itself, with a weight in a form of another library's.
+        features: the dimension of its input and of its result that it mixes.
         may_be_plain: whether :mod:`fastpeft.peft.plain` knows its layers.
     """
 
@@ -35,6 +36,7 @@ class Method(NamedTuple):
     read: Reader
     mixes_batches: bool = False
     base_multiplies: bool = False
+    features: int = -1
     may_be_plain: bool = False
 
     def peft_class(self) -> type[Any] | None:
@@ -56,6 +58,10 @@ METHODS = (
             ("gptq", "GPTQLoraLinear", False),
             ("awq", "AwqLoraLinear", False),
         )
+    ),
+    *(
+        Method(f"Fused{name}", f"{_LORA}.layer", name, LoraModel, read_lora, base_multiplies=True, features=features)
+        for name, features in (("Conv1d", -2), ("Conv2d", -3), ("Conv3d", -4))
     ),
     Method("FusedSVDLinear", f"{_ADALORA}.layer", "SVDLinear", AdaLoraModel, read_adalora),
     Method("FusedSVDLinear4bit", f"{_ADALORA}.bnb", "SVDLinear4bit", AdaLoraModel, read_adalora),

@@ -24,6 +24,8 @@ from .stock import Stock
 
 _ADALORA_EPSILON = 1e-5  # what PEFT adds to the number of ranks
 DORA = Stock((DoraLinearVariant, "forward"), (DoraLinearLayer, "forward"), (DoraLinearLayer, "get_weight_norm"))
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLVING = Stock(*((kind, "forward") for kind in _CONVOLUTIONS))
 
 
 class Adapter(NamedTuple):
@@ -55,7 +57,7 @@ def read_lora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str |
     variant, dropout, scaling = layer.lora_variant.get(name), dropouts._modules.get(name), layer.scaling.get(name)
     if variant is not None and type(variant) is not DoraLinearVariant:
         return f"is a {type(variant).__name__}, neither LoRA nor DoRA"
-    if not type(A) is type(B) is nn.Linear:
+    if not (type(A) is type(B) is nn.Linear or _are_pointwise(A, B)):
         return f"consists of {class_name(A)} and {class_name(B)}"
     lora_bias: Any = B._parameters.get("bias")
     if variant is not None and lora_bias is not None:
@@ -65,6 +67,8 @@ def read_lora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str |
     if A._parameters.get("bias") is not None:
         return "has a bias in lora_A"
     A_weight, B_weight = _weight_of(A), _weight_of(B)
+    if type(A) is not nn.Linear and isinstance(A_weight, Tensor) and isinstance(B_weight, Tensor):
+        A_weight, B_weight = A_weight.flatten(1), B_weight.flatten(1)
     reason = _dropout_reason(dropout) or _factors_reason(layer, (A_weight, B_weight), base.dtype)
     if reason is None and type(scaling) is not float and not _is_constant(scaling):
         reason = "has a scaling that is not one constant number"
@@ -119,6 +123,13 @@ def read_vera(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str |
     if reason is not None:
         return reason
     return Adapter(A * _wide(lambda_d).unsqueeze(1), B * _wide(lambda_b).unsqueeze(1), 1.0, _dropout_p(dropout))
+
+
+def _are_pointwise(A: Any, B: Any) -> bool:
+    """Whether both are convolutions that mix the channels of each place by itself, as linear layers mix features."""
+    if type(A) is not type(B) or type(A) not in _CONVOLUTIONS or _CONVOLVING.replaced():
+        return False
+    return all(set(c.kernel_size) == set(c.stride) == {1} and set(c.padding) == {0} and c.groups == 1 for c in (A, B))
 
 
 def _wide(tensor: Tensor) -> Tensor:
