@@ -88,7 +88,10 @@ def choose_cases(
 @click.option("--dropout", "dropouts", type=Probability(), multiple=True, help="Repeatable.  [0, 0.05]")
 @click.option("--rounds", type=click.IntRange(min=2), default=15, show_default=True, help="Samples of each contestant.")
 @click.option(
-    "--compile/--no-compile", "compiled", default=None, help="PEFT under torch.compile too.  [on; off with --quick]"
+    "--compile/--no-compile",
+    "compiled",
+    default=None,
+    help="PEFT and fastpeft under torch.compile too.  [on; off with --quick]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="[torch's own choice]")
 @isa_option("fastpeft")
@@ -119,7 +122,8 @@ def command(
     plot_only: bool,
     check: bool,
 ) -> None:
-    """Times the frozen base layer, PEFT (as it comes, under autocast, compiled) and fastpeft side by side.
+    """Times the frozen base layer, PEFT (as it comes, under autocast, compiled) and fastpeft (compiled, too) side by
+    side.
 
     They take turns, round by round; each time is divided by the base's of the same round. Before a shape is timed,
     fastpeft's outputs and gradients are compared with PEFT's in float64: while that fails, no speed-up is shown.

@@ -19,7 +19,7 @@ from fastpeft.experiments.timing import Samples, interleave, ratios, summary
 
 from . import parity, rows
 from .cases import DTYPES, Case
-from .contestants import BASE, BASE_FLOAT32, FASTPEFT, PEFT, Contestant, Runner
+from .contestants import BASE, BASE_FLOAT32, FASTPEFT, FASTPEFT_COMPILED, PEFT, Contestant, Runner
 from .rows import Row
 
 
@@ -106,7 +106,8 @@ def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run
         for contestant in contestants:
             name = contestant.name
             timed = samples.get(name)
-            to_be_trusted = contestant is not FASTPEFT or verdict["passed"]
+            ours = contestant in (FASTPEFT, FASTPEFT_COMPILED)
+            to_be_trusted = not ours or verdict["passed"]
             yield Row(
                 run=run.start,
                 date=_now(),
@@ -118,7 +119,7 @@ def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run
                 case={"kind": case.kind, "shape": case.shape, **asdict(case)},  # type: ignore[call-overload]
                 phase=phase,
                 contestant=name,
-                backend=backend if contestant is FASTPEFT else None,
+                backend=backend if ours else None,
                 rounds=len(samples[BASE.name].wall),
                 seconds=None if timed is None else summary(timed.wall),
                 cpu_seconds=None if timed is None else summary(timed.cpu),

@@ -15,6 +15,7 @@ from .summary import LABELS, Comparison, chosen, layer
 from .table import multiple, origin
 
 _COLORS = {"peft": "#d1495b", "peft-autocast": "#edae49", "peft-compiled": "#8d6a9f", "fastpeft": "#00798c"}
+_COLORS["fastpeft-compiled"] = "#66b3a6"
 _TICKS = (0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50)
 _FEW_TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)  # of an axis that spans more than _WIDE
 _WIDE = 20

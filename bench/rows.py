@@ -30,7 +30,7 @@ class Row:
         threads: of torch.
         case: ``kind, shape, dtype, rank, dropout`` and what else describes it.
         phase: forward, step or generate.
-        contestant: base, peft, peft-autocast, peft-compiled, fastpeft or base-float32.
+        contestant: base, peft, peft-autocast, peft-compiled, fastpeft, fastpeft-compiled or base-float32.
         backend: what ran fastpeft's op (the CPU's with its instruction set); None for the others.
         rounds: samples behind each summary.
         seconds: wall seconds per call; None when the contestant could not run.

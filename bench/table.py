@@ -13,11 +13,12 @@ from rich.text import Text
 from fastpeft.experiments.models import METHODS
 
 from .bounds import STATED_FOR, Finding
-from .contestants import BASE, BASE_FLOAT32, CONTESTANTS, FASTPEFT
+from .contestants import BASE, BASE_FLOAT32, CONTESTANTS, FASTPEFT, FASTPEFT_COMPILED
 from .rows import Row
 
 _NOTHING = "–"
 _COLUMNS = {contestant.name: contestant.label for contestant in (*CONTESTANTS, BASE_FLOAT32)}
+_WHERE_MEASURED = (BASE_FLOAT32.name, FASTPEFT_COMPILED.name)  # a column where a section has one
 CAPTION = (
     "Wall time as a multiple of the frozen base layer's in the same round: median [quartiles]. Less is better; "
     "1.00 would be an adapter for free. Kept: what autograd holds from forward to backward."
@@ -49,7 +50,7 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     for (method, title), shapes in by_section.items():
         lines = []
         measured = {name for phases in shapes.values() for contestants in phases.values() for name in contestants}
-        columns = {name: text for name, text in _COLUMNS.items() if name in measured or name != BASE_FLOAT32.name}
+        columns = {name: text for name, text in _COLUMNS.items() if name in measured or name not in _WHERE_MEASURED}
         for shape, phases in shapes.items():
             label = shape
             for phase, contestants in phases.items():
