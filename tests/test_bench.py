@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from fastpeft.bench import bounds, cli, contestants, parity, play, plot, rows, table
+from fastpeft.bench import bounds, cli, contestants, parity, per_call, play, plot, rows, table
 from fastpeft.bench.cases import LayerCase, ModelCase
 from fastpeft.bench.contestants import BASE, CONTESTANTS, FASTPEFT, PEFT, PEFT_AUTOCAST, PEFT_COMPILED
 from fastpeft.bench.measure import Run, measure
@@ -483,3 +483,17 @@ def test_command_chooses_cases() -> None:
     assert cli.choose_cases([(1, 2, 3)], ["fp16"], 8, [0.1], ["dora"], layer=True, model=False) == [
         LayerCase(1, 2, 3, "fp16", 8, 0.1, "dora")
     ]
+
+
+def test_what_a_call_costs_is_recorded_for_each_method_and_phase(tmp_path: Path) -> None:
+    options = ["--rounds", "2", "--method", "lora", "--out", str(tmp_path)]
+    result = CliRunner().invoke(per_call.command, options)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*-per-call.jsonl")
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["phase"] for row in found] == list(per_call.PHASES)
+    for row in found:
+        assert set(row["seconds"]) == {"base", "peft", "fastpeft"}
+        assert row["over_peft"]["q1"] <= row["over_peft"]["median"] <= row["over_peft"]["q3"]
+    table_text = path.with_suffix(".md").read_text()
+    assert table_text.count("| LoRA | ") == 3 and table_text in result.output
