@@ -20,7 +20,8 @@ BENCH, COMPARE = "bench", "compare"
 RESULTS = Path("bench", "results")
 PICTURE = RESULTS / "summary.png"
 NO_ROWS = "No rows recorded yet: `make bench` records them."
-_KERNELS = ("*-kernels.jsonl", "*-plans.jsonl", "*-per-call.jsonl")  # rows of roofline.py and plans.py, beside those of layers and models
+# Rows of cpu_kernels.py and gpu_kernels.py, of plans and of per_call.py, beside those of layers and models.
+_KERNELS = ("*-kernels.jsonl", "*-plans.jsonl", "*-per-call.jsonl")
 _PHASES = {"step": "training step", "forward": "forward pass alone", "generate": "one token"}
 _MODEL = ModelCase("bf16")
 _NAMED = 3  # cases, where many are slower
