@@ -151,7 +151,7 @@ PEFT = Contestant("peft", "PEFT", with_peft)
 PEFT_AUTOCAST = Contestant("peft-autocast", "PEFT, autocast", with_peft, autocast=True)
 PEFT_COMPILED = Contestant("peft-compiled", "PEFT, compiled", with_peft, compiled=True)
 FASTPEFT = Contestant("fastpeft", "fastpeft", with_fastpeft)
-FASTPEFT_COMPILED = Contestant("fastpeft-compiled", "fastpeft, compiled", with_fastpeft, compiled=True)
+FASTPEFT_COMPILED = Contestant("fastpeft-compiled", "compiled fastpeft", with_fastpeft, compiled=True)
 # Beside them in bfloat16, where the CPU has no product of it: what the same layer takes in float32.
 BASE_FLOAT32 = Contestant("base-float32", "base, float32", frozen, float32=True)
 CONTESTANTS = (BASE, PEFT, PEFT_AUTOCAST, PEFT_COMPILED, FASTPEFT, FASTPEFT_COMPILED)

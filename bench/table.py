@@ -131,7 +131,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     for section in sections(rows):
         table = Table(title=section.title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
         table.collapse_padding = narrow
-        table.add_column("M×K×N", min_width=14, max_width=14)
+        table.add_column("M×K×N", min_width=13, max_width=13 if narrow else 14)
         table.add_column("phase", min_width=9)
         for name, label in section.columns.items():
             width = 8 if narrow or name == BASE.name else 17
