@@ -130,16 +130,18 @@ def show(rows: Sequence[Row], console: Console) -> None:
     narrow = console.width < _WIDTH_WITH_QUARTILES
     for section in sections(rows):
         table = Table(title=section.title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
-        table.collapse_padding = narrow
+        table.collapse_padding, table.pad_edge = narrow, not narrow
         table.add_column("M×K×N", min_width=13, max_width=13 if narrow else 14)
-        table.add_column("phase", min_width=9)
+        table.add_column("phase", min_width=8 if narrow else 9)
         for name, label in section.columns.items():
-            width = 8 if narrow or name == BASE.name else 17
+            longest = max(map(len, label.split()))
+            width = 7 if name == BASE.name else max(5, longest) if narrow else 17
             style = "bold green" if name == FASTPEFT.name else ""
             table.add_column(label, justify="right", min_width=width, max_width=width, style=style)
         for i, line in enumerate(section.lines):
             last_of_shape = i + 1 == len(section.lines) or bool(section.lines[i + 1][0])
-            texts = [line[0], *(cell.partition(" [")[0] for cell in line[1:])] if narrow else line
+            texts = [line[0], line[1].replace(",", ""), *(cell.partition(" [")[0] for cell in line[2:])]
+            texts = texts if narrow else line
             cells = [Text(cell, style="bold red") if cell == "parity fails" else cell for cell in texts]
             table.add_row(*cells, end_section=last_of_shape)
         console.print(table)
