@@ -30,8 +30,8 @@ void vendor_product(const Tensor& y, const Tensor& x, const Tensor& weight) {
 
 void vendor_product_onto(const Tensor& y, const Tensor& x, const Tensor& weight) { y.addmm_(x, weight); }
 
-// y = x[0] W (or Wᵀ; nothing where W is absent) + the output of the sweep, whose groups find x[i] W as their operand i; what else the sweep does
-// is done too.
+// y = x[0] W (or Wᵀ; nothing where W is absent) + the output of the sweep, whose groups find x[i] W as their operand i;
+// what else the sweep does is done too.
 void base_and_low_rank(const Kernels& kernels, Sweep& sweep, const Tensor& y, const std::vector<Tensor>& x,
                        const Weight& weight, bool transposed, Plan plan, const Apart& apart = {}) {
     sweep.output = y.mutable_data_ptr();
