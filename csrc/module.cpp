@@ -115,6 +115,7 @@ pybind11::bytes identity(const Tensors& tensors) {
     for (const Tensor& t : tensors) {
         key.push_back(reinterpret_cast<int64_t>(t.storage().unsafeGetStorageImpl()));
         key.push_back(t.storage_offset());
+        key.push_back(t.dim());
         key.insert(key.end(), t.sizes().begin(), t.sizes().end());
         key.insert(key.end(), t.strides().begin(), t.strides().end());
         key.push_back(static_cast<int64_t>(t.scalar_type()));

@@ -16,7 +16,7 @@ import torch
 from oracle import assert_close_as_eager
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
-from peft_layers import layer_of, lora_model, no_peft_forward, tiny_llama, tokens, train
+from peft_layers import layer_of, lora_model, no_peft_forward, tiny_llama, tiny_llama_base, tokens, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -357,9 +357,8 @@ def test_one_graph_lasts_through_training(use_dora: bool, scaling: Any, monkeypa
 
 
 def test_get_peft_model() -> None:
-    base = tiny_llama().unload()
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
-    model = fastpeft.get_peft_model(base, config, backend="reference", adapter_name="mine")
+    model = fastpeft.get_peft_model(tiny_llama_base(), config, backend="reference", adapter_name="mine")
     assert isinstance(model, peft.PeftModel) and list(model.peft_config) == ["mine"]
     assert len(fused_names(model)) == 2
 

@@ -244,7 +244,7 @@ def test_a_convolution_drops_as_often_as_it_says() -> None:
         layer.lora_B["default"].weight.fill_(1.0)
     fastpeft.patch(model)
     kept = layer(torch.ones(2, 64, 16, 16)).mean() / (64 * 4 * layer.scaling["default"])
-    assert abs(kept - 1) < 0.02
+    assert abs(kept - 1) < 0.02  # six standard deviations of 32,768 elements
 
 
 OTHER_CONVOLUTIONS = {

@@ -26,7 +26,7 @@ NOT_OURS = ("other_quantizers",)  # which torchao and HQQ a PEFT wants is betwee
 # Of what the oldest do not have, or have in another form, by the names of tests.
 LATER = (
     *("hot_swap", "(what_is_left_to_peft and rank)", "convolutions_are_left", "loftq", "(longer_way and two)"),
-    *("another_variant", "get_peft_model", "gradient_checkpointing_changes_nothing", "hidden_states_are_the_edited"),
+    *("another_variant", "(gradient_checkpointing_changes_nothing and loreft)", "hidden_states_are_the_edited"),
     *("every_token_is_real", "(blocks_are_found and (vit or phi))"),
 )
 
