@@ -45,11 +45,18 @@ fastpeft::Adapters adapters_of(const PyAdapters& adapters) {
     return call;
 }
 
-template <auto Function>
+// `rest` is what the function takes beside the call's arguments.
+template <auto Function, typename... Rest>
 auto of_arguments(pybind11::handle x, pybind11::handle weight, const Tensors& quant, int64_t blocksize,
                   const std::optional<std::pair<int64_t, int64_t>>& shape, pybind11::handle bias,
-                  pybind11::tuple adapters, pybind11::handle training, pybind11::function draw_seeds) {
-    return Function({x, weight, quant, blocksize, shape, bias, std::move(adapters), training, std::move(draw_seeds)});
+                  pybind11::tuple adapters, pybind11::handle training, pybind11::function draw_seeds,
+                  const Rest&... rest) {
+    return Function({x, weight, quant, blocksize, shape, bias, std::move(adapters), training, std::move(draw_seeds)},
+                    rest...);
+}
+
+MaybeTensor usual_lora_linear(const fastpeft::Arguments& arguments, const PyWhere& where) {
+    return fastpeft::usual_lora_linear(arguments, where_of(where));
 }
 
 fastpeft::PlainLayers plain_layers(pybind11::object linear, pybind11::object module_dict, pybind11::object identity,
@@ -143,7 +150,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear", &lora_linear, release());
     m.def("lora_linear_with_gradient", &lora_linear_with_gradient, release());
     m.def("is_usual", &of_arguments<fastpeft::is_usual>);
-    m.def("usual_lora_linear", &of_arguments<fastpeft::usual_lora_linear>);
+    m.def("usual_lora_linear", &of_arguments<usual_lora_linear, PyWhere>);
     pybind11::class_<fastpeft::PlainLayers>(m, "PlainLayers")
         .def(pybind11::init(&plain_layers), arg("linear"), arg("module_dict"), arg("identity"), arg("dropout"),
              arg("dora_variant"), arg("dora_magnitude"), arg("global_hooks"), arg("stock"), arg("dora_stock"))

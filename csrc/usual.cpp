@@ -102,18 +102,18 @@ std::optional<Usual> read(const Arguments& call) {
 }
 
 // Whether anything has to see the op itself, or to cast its input first.
-bool is_watched() {
+bool is_watched(c10::DeviceType device) {
     return c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing() ||
-           torch::profiler::impl::profilerEnabled() || at::autocast::is_autocast_enabled(at::kCPU);
+           torch::profiler::impl::profilerEnabled() || at::autocast::is_autocast_enabled(device);
 }
 
 }  // namespace
 
 bool is_usual(const Arguments& arguments) { return read(arguments).has_value(); }
 
-std::optional<Tensor> usual_lora_linear(const Arguments& arguments) {
+std::optional<Tensor> usual_lora_linear(const Arguments& arguments, const Where& where) {
     const Tensor* x = plain(arguments.x);
-    if (!x || !x->is_cpu() || is_watched()) return {};
+    if (!x || is_watched(x->device().type())) return {};
     std::optional<Usual> call = read(arguments);
     if (!call) return {};
     Adapters adapters{{call->A}, {call->B}, std::move(call->c), {call->scaling}, {0}, {}, {}};
@@ -124,7 +124,7 @@ std::optional<Tensor> usual_lora_linear(const Arguments& arguments) {
     }
     const pybind11::gil_scoped_release release;
     const bool keep_z = at::GradMode::is_enabled() && adapters.dora() && adapters.c[0].requires_grad();
-    return lora_linear_with_gradient({}, call->x, call->weight, call->bias, adapters, keep_z);
+    return lora_linear_with_gradient(where, call->x, call->weight, call->bias, adapters, keep_z);
 }
 
 }  // namespace fastpeft

@@ -1,12 +1,13 @@
 // The call that nearly every layer makes: one adapter, dense tensors of the usual dtypes that fit each other, nobody
-// who has to see the op. It is told apart, and on the CPU computed, in one step from Python: the checks of
-// fastpeft/checks.py and the way through fastpeft/ops.py take as long as a small layer.
+// who has to see the op. It is told apart, and computed, in one step from Python: the checks of fastpeft/checks.py and
+// the way through fastpeft/ops.py take as long as a small layer.
 #pragma once
 #include <torch/extension.h>
 
 #include <optional>
 
 #include "call.h"
+#include "ops.h"
 
 namespace fastpeft {
 
@@ -25,8 +26,8 @@ struct Arguments {
 // Whether the arguments are right beyond doubt; if not, the checks know what is wrong, or what else is right.
 bool is_usual(const Arguments& arguments);
 
-// y of a usual call on the CPU, with its autograd node; none where the call is not usual, or a tracer, a mode or a
-// profiler has to see the op, or autocast casts.
-std::optional<at::Tensor> usual_lora_linear(const Arguments& arguments);
+// y of a usual call, with its autograd node; none where the call is not usual, or a tracer, a mode or a profiler has to
+// see the op, or autocast casts.
+std::optional<at::Tensor> usual_lora_linear(const Arguments& arguments, const Where& where);
 
 }  // namespace fastpeft

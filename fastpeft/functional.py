@@ -131,8 +131,9 @@ def dora_linear(
         factors = zip(adapters.A, adapters.B, adapters.scaling, strict=True)
         norm = [_norm(weight, a, b, s, input_dtype(x), backend) for a, b, s in factors]
     checks.check_count("norm", norm, len(adapters.A))
-    c = checks.dora_factors(magnitude, norm, weight, x, wide_dtype(x.dtype))
-    return _run(x, weight, bias, adapters._replace(c=c), training, backend)
+    adapters = adapters._replace(c=checks.dora_factors(magnitude, norm, weight, x, wide_dtype(x.dtype)))
+    y = usual.lora_linear(x, weight, bias, adapters, training, backend)
+    return _run(x, weight, bias, adapters, training, backend) if y is None else y
 
 
 def dora_norm(

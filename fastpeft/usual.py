@@ -1,6 +1,6 @@
-"""The call that nearly every layer makes, told apart and on the CPU computed in one step in C++ (csrc/usual.h): the way
-through checks, functional, ops and dispatch takes as long as a small layer, and twice as long when a large weight has
-just gone through the caches. What is not usual goes that way, which knows what is wrong or what else is right.
+"""The call that nearly every layer makes, told apart and computed in one step in C++ (csrc/usual.h): the way through
+checks, functional, ops and dispatch takes as long as a small layer, and twice as long when a large weight has just gone
+through the caches. What is not usual goes that way, which knows what is wrong or what else is right.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dropout, extension, ops
+from . import dispatch, dropout, extension, ops
+from .backends.compiled import ON_THE_CPU, CompiledBackend
 from .call import Adapters
 from .four_bit import FourBit
-
-_BACKENDS = (None, "cpu")
 
 
 def is_usual(x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any) -> bool:
@@ -25,11 +24,24 @@ def is_usual(x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any) 
 
 
 def lora_linear(x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any, backend: Any) -> Tensor | None:
-    """``y`` of a usual call on the CPU, differentiable; None where the call is another one."""
+    """``y`` of a usual call, differentiable; None where the call is another one."""
     C = _extension()
-    if C is None or backend not in _BACKENDS or ops.is_transformed():
+    if C is None or ops.is_transformed():
         return None
-    return C.usual_lora_linear(*_arguments(x, weight, bias, adapters, training))
+    where = _where(x, weight, backend)
+    return None if where is None else C.usual_lora_linear(*_arguments(x, weight, bias, adapters, training), where)
+
+
+def _where(x: Any, weight: Any, backend: Any) -> tuple[int, int, int] | None:
+    """Where a compiled backend runs a call whose dtypes are usual; None where none takes it."""
+    if backend in (None, "cpu") and isinstance(x, Tensor) and x.is_cpu:
+        return ON_THE_CPU
+    if backend not in (None, "cuda") or not isinstance(x, Tensor):
+        return None
+    run = dispatch.named("cuda")
+    assert isinstance(run, CompiledBackend)
+    data = weight.packed if isinstance(weight, FourBit) else weight
+    return run.where(x) if isinstance(data, Tensor) and run.refuses(x, data, ()) is None else None
 
 
 def _extension() -> ModuleType | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton_interpreter
 from click.testing import CliRunner
-from fastpeft.bench import gpu_kernels, gpu_plans, gpu_timing
+from fastpeft.bench import gpu_kernels, gpu_plans, gpu_timing, host_time
 from fastpeft.bench.measure import Run, record_kernels
 
 from fastpeft import extension
@@ -146,3 +146,21 @@ def test_who_cannot_be_captured_is_refused_with_the_reason() -> None:
     found = gpu_timing.seconds_per_call({"good": [lambda: None], "bad": [waits]}, 2)
     assert isinstance(found["good"], dict)
     assert found["bad"] == "RuntimeError: it waits"
+
+
+def test_the_hosts_time_of_a_step_is_measured_by_launchers_that_launch_nothing(tmp_path: Path) -> None:
+    result = CliRunner().invoke(host_time.command, ["--rounds", "2", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*-host-time.jsonl")
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    launches = {(row["method"], row["dropout"], row["phase"]): row["launches"] for row in found}
+    assert launches == {
+        ("lora", 0.0, "forward"): 2,
+        ("lora", 0.0, "step"): 6,
+        ("lora", 0.05, "forward"): 2,
+        ("lora", 0.05, "step"): 6,
+        ("dora", 0.0, "forward"): 3,
+        ("dora", 0.0, "step"): 7,
+    }
+    assert all(row["seconds"].keys() == {who.name for who in host_time.CONTESTANTS} for row in found)
+    assert path.with_suffix(".md").read_text() in result.output

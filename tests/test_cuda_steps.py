@@ -17,7 +17,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastpeft
-from fastpeft import extension, ops
+from fastpeft import extension, ops, usual
 
 M, K, N = 150, 72, 136  # tiles of lora_linear that end within it
 FUSED = {
@@ -110,6 +110,25 @@ def test_a_layer_adds_no_launch_but_its_seeds(kind: str, forward: int, step: int
     learned = [x, *(t for t in layer.parameters() if t.requires_grad)]
     assert launches_of(lambda: layer(x)) == (forward, seeds)
     assert launches_of(lambda: torch.autograd.grad(layer(x), learned, dy)) == (step, seeds)
+
+
+@pytest.mark.parametrize("kind", ["LoRALinear", "DoRALinear", "QLoRALinear"])
+def test_a_usual_call_is_one_step_of_cpp(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's way through checks, dispatch and autograd gives the same bits."""
+    linear = nn.Linear(128, N, dtype=torch.bfloat16, device=DEVICE)
+    layer = getattr(fastpeft.nn, kind).from_linear(linear, r=8, alpha=16, backend="cuda")
+    x, dy = (torch.randn(M, n, dtype=torch.bfloat16, device=DEVICE) for n in (128, N))
+    learned = [x.requires_grad_(), *(t for t in layer.parameters() if t.requires_grad)]
+
+    def results() -> list[torch.Tensor]:
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, learned, dy)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(usual, "lora_linear", lambda *_: None)
+        expected = results()
+    monkeypatch.setattr(ops, "call_lora_linear", None)
+    assert all(map(torch.equal, results(), expected))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the emulation counts")

@@ -12,6 +12,7 @@ from ..call import Adapters, Kept, Needs, Weight
 from .base import Backend, Forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ON_THE_CPU = (0, 0, 0)
 
 
 def operand_refusal(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
@@ -33,7 +34,7 @@ class CompiledBackend(Backend):
 
     def where(self, x: Tensor) -> tuple[int, int, int]:
         """What C++ runs a call by: the table of the GPU's launchers, the GPU and its current stream; zeros on a CPU."""
-        return 0, 0, 0
+        return ON_THE_CPU
 
     def lora_linear(self, x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters, keep_z: bool) -> Forward:
         return extension.built().lora_linear(self.where(x), x, weight, bias, adapters, keep_z)
