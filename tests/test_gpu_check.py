@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 import click
 import gpu_check
+import gpu_window
 import pytest
 import torch
 from click.testing import CliRunner
@@ -194,3 +195,16 @@ def test_bounds_need_no_bitsandbytes(tmp_path: Path) -> None:
         (bounds,) = (step for step in gpu_check.steps_of("python", tmp_path, ["lora"]) if step.name == "bounds")
         done = CliRunner().invoke(cli.command, bounds.command[4:], catch_exceptions=False)
         assert done.exit_code == code, done.output
+
+
+def test_the_window_holds_one_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_window.py", "--out", str(tmp_path)])
+    assert gpu_window.main() == 0
+    assert [path.name for path in tmp_path.rglob("*.so")] == ["libbitsandbytes_cuda130.so"]
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 45 * 2**20
+    ask = "import bitsandbytes, importlib.metadata as m; print(bitsandbytes.__file__, m.version('bitsandbytes'))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "BNB_CUDA_VERSION": ""}
+    said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.startswith(str(tmp_path / "bitsandbytes"))
+    with pytest.raises(FileNotFoundError, match="--cuda"):
+        gpu_window.fill(tmp_path, "1")
