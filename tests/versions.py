@@ -27,7 +27,7 @@ NOT_OURS = ("other_quantizers",)  # which torchao and HQQ a PEFT wants is betwee
 LATER = (
     *("hot_swap", "(what_is_left_to_peft and rank)", "convolutions_are_left", "loftq", "(longer_way and two)"),
     *("another_variant", "(gradient_checkpointing_changes_nothing and loreft)", "hidden_states_are_the_edited"),
-    *("every_token_is_real", "(blocks_are_found and (vit or phi))"),
+    *("every_token_is_real", "(blocks_are_found and (vit or phi))", "reparametrised"),
 )
 
 

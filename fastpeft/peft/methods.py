@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from peft.tuners.adalora.model import AdaLoraModel
@@ -12,6 +13,7 @@ from peft.tuners.lora.model import LoraModel
 from peft.tuners.vera.model import VeraModel
 
 from .readers import Reader, read_adalora, read_lora, read_vera
+from .reparametrised import read_delora, read_tinylora, read_unilora, read_vblora
 from .stock import Stock
 
 
@@ -45,6 +47,16 @@ class Method(NamedTuple):
         return None if module is None else getattr(module, self.qualname, None)
 
 
+def _rows(package: str, qualname: str, model: str, read: Reader) -> tuple[Method, ...]:
+    """Of a method that not every PEFT has: one row, or none."""
+    try:
+        found = import_module(f"peft.tuners.{package}.model")
+    except ImportError:
+        return ()
+    fused_name = f"Fused{package.capitalize()}Linear"
+    return (Method(fused_name, f"peft.tuners.{package}.layer", qualname, getattr(found, model), read),)
+
+
 _LORA, _ADALORA = "peft.tuners.lora", "peft.tuners.adalora"
 METHODS = (
     Method("FusedLinear", f"{_LORA}.layer", "Linear", LoraModel, read_lora, mixes_batches=True, may_be_plain=True),
@@ -69,6 +81,10 @@ METHODS = (
         "FusedSVDLinear8bitLt", f"{_ADALORA}.bnb", "SVDLinear8bitLt", AdaLoraModel, read_adalora, base_multiplies=True
     ),
     Method("FusedVeraLinear", "peft.tuners.vera.layer", "Linear", VeraModel, read_vera),
+    *_rows("delora", "DeloraLinear", "DeloraModel", read_delora),
+    *_rows("tinylora", "Linear", "TinyLoraModel", read_tinylora),
+    *_rows("unilora", "Linear", "UniLoraModel", read_unilora),
+    *_rows("vblora", "Linear", "VBLoRAModel", read_vblora),
 )
 
 

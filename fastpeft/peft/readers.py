@@ -19,6 +19,7 @@ from ..four_bit import FourBit
 from ..functional import compute_dtype, dora_norm
 from ..norm_cache import NormCache
 from ..reference import wide_dtype
+from . import variants
 from .base_layers import Base, class_name, is_hooked, is_plain
 from .stock import Stock
 
@@ -45,7 +46,7 @@ None: there is no such adapter in the layer."""
 
 
 def read_lora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str | None:
-    """LoRA or DoRA."""
+    """LoRA, DoRA, or a variant that :mod:`fastpeft.peft.variants` knows."""
     modules = layer._modules
     lora_A, lora_B, dropouts = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
     if not type(lora_A) is type(lora_B) is type(dropouts) is nn.ModuleDict:
@@ -55,12 +56,14 @@ def read_lora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str |
     if A is None:
         return None
     variant, dropout, scaling = layer.lora_variant.get(name), dropouts._modules.get(name), layer.scaling.get(name)
-    if variant is not None and type(variant) is not DoraLinearVariant:
+    is_dora = type(variant) is DoraLinearVariant
+    make_A = None if variant is None or is_dora else variants.maker_of(variant)
+    if variant is not None and not is_dora and make_A is None:
         return f"is a {type(variant).__name__}, neither LoRA nor DoRA"
     if not (type(A) is type(B) is nn.Linear or _are_pointwise(A, B)):
         return f"consists of {class_name(A)} and {class_name(B)}"
     lora_bias: Any = B._parameters.get("bias")
-    if variant is not None and lora_bias is not None:
+    if is_dora and lora_bias is not None:
         return "has DoRA and a bias in lora_B"
     if is_hooked(A) or is_hooked(B):
         return "has a module with a hook or a forward of its own"
@@ -69,13 +72,17 @@ def read_lora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str |
     A_weight, B_weight = _weight_of(A), _weight_of(B)
     if type(A) is not nn.Linear and isinstance(A_weight, Tensor) and isinstance(B_weight, Tensor):
         A_weight, B_weight = A_weight.flatten(1), B_weight.flatten(1)
-    reason = _dropout_reason(dropout) or _factors_reason(layer, (A_weight, B_weight), base.dtype)
+    reason = dropout_reason(dropout) or factors_reason(layer, (A_weight, B_weight), base.dtype)
     if reason is None and type(scaling) is not float and not _is_constant(scaling):
         reason = "has a scaling that is not one constant number"
     if reason is not None:
         return reason
-    p = _dropout_p(dropout)
-    if variant is None:
+    p = dropout_p(dropout)
+    if make_A is not None:
+        A_weight = make_A(layer, name, A_weight)
+        if isinstance(A_weight, str):
+            return A_weight
+    if not is_dora:
         return Adapter(A_weight, B_weight, scaling, p, None if lora_bias is None else lora_bias * scaling)
     c = _dora_factor(layer, name, base, Adapter(A_weight, B_weight, scaling, p), tokens)
     if isinstance(c, str):
@@ -93,7 +100,7 @@ def read_adalora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | st
     if A is None:
         return None
     dropout, scaling = dropouts._modules.get(name), layer.scaling.get(name)
-    reason = _dropout_reason(dropout) or _factors_reason(layer, (A, B, E), base.dtype)
+    reason = dropout_reason(dropout) or factors_reason(layer, (A, B, E), base.dtype)
     if reason is None and not _is_constant(scaling):
         reason = "has a scaling that is not one constant number"
     if reason is not None:
@@ -103,8 +110,8 @@ def read_adalora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | st
     E = _wide(E)
     scale = scaling / (ranknum + _ADALORA_EPSILON)
     if scale.requires_grad:  # PEFT lets the number of ranks learn, too, where the base is in a low precision
-        return Adapter(A * (E * scale), B, 1.0, _dropout_p(dropout))
-    return Adapter(A * E, B, scale.item() if is_readable(scale) else scale, _dropout_p(dropout))
+        return Adapter(A * (E * scale), B, 1.0, dropout_p(dropout))
+    return Adapter(A * E, B, scale.item() if is_readable(scale) else scale, dropout_p(dropout))
 
 
 def read_vera(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str | None:
@@ -119,10 +126,10 @@ def read_vera(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str |
     A = layer.vera_A[name][:, : layer.in_features].to(lambda_d.device)
     B = layer.vera_B[name][: layer.out_features].to(lambda_b.device)
     dropout = dropouts._modules.get(name)
-    reason = _dropout_reason(dropout) or _factors_reason(layer, (A, B, lambda_d, lambda_b), base.dtype)
+    reason = dropout_reason(dropout) or factors_reason(layer, (A, B, lambda_d, lambda_b), base.dtype)
     if reason is not None:
         return reason
-    return Adapter(A * _wide(lambda_d).unsqueeze(1), B * _wide(lambda_b).unsqueeze(1), 1.0, _dropout_p(dropout))
+    return Adapter(A * _wide(lambda_d).unsqueeze(1), B * _wide(lambda_b).unsqueeze(1), 1.0, dropout_p(dropout))
 
 
 def _are_pointwise(A: Any, B: Any) -> bool:
@@ -142,7 +149,7 @@ def _weight_of(module: Any) -> Any:
     return module.__dict__.get("weight") if weight is None else weight
 
 
-def _dropout_reason(dropout: Any) -> str | None:
+def dropout_reason(dropout: Any) -> str | None:
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return f"has {class_name(dropout)} for dropout"
     if is_hooked(dropout):
@@ -152,11 +159,11 @@ def _dropout_reason(dropout: Any) -> str | None:
     return None
 
 
-def _dropout_p(dropout: Any) -> float:
+def dropout_p(dropout: Any) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
-def _factors_reason(layer: Any, factors: Sequence[Tensor], dtype: torch.dtype | None) -> str | None:
+def factors_reason(layer: Any, factors: Sequence[Tensor], dtype: torch.dtype | None) -> str | None:
     """Why PEFT's product of ``factors`` is not the op's."""
     if not all(map(is_plain, factors)):
         return f"has weights of {' and '.join(type(factor).__qualname__ for factor in factors)}"
