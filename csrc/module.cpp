@@ -59,18 +59,19 @@ MaybeTensor usual_lora_linear(const fastpeft::Arguments& arguments, const PyWher
     return fastpeft::usual_lora_linear(arguments, where_of(where));
 }
 
-fastpeft::PlainLayers plain_layers(pybind11::object linear, pybind11::object module_dict, pybind11::object identity,
-                                   pybind11::object dropout, pybind11::object dora_variant,
-                                   pybind11::object dora_magnitude, std::vector<pybind11::object> global_hooks,
-                                   const Functions& stock, const Functions& dora_stock) {
+fastpeft::PlainLayers plain_layers(pybind11::object linear, pybind11::object module_dict,
+                                   pybind11::object parameter_dict, pybind11::object identity, pybind11::object dropout,
+                                   pybind11::object dora_variant, pybind11::object dora_magnitude,
+                                   std::vector<pybind11::object> global_hooks, const Functions& stock,
+                                   const Functions& dora_stock) {
     const auto known = [](const Functions& functions) {
         std::vector<fastpeft::Function> all;
         for (const auto& [owner, name, function] : functions) all.push_back({owner, name, function});
         return all;
     };
-    return {std::move(linear),       std::move(module_dict),    std::move(identity),     std::move(dropout),
-            std::move(dora_variant), std::move(dora_magnitude), std::move(global_hooks), known(stock),
-            known(dora_stock)};
+    return {std::move(linear),  std::move(module_dict),  std::move(parameter_dict), std::move(identity),
+            std::move(dropout), std::move(dora_variant), std::move(dora_magnitude), std::move(global_hooks),
+            known(stock),       known(dora_stock)};
 }
 
 fastpeft::Forward lora_linear(const PyWhere& where, const Tensor& x, const PyWeight& weight, const MaybeTensor& bias,
@@ -152,9 +153,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("is_usual", &of_arguments<fastpeft::is_usual>);
     m.def("usual_lora_linear", &of_arguments<usual_lora_linear, PyWhere>);
     pybind11::class_<fastpeft::PlainLayers>(m, "PlainLayers")
-        .def(pybind11::init(&plain_layers), arg("linear"), arg("module_dict"), arg("identity"), arg("dropout"),
-             arg("dora_variant"), arg("dora_magnitude"), arg("global_hooks"), arg("stock"), arg("dora_stock"))
-        .def("read", &fastpeft::read_plain_lora, arg("state"));
+        .def(pybind11::init(&plain_layers), arg("linear"), arg("module_dict"), arg("parameter_dict"), arg("identity"),
+             arg("dropout"), arg("dora_variant"), arg("dora_magnitude"), arg("global_hooks"), arg("stock"),
+             arg("dora_stock"))
+        .def("read_lora", &fastpeft::read_plain_lora, arg("state"))
+        .def("read_adalora", &fastpeft::read_plain_adalora, arg("state"));
     m.def("lora_linear_backward", &lora_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
     m.def("fingerprint", &fingerprint, arg("small"), arg("large"), arg("first"), arg("count"));

@@ -14,7 +14,7 @@ struct Function {
 
 // Python's classes and objects by which a plain layer is told.
 struct PlainLayers {
-    pybind11::object linear, module_dict, identity, dropout, dora_variant, dora_magnitude;
+    pybind11::object linear, module_dict, parameter_dict, identity, dropout, dora_variant, dora_magnitude;
     std::vector<pybind11::object> global_hooks;  // the dicts of torch.nn.modules.module
     std::vector<Function> stock, dora_stock;     // that PEFT's path would call, of DoRA beside the others
 };
@@ -24,5 +24,8 @@ struct PlainLayers {
 // subclass: nothing merged, disabled, hooked or traced. The magnitude is None for LoRA. None where any of that is
 // otherwise or in doubt.
 pybind11::object read_plain_lora(const PlainLayers& plain, pybind11::dict state);
+
+// The same of AdaLoRA's layer: (weight, bias, A, B, E, ranknum, scaling, dropout_p).
+pybind11::object read_plain_adalora(const PlainLayers& plain, pybind11::dict state);
 
 }  // namespace fastpeft

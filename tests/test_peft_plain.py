@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft_layers import layer_of, lora_model
+from peft_layers import adalora_model, layer_of, lora_model
 from torch import nn
 
 import fastpeft
@@ -21,9 +21,9 @@ X = torch.ones(1, 48)
 Change = Callable[[Any, pytest.MonkeyPatch], object]
 
 
-def plain_layer(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+def plain_layer(dtype: torch.dtype = torch.float32, make: Callable[..., nn.Module] = lora_model, **config: Any) -> Any:
     torch.manual_seed(0)
-    model = lora_model(nn.Linear(48, 32).to(dtype), **config)
+    model = make(nn.Linear(48, 32).to(dtype), **config)
     fastpeft.patch(model)
     return layer_of(model)
 
@@ -32,11 +32,13 @@ def plain_layer(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("tokens", [1, 20])
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
 def test_it_gives_the_bits_of_the_longer_way(
-    use_dora: bool, dtype: torch.dtype, training: bool, dropout: float, tokens: int
+    method: str, dtype: torch.dtype, training: bool, dropout: float, tokens: int
 ) -> None:
-    layer = plain_layer(dtype, lora_dropout=dropout, use_dora=use_dora).train(training)
+    make = adalora_model if method == "adalora" else lora_model
+    config = {"use_dora": True} if method == "dora" else {}
+    layer = plain_layer(dtype, make, lora_dropout=dropout, **config).train(training)
     x = torch.randn(tokens, 48, dtype=dtype, requires_grad=True)
     results = []
     for operands in (read_plain(layer, x), read_layer(layer, ["default"], x)):
@@ -147,6 +149,29 @@ def test_dora_that_is_not_plain_takes_the_longer_way(change: str, monkeypatch: p
     assert read_plain(layer, X) is not None
     with monkeypatch.context() as patch:
         CHANGES_OF_DORA[change](layer, patch)
+        assert read_plain(layer, X) is None
+
+
+CHANGES_OF_ADALORA: dict[str, Change] = {
+    **{
+        name: CHANGES[name]
+        for name in ("merged", "disabled", "hook on the base", "hook on the dropout", "another base")
+    },
+    **{name: CHANGES[name] for name in ("dropout drops all", "weights of a subclass", "casting switched off")},
+    **{name: CHANGES[name] for name in ("linear layers changed", "peft changed", "bias of another dtype")},
+    "E of another dtype": lambda layer, _: layer.lora_E.update({"default": nn.Parameter(torch.ones(8, 1).half())}),
+    "no ranks left": lambda layer, _: layer.lora_A.update({"default": nn.Parameter(torch.ones(0, 48))}),
+    "wrapped": lambda layer, _: setattr(layer.lora_B, "__class__", type("Own", (nn.ParameterDict,), {})),
+    "scaling a tensor": CHANGES["scaling a tensor"],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_ADALORA)
+def test_adalora_that_is_not_plain_takes_the_longer_way(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = plain_layer(make=adalora_model)
+    assert read_plain(layer, X) is not None
+    with monkeypatch.context() as patch:
+        CHANGES_OF_ADALORA[change](layer, patch)
         assert read_plain(layer, X) is None
 
 

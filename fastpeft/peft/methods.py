@@ -75,7 +75,7 @@ METHODS = (
         Method(f"Fused{name}", f"{_LORA}.layer", name, LoraModel, read_lora, base_multiplies=True, features=features)
         for name, features in (("Conv1d", -2), ("Conv2d", -3), ("Conv3d", -4))
     ),
-    Method("FusedSVDLinear", f"{_ADALORA}.layer", "SVDLinear", AdaLoraModel, read_adalora),
+    Method("FusedSVDLinear", f"{_ADALORA}.layer", "SVDLinear", AdaLoraModel, read_adalora, may_be_plain=True),
     Method("FusedSVDLinear4bit", f"{_ADALORA}.bnb", "SVDLinear4bit", AdaLoraModel, read_adalora),
     Method(
         "FusedSVDLinear8bitLt", f"{_ADALORA}.bnb", "SVDLinear8bitLt", AdaLoraModel, read_adalora, base_multiplies=True

@@ -1,5 +1,5 @@
-"""Layers of the plainest kind, read in one step in C++ (csrc/plain_layer.h): torch's Linear with one active LoRA or
-DoRA adapter and nothing beside. To read such a layer piece by piece, as operands.py does for all kinds and with
+"""Layers of the plainest kind, read in one step in C++ (csrc/plain_layer.h): torch's Linear with one active LoRA, DoRA
+or AdaLoRA adapter and nothing beside. To read such a layer piece by piece, as operands.py does for all kinds and with
 reasons, takes as long as the product of one token."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..call import Adapters
 from ..ops import is_transformed
 from .base_layers import STOCK
 from .operands import Operands, tokens_of
-from .readers import DORA, Adapter, dora_factor
+from .readers import DORA, Adapter, adalora_adapter, dora_factor, read_adalora
 from .stock import Stock
 
 _GLOBAL_HOOKS = [
@@ -31,7 +31,8 @@ def plain_layers(stock: Stock) -> Any:
         return None
     DORA.replaced()  # what it finds replaced it does not know, and no layer of DoRA is plain then
     functions = [*stock.functions, *STOCK.functions]
-    classes = nn.Linear, nn.ModuleDict, nn.Identity, nn.Dropout, DoraLinearVariant, DoraLinearLayer
+    containers = nn.ModuleDict, nn.ParameterDict
+    classes = nn.Linear, *containers, nn.Identity, nn.Dropout, DoraLinearVariant, DoraLinearLayer
     return extension.C.PlainLayers(*classes, _GLOBAL_HOOKS, functions, list(DORA.functions))
 
 
@@ -39,7 +40,20 @@ def read_plain(layer: Any, x: Any) -> Operands | None:
     """The operands of a call of a plain layer; None where the layer is another one, or a compiler or transform asks."""
     if torch.compiler.is_compiling() or layer.plain_layers is None or is_transformed():
         return None
-    found = layer.plain_layers.read(layer.__dict__)
+    return _adalora(layer) if layer.method.read is read_adalora else _lora(layer, x)
+
+
+def _adalora(layer: Any) -> Operands | None:
+    found = layer.plain_layers.read_adalora(layer.__dict__)
+    if found is None:
+        return None
+    weight, bias, A, B, E, ranknum, scaling, p = found
+    A, B, factor, *_ = adalora_adapter(A, B, E, ranknum, scaling, p)
+    return Operands(weight, bias, Adapters([A], [B], [], [factor], [p]))
+
+
+def _lora(layer: Any, x: Any) -> Operands | None:
+    found = layer.plain_layers.read_lora(layer.__dict__)
     if found is None:
         return None
     weight, bias, A, B, scaling, p, magnitude, name = found

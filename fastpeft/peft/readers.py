@@ -107,11 +107,16 @@ def read_adalora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | st
         return reason
     if A.shape[0] == 0:
         return "has rank 0"
+    return adalora_adapter(A, B, E, ranknum, scaling, dropout_p(dropout))
+
+
+def adalora_adapter(A: Tensor, B: Tensor, E: Tensor, ranknum: Tensor, scaling: float | Tensor, p: float) -> Adapter:
+    """What an adapter with these parameters multiplies with."""
     E = _wide(E)
-    scale = scaling / (ranknum + _ADALORA_EPSILON)
-    if scale.requires_grad:  # PEFT lets the number of ranks learn, too, where the base is in a low precision
-        return Adapter(A * (E * scale), B, 1.0, dropout_p(dropout))
-    return Adapter(A * E, B, scale.item() if is_readable(scale) else scale, dropout_p(dropout))
+    if ranknum.requires_grad:  # PEFT lets the number of ranks learn, too, where the base is in a low precision
+        return Adapter(A * (E * (scaling / (ranknum + _ADALORA_EPSILON))), B, 1.0, p)
+    count = ranknum.item() if is_readable(ranknum) else ranknum
+    return Adapter(A * E, B, scaling / (count + _ADALORA_EPSILON), p)
 
 
 def read_vera(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str | None:
