@@ -49,6 +49,7 @@ MODELS: dict[str, Callable[[float], peft.PeftModel]] = {
     "qdora": lambda p: four_bit_model(quantized(F32), lora_dropout=p, use_dora=True),
     "qadalora": lambda p: four_bit_model(quantized(F32), lora_dropout=p, **QADALORA),
 }
+lora_and_dora = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 with_scaling = pytest.mark.parametrize("name", ["lora", "dora", "qlora", "qdora"])
 
 
@@ -108,6 +109,57 @@ def test_a_layer_is_one_graph_with_one_op(name: str, training: bool) -> None:
     assert called.count("fastpeft.lora_linear.default") == 1
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"lora_dropout": 0.5},
+        {"lora_bias": True},
+        {"use_dora": True},
+        {"use_dora": True, "lora_dropout": 0.5},
+    ],
+    ids=["plain", "dropout", "bias", "dora", "dora_dropout"],
+)
+def test_a_graph_gives_the_same_bits(config: dict[str, Any]) -> None:
+    model = lora_model(nn.Linear(24, 24), lora_alpha=8, **config)  # a scaling of 2: a graph multiplies it into B
+    fastpeft.patch(model)
+    layer, x = layer_of(model), torch.randn(5, 24, requires_grad=True)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        results = []
+        for run in (compiled, layer):
+            torch.manual_seed(4)
+            y = run(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained])])
+        for graph, eager in zip(*results, strict=True):
+            assert torch.equal(graph, eager)
+        train_by_halves(trained)
+
+
+def train_by_halves(trained: list[nn.Parameter]) -> None:
+    """What a graph must not have taken for a constant."""
+    with torch.no_grad():
+        for parameter in trained:
+            parameter /= 2
+
+
+@lora_and_dora
+@pytest.mark.parametrize("scaling", [2.0, torch.tensor(2.0)], ids=["float", "tensor"])
+def test_one_graph_lasts_through_training(use_dora: bool, scaling: Any) -> None:
+    model = lora_model(nn.Linear(24, 24), use_dora=use_dora)
+    fastpeft.patch(model)
+    layer, x = layer_of(model), torch.randn(5, 24)
+    layer.scaling["default"] = scaling
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            assert torch.equal(compiled(x), layer(x))
+            train_by_halves(list(layer.parameters()))  # as to the scaling, powers of two: no matter where it goes in
+            if isinstance(scaling, Tensor):
+                layer.scaling["default"] *= 2
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_no_number_makes_another_graph(name: str) -> None:
     """Sizes of batches after the second, seeds, training itself."""
@@ -162,7 +214,7 @@ def test_a_hot_swap_makes_no_graph(patched: str, tmp_path: Path) -> None:
                 torch.testing.assert_close(compiled(x), other(x))
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@lora_and_dora
 def test_a_compiled_model_trains_as_an_eager_one(use_dora: bool) -> None:
     """Gradients of two batches are added up in each step."""
     model = tiny_llama(use_dora=use_dora)
@@ -206,6 +258,47 @@ def test_checkpointing(name: str, kind: str, compiles: bool) -> None:
     call = torch.compile(recomputed, backend="aot_eager") if compiles else recomputed
     for found, expected in zip(step(call, model, x), step(lambda t: model(t).tanh(), model, x), strict=True):
         assert torch.equal(found, expected)
+
+
+@lora_and_dora
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_draws_the_same_mask_again(use_reentrant: bool, use_dora: bool) -> None:
+    model = lora_model(nn.Linear(24, 24), lora_dropout=0.5, use_dora=use_dora)
+    fastpeft.patch(model)
+    layer = layer_of(model)
+    x = torch.randn(33, 24, requires_grad=True)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    results = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(3)
+        y = run(x)
+        y = run(y)
+        grads = torch.autograd.grad(y.square().sum(), [x, *trained]) if run is layer else None
+        if grads is None:
+            layer.zero_grad()
+            x.grad = None
+            y.square().sum().backward()
+            grads = (x.grad, *(parameter.grad for parameter in trained))
+        results.append([y, *grads])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_of_a_model(use_reentrant: bool) -> None:
+    model, ids = tiny_llama(lora_dropout=0.5, init_lora_weights=False), tokens()
+    model.enable_input_require_grads()
+    fastpeft.patch(model)
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.train().zero_grad()
+        torch.manual_seed(3)
+        model(input_ids=ids, labels=ids).loss.backward()
+        results.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
 
 
 @pytest.mark.parametrize(

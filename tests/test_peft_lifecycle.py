@@ -1,4 +1,4 @@
-"""A fused model lives the life of a PEFT model: trained, saved, merged, copied, checkpointed, compiled, unpatched."""
+"""A fused model lives the life of a PEFT model: trained, saved, merged, copied, unpatched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel
 from peft_layers import layer_of, lora_model, no_peft_forward, tiny_llama, tiny_llama_base, tokens, train
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fastpeft
 from fastpeft.peft.layers import FusedLinear
@@ -255,105 +254,6 @@ def test_copies_stay_fused(
         assert torch.equal(logits(twin, ids), logits(model, ids))
     layers = (module for module in twin.modules() if type(module) is FusedLinear)
     assert {layer.fastpeft_backend for layer in layers} == {"reference"}
-
-
-@lora_and_dora
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_draws_the_same_mask_again(
-    use_reentrant: bool, use_dora: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = lora_model(nn.Linear(24, 24), lora_dropout=0.5, use_dora=use_dora)
-    fastpeft.patch(model)
-    layer = layer_of(model)
-    x = torch.randn(33, 24, requires_grad=True)
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    results = []
-    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
-        torch.manual_seed(3)
-        with no_peft_forward(monkeypatch):
-            y = run(x)
-            y = run(y)
-            grads = torch.autograd.grad(y.square().sum(), [x, *trained]) if run is layer else None
-            if grads is None:
-                layer.zero_grad()
-                x.grad = None
-                y.square().sum().backward()
-                grads = (x.grad, *(parameter.grad for parameter in trained))
-        results.append([y, *grads])
-    for plain, recomputed in zip(*results, strict=True):
-        assert torch.equal(plain, recomputed)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_of_a_model(use_reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = tiny_llama(lora_dropout=0.5, init_lora_weights=False), tokens()
-    model.enable_input_require_grads()
-    fastpeft.patch(model)
-    results = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        model.train().zero_grad()
-        torch.manual_seed(3)
-        with no_peft_forward(monkeypatch):
-            model(input_ids=ids, labels=ids).loss.backward()
-        results.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
-    for plain, recomputed in zip(*results, strict=True):
-        assert torch.equal(plain, recomputed)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"lora_dropout": 0.5},
-        {"lora_bias": True},
-        {"use_dora": True},
-        {"use_dora": True, "lora_dropout": 0.5},
-    ],
-    ids=["plain", "dropout", "bias", "dora", "dora_dropout"],
-)
-def test_compiles_as_one_graph(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora_model(nn.Linear(24, 24), lora_alpha=8, **config)  # a scaling of 2: a graph multiplies it into B
-    fastpeft.patch(model)
-    layer, x = layer_of(model), torch.randn(5, 24, requires_grad=True)
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    torch.compiler.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for _ in range(3):
-        results = []
-        for run in (compiled, layer):
-            torch.manual_seed(4)
-            with no_peft_forward(monkeypatch):
-                y = run(x)
-            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained])])
-        for graph, eager in zip(*results, strict=True):
-            assert torch.equal(graph, eager)
-        train_by_halves(trained)
-
-
-def train_by_halves(trained: list[nn.Parameter]) -> None:
-    """What a graph must not have taken for a constant."""
-    with torch.no_grad():
-        for parameter in trained:
-            parameter /= 2
-
-
-@lora_and_dora
-@pytest.mark.parametrize("scaling", [2.0, torch.tensor(2.0)], ids=["float", "tensor"])
-def test_one_graph_lasts_through_training(use_dora: bool, scaling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora_model(nn.Linear(24, 24), use_dora=use_dora)
-    fastpeft.patch(model)
-    layer, x = layer_of(model), torch.randn(5, 24)
-    layer.scaling["default"] = scaling
-    torch.compiler.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True), no_peft_forward(monkeypatch):
-        for _ in range(3):
-            assert torch.equal(compiled(x), layer(x))
-            train_by_halves(list(layer.parameters()))  # as to the scaling, powers of two: no matter where it goes in
-            if isinstance(scaling, Tensor):
-                layer.scaling["default"] *= 2
 
 
 def test_get_peft_model() -> None:
