@@ -37,7 +37,7 @@ BASES = {
     "of dynamic activations": torchao_int8_activations,
     "HqqLoraLinear": hqq_4_bits,
 }
-CASES = [(name, method) for name in BASES for method in ("lora", "dropout")]
+CASES = [(name, method) for name in BASES for method in ("lora", "dropout", "dora")]
 CASES += [(name, "two adapters") for name in ("TorchaoLoraLinear", "HqqLoraLinear")]
 
 

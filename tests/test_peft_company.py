@@ -366,7 +366,7 @@ def test_classes_with_the_forward_of_torchs_linear_are_fused(
 def test_a_class_with_another_forward_is_called_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         assert_parity(lora_model(Doubled(24, 24)), lambda: signed(9, 24), patch)
-    model = lora_model(FalconLinear(24, 24), use_dora=True)
+    model = lora_model(FalconLinear(24, 24), use_dora=True, lora_dropout=0.1)
     assert fastpeft.patch(model).left_to_peft == {}
     monkeypatch.setattr(FalconLinear, "forward", Doubled.forward)
     (reason,) = fastpeft.patch(model).left_to_peft.values()

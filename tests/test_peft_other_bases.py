@@ -18,11 +18,22 @@ import pytest
 import torch
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from peft_layers import adalora_model, add_adapter, layer_of, lora_model, no_peft_forward, share_masks, signed
+from peft_layers import (
+    adalora_model,
+    add_adapter,
+    assert_parity,
+    layer_of,
+    lora_model,
+    no_peft_forward,
+    share_masks,
+    signed,
+)
 from test_peft_vera import vera_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import fastpeft
+from fastpeft import norm_cache
 from fastpeft.peft.layers import FusedForward
 
 K, N = 64, 48
@@ -99,6 +110,7 @@ MODELS = {
     "dropout": lambda base: lora_model(base, lora_dropout=0.3),
     "adalora": adalora_model,
     "vera": vera_model,
+    "dora": lambda base: lora_model(base, use_dora=True),
 }
 
 
@@ -130,9 +142,12 @@ def assert_as_peft(model: Any, monkeypatch: pytest.MonkeyPatch, x: Tensor, **kwa
     torch.testing.assert_close(fused, stock)
 
 
-# PEFT's AdaLoRA adds onto the base layer's result in place, and torch forbids it for some.
+# PEFT's AdaLoRA adds onto the base layer's result in place, and torch forbids it for some. DoRA reads the weight.
 BY_PEFT = [
-    (change, model) for change in CHANGES for model in MODELS if (model, "backward" in change) != ("adalora", True)
+    (change, model)
+    for change in CHANGES
+    for model in MODELS
+    if (model, "backward" in change) != ("adalora", True) and (model, change in ("weight", "bias")) != ("dora", True)
 ]
 
 
@@ -143,16 +158,95 @@ def test_a_changed_base_is_called_as_it_is(change: str, model: str, monkeypatch:
     assert_as_peft(made, monkeypatch, signed(3, 7, K))
 
 
+@pytest.mark.parametrize("base", ["Linear", "Conv1D"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_dora_reads_the_weight_and_is_pefts(change: str) -> None:
+def test_dora_beside_a_changed_base(change: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the weight is read, its norm is kept; in evaluation dropout is none."""
+    linear = nn.Linear(K, N) if base == "Linear" else Conv1D(N, K)
+    if (base, change) == ("Conv1D", "class"):
+        linear.__class__ = type("OtherConv1D", (Conv1D,), {})
+    else:
+        CHANGES[change][0](linear)
+    config = {"use_dora": True, "fan_in_fan_out": base == "Conv1D", "target_modules": ["0"]}
+    model, x = lora_model(linear, lora_dropout=0.3, **config), signed(3, 7, K)
+    if change in ("weight", "bias"):
+        (reason,) = fastpeft.patch(lora_model(linear, **config)).left_to_peft.values()
+        assert reason.startswith("its adapter 'default' has DoRA, and its base layer's") and "OtherTensor" in reason
+        return
+    (reason,) = fastpeft.patch(model).left_to_peft.values()
+    assert reason.startswith("its adapter 'default' has DoRA with dropout, and its base layer")
+    fastpeft.unpatch(model.eval())
+    assert_as_peft(model, monkeypatch, x)
+    kept = layer_of(model)._fastpeft_norms["default"]
+    monkeypatch.setattr(norm_cache, "_norm", lambda *args: pytest.fail("the norm is computed again"))
+    results(model, x)
+    assert kept is layer_of(model)._fastpeft_norms["default"]
+
+
+def on_meta(base: Any) -> None:
+    base.register_forward_pre_hook(lambda module, args: None)  # as offloading does it
+    base.weight = nn.Parameter(base.weight.to("meta"), requires_grad=False)
+
+
+def made_by_a_hook(base: Any) -> None:
+    weight = base.weight.detach()
+    del base.weight
+    base.register_forward_pre_hook(lambda module, args: setattr(module, "weight", 2 * weight))
+
+
+def without_a_form_that_dequantizes(base: Any) -> None:
+    base.register_buffer("W_q", base.weight.detach())
+    del base.weight
+    set_class(base)
+
+
+def not_quantized(base: Any) -> None:
+    base.weight = bnb.nn.Int8Params(base.weight.detach(), requires_grad=False)
+    base.state = bnb.MatmulLtState()
+
+
+UNREAD = {
+    on_meta: "weight is on the meta device",
+    made_by_a_hook: "its base layer's weight is no Parameter",
+    without_a_form_that_dequantizes: "cannot be dequantized: 'OtherLinear' object has no attribute 'dequantize'",
+    not_quantized: "its 8-bit base weight is not quantized yet",
+}
+
+
+@pytest.mark.parametrize("change", UNREAD, ids=lambda change: change.__name__)
+def test_a_weight_that_dora_cannot_read_is_pefts(change: Callable[[Any], None]) -> None:
     model = lora_model(nn.Linear(K, N), use_dora=True)
-    prepare, reason = CHANGES[change]
-    prepare(layer_of(model).base_layer)
+    change(layer_of(model).base_layer)
+    (reason,) = fastpeft.patch(model).left_to_peft.values()
+    assert reason.startswith("its adapter 'default' has DoRA, and its") and UNREAD[change] in reason
+
+
+def test_several_doras_beside_another_base_are_pefts() -> None:
+    model = lora_model(OtherLinear(K, N), use_dora=True)
+    add_adapter(model, "other", r=3, use_dora=True)
+    model.base_model.set_adapter(["default", "other"])
     x = signed(5, K)
     stock = results(model, x)
-    (stated,) = fastpeft.patch(model).left_to_peft.values()
-    assert stated.startswith("its adapter 'default' has DoRA, and its") and reason in stated
+    (reason,) = fastpeft.patch(model).left_to_peft.values()
+    assert reason.startswith("several DoRA adapters are active, and its base layer is a")
     torch.testing.assert_close(results(model, x), stock, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["placed by hand", "loaded in 8 bits"])
+def test_dora_over_eight_bits(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's own layer raises in its second call on the CPU, since its first one gives the base another weight."""
+    monkeypatch.setattr(nn.Sequential, "is_loaded_in_8bit", loaded, raising=False)
+    stock, x = lora_model(eight_bit(), use_dora=True), signed(3, 7, K)
+    torch.manual_seed(0)
+    model = lora_model(eight_bit(), use_dora=True)
+    model.load_state_dict(stock.state_dict())
+    expected = results(stock, x)
+    weight = layer_of(model).base_layer.weight
+    assert fastpeft.patch(model).left_to_peft == {}
+    with no_peft_forward(monkeypatch):
+        for _ in range(3):
+            torch.testing.assert_close(results(model, x), expected)
+    assert layer_of(model).base_layer.weight is weight
 
 
 @pytest.mark.parametrize("change", ["class", "hook"])
@@ -200,7 +294,7 @@ def test_layers_of_other_quantizers() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "quantizers_suite.py")]
     done = subprocess.run(suite, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and re.search(r"\b8 passed", done.stdout), done.stdout + done.stderr
+    assert done.returncode == 0 and re.search(r"\b11 passed", done.stdout), done.stdout + done.stderr
 
 
 CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -267,14 +361,44 @@ def test_other_convolutions_are_pefts(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-def test_dtypes_are_pefts(dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("loaded", [False, True], ids=["placed by hand", "loaded in 8 bits"])
+def test_dtypes_are_pefts(
+    dtype: torch.dtype, autocast: torch.dtype | None, use_dora: bool, loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside 8 bits any dtype comes in; the adapters stay in float32."""
-    model = lora_model(eight_bit())
+    monkeypatch.setattr(nn.Sequential, "is_loaded_in_8bit", loaded, raising=False)
+    stock, model = (lora_model(eight_bit(), use_dora=use_dora) for _ in range(2))
     x = signed(5, K).to(dtype)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        stock = [t.dtype for t in results(model, x)]
-        fastpeft.patch(model)
-        assert [t.dtype for t in results(model, x)] == stock
+        expected = [t.dtype for t in results(stock, x)]
+        assert fastpeft.patch(model).left_to_peft == {}
+        assert [t.dtype for t in results(model, x)] == expected
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["placed by hand", "loaded in 8 bits"])
+def test_doras_dtype_under_autocast_of_a_gpu(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Sequential, "is_loaded_in_8bit", loaded, raising=False)
+    stock, model = (lora_model(eight_bit(), use_dora=True) for _ in range(2))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type="cuda": device_type == "cuda")
+    x = signed(5, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [t.dtype for t in results(stock, x)]
+        assert fastpeft.patch(model).left_to_peft == {}
+        assert [t.dtype for t in results(model, x)] == expected
+    assert expected[0] == (torch.float32 if loaded else torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_doras_error_beside_another_base(
+    dtype: torch.dtype, autocast: torch.dtype | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = nn.Linear(K, N, bias=bias).to(dtype)
+    set_class(base)
+    model = lora_model(base, use_dora=True)
+    assert_parity(model, lambda: signed(3, 7, K).to(dtype), monkeypatch, autocast)
 
 
 def test_an_error_of_the_base_layer_comes_through() -> None:
@@ -284,12 +408,13 @@ def test_an_error_of_the_base_layer_comes_through() -> None:
         layer_of(model)(torch.ones(2, K + 1))
 
 
-def test_a_copy_and_a_compiled_model_call_their_own_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora_model(OtherLinear(K, N))
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_copy_and_a_compiled_model_call_their_own_base(use_dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model(OtherLinear(K, N), use_dora=use_dora)
     fastpeft.patch(model)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        layer_of(other).base_layer.weight.zero_()
+        layer_of(other).base_layer.weight.mul_(3)
     x = signed(5, K)
     assert not torch.allclose(other(x), model(x))
     calls = []

@@ -6,6 +6,7 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +17,7 @@ from .stock import Stock
 
 _4BIT_CLASSES = ("Linear4bit", "LinearNF4", "LinearFP4")
 _LIKE_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)  # its forward says the same in other words
+_ON_META = "its base layer's weight is on the meta device, where nothing is computed"
 STOCK = Stock((nn.Linear, "forward"), (Conv1D, "forward"))
 _stocks: dict[type[nn.Module], Stock] = {}  # of such classes
 
@@ -67,12 +69,54 @@ def read_base(layer: Any, multiplies: bool) -> Base | str:
     if not is_plain(weight):
         return _unread(f"its base layer's weight is a {type(weight).__qualname__}")
     if weight.is_meta:
-        return "its base layer's weight is on the meta device, where nothing is computed"
+        return _ON_META
     if weight.dtype not in BASE_DTYPES:
         return _unread(f"its base layer's weight is {weight.dtype}")
     if bias is not None and bias.dtype != weight.dtype and not _autocast_takes(weight, bias):
         return f"its base layer's weight is {weight.dtype} and its bias {bias.dtype}, without autocast"
     return Base(weight.t() if type(base) is Conv1D else weight, bias, weight.dtype)
+
+
+def unread_weight(layer: Any) -> Tensor | FourBit | str:
+    """``W [N, K]`` of a base layer that is called as it is, dense as PEFT's DoRA takes its norm, or what is wrong with
+    it. Of a layer that holds another form of it, a new tensor in each call."""
+    base = layer._modules["base_layer"]
+    bias = getattr(base, "bias", None)
+    if bias is not None and not is_plain(bias):
+        return f"its base layer's bias is a {type(bias).__qualname__}"
+    if _is_4bit(base):
+        return _four_bit_weight(layer, base)
+    weight = base._parameters.get("weight")
+    if not hasattr(base, "W_q"):  # HQQ's layers have that instead
+        if weight is None:  # a hook may make it in the base's own call
+            return "its base layer's weight is no Parameter"
+        if type(weight).__qualname__ == "Int8Params" and (weight.dtype != torch.int8 or _statistics(base) is None):
+            return "its 8-bit base weight is not quantized yet, or has lost what describes it"
+    try:
+        with torch.no_grad():
+            dense = _dequantized(base, weight)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        return f"its base layer's weight cannot be dequantized: {error}"
+    if not is_plain(dense):
+        return f"its base layer's weight is a {type(dense).__qualname__}"
+    if dense.is_meta:
+        return _ON_META
+    if dense.dtype not in BASE_DTYPES:
+        return f"its base layer's weight is {dense.dtype}"
+    return dense.t() if getattr(layer, "fan_in_fan_out", False) else dense
+
+
+def _statistics(base: Any) -> Tensor | None:
+    """Of a bitsandbytes 8-bit layer."""
+    return base.weight.SCB if base.state.SCB is None else base.state.SCB
+
+
+def _dequantized(base: Any, weight: Tensor | None) -> Any:
+    """What PEFT's function gives. That puts a Parameter without its statistics into an 8-bit layer on the CPU, so that
+    the layer's next call raises; and no compiler can look into it."""
+    if type(weight).__qualname__ == "Int8Params":
+        return dequantize_bnb_weight(weight, state=base.state)
+    return weight if is_plain(weight) else dequantize_module_weight(base)
 
 
 def _autocast_takes(weight: Tensor, bias: Tensor) -> bool:

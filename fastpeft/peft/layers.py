@@ -9,6 +9,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -77,10 +78,20 @@ class FusedForward(_Layer):
         """The base layer's own result and the adapters' part, added up in PEFT's dtype."""
         base: Any = self._modules.get("quant_linear_module") or self._modules["base_layer"]
         y, at = base(x), self.method.features
+        c, adapters = adapters.c, adapters._replace(c=[])
+        if c:
+            return self._scaled_beside_base(y, base.bias, c[0], adapters, x)
         added = update(x.movedim(at, -1), bias, adapters, backend=self.fastpeft_backend).movedim(-1, at)
-        added = added if torch.is_autocast_enabled(x.device.type) else added.to(y.dtype)
-        takes_y = added.dtype == y.dtype and added.stride() == y.stride() and is_plain(y)
-        return added.add_(y) if takes_y else y + added  # in place, as nobody else has seen it
+        return _sum(y, added if torch.is_autocast_enabled(x.device.type) else added.to(y.dtype))
+
+    def _scaled_beside_base(self, y: Tensor, bias: Tensor | None, c: Tensor, adapters: Adapters, x: Tensor) -> Tensor:
+        """DoRA's ``c (x Wᵀ + s u Bᵀ) + b`` of the base layer's own ``y = x Wᵀ + b``."""
+        added = update(x, None if bias is None else -bias, adapters, backend=self.fastpeft_backend)
+        z = _sum(y, added.to(y.dtype))
+        scaled = c * z if bias is None else torch.addcmul(bias.to(c.dtype), c, z)
+        # PEFT's layers of other libraries answer in the wider dtype under autocast, and ask for a GPU's alone.
+        widens = torch.is_autocast_enabled() and not issubclass(self.peft_class, Linear)
+        return scaled.to(torch.promote_types(y.dtype, adapters.A[0].dtype) if widens else y.dtype)
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """``adapter_names`` has a name for each sample of ``x [samples, ..., K]``; ``"__base__"`` is no adapter."""
@@ -197,6 +208,12 @@ def unfuse(layer: FusedForward) -> None:
     _give_class(layer, layer.peft_class)
     for name in KEPT_BY_LAYERS:
         layer.__dict__.pop(name, None)
+
+
+def _sum(y: Tensor, added: Tensor) -> Tensor:
+    """Of a base layer's result and what is added to it: in place where that fits, as nobody else has seen ``added``."""
+    fits = added.dtype == y.dtype and added.stride() == y.stride() and is_plain(y)
+    return added.add_(y) if fits else y + added
 
 
 def _give_class(layer: Any, new: Any) -> None:

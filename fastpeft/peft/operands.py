@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..call import Adapters
 from ..four_bit import FourBit
-from .base_layers import read_base
+from .base_layers import Base, read_base
 from .methods import Method
 from .readers import Adapter
 
@@ -51,7 +51,7 @@ def read_operands(layer: Any, adapters: Sequence[str], method: Method, tokens: i
         return "none of the active adapters is in this layer"
     c = [adapter.c for adapter in found if adapter.c is not None]
     if c and len(found) > 1:
-        reason = _chain_reason(layer, adapters, found)
+        reason = _chain_reason(layer, adapters, found, base)
         if reason is not None:
             return reason
     scalings, ps = [adapter.scaling for adapter in found], [adapter.dropout_p for adapter in found]
@@ -79,11 +79,13 @@ def _state_reason(layer: Any) -> str | None:
     return None
 
 
-def _chain_reason(layer: Any, adapters: Sequence[str], found: Sequence[Adapter]) -> str | None:
+def _chain_reason(layer: Any, adapters: Sequence[str], found: Sequence[Adapter], base: Base) -> str | None:
     """Of several active adapters, at least one with DoRA, each acts on the result of those before it, in a way that
     depends on its dropout: why PEFT has to run them."""
     if any(adapter.c is None for adapter in found):
         return "DoRA and LoRA adapters are active together"
+    if base.weight is None:
+        return f"several DoRA adapters are active, and {base.unread}"
     used = [layer.lora_dropout[name] for name in adapters if name in layer.lora_dropout]
     for dropout, adapter in zip(used, found, strict=True):
         if (type(dropout) is nn.Dropout and layer.training) != (adapter.dropout_p > 0):

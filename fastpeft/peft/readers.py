@@ -20,7 +20,7 @@ from ..functional import compute_dtype, dora_norm
 from ..norm_cache import NormCache
 from ..reference import wide_dtype
 from . import variants
-from .base_layers import Base, class_name, is_hooked, is_plain
+from .base_layers import Base, class_name, is_hooked, is_plain, unread_weight
 from .stock import Stock
 
 _ADALORA_EPSILON = 1e-5  # what PEFT adds to the number of ranks
@@ -84,6 +84,8 @@ def read_lora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str |
             return A_weight
     if not is_dora:
         return Adapter(A_weight, B_weight, scaling, p, None if lora_bias is None else lora_bias * scaling)
+    if base.weight is None and layer.training and type(dropout) is nn.Dropout:
+        return f"has DoRA with dropout, and {base.unread}"
     c = _dora_factor(layer, name, base, Adapter(A_weight, B_weight, scaling, p), tokens)
     if isinstance(c, str):
         return c
@@ -185,26 +187,41 @@ def _dora_factor(layer: Any, name: str, base: Base, adapter: Adapter, tokens: in
     module = layer.lora_magnitude_vector._modules.get(name)
     if type(module) is not DoraLinearLayer or is_hooked(module):
         return f"keeps its magnitude in a {class_name(module)}, or in a module with a hook or a forward of its own"
-    if base.weight is None:
-        return f"has DoRA, and {base.unread}"
     replaced = DORA.replaced()
     if replaced is not None:
         return f"has DoRA, and {replaced}"
+    weight = unread_weight(layer) if base.weight is None else base.weight
+    if isinstance(weight, str):
+        return f"has DoRA, and {weight}"
     magnitude: Any = _weight_of(module)
-    if not is_plain(magnitude) or magnitude.device != base.weight.device:
+    if not is_plain(magnitude) or magnitude.device != weight.device:
         return f"has a magnitude that is a {type(magnitude).__qualname__} on {getattr(magnitude, 'device', None)}"
-    return dora_factor(layer, name, base.weight, adapter, magnitude, tokens)
+    return dora_factor(
+        layer, name, weight, adapter, magnitude, tokens, lasts=base.weight is not None or _lasts(layer, weight)
+    )
+
+
+def _lasts(layer: Any, weight: Tensor | FourBit) -> bool:
+    """Whether it is what the base layer holds, and was not made for this call."""
+    own = layer._modules["base_layer"]._parameters.get("weight")
+    return isinstance(weight, FourBit) or weight is own or (own is not None and weight._base is own)
 
 
 def dora_factor(
-    layer: Any, name: str, weight: Tensor | FourBit, adapter: Adapter, magnitude: Tensor, tokens: int
+    layer: Any,
+    name: str,
+    weight: Tensor | FourBit,
+    adapter: Adapter,
+    magnitude: Tensor,
+    tokens: int,
+    lasts: bool = True,
 ) -> Tensor | str:
     """``c = m / ‖W + s B A‖`` of an adapter that is read, for a call with so many tokens; a reason where it is not
-    finite."""
+    finite. The norm is kept of a weight that lasts."""
     A, B, scaling = adapter.A, adapter.B, adapter.scaling
     backend = layer.__dict__.get("fastpeft_backend")
     stays_tensor = isinstance(scaling, Tensor) and not is_readable(scaling)
-    if stays_tensor or torch.compiler.is_compiling():  # nothing is kept that a graph would depend on
+    if not lasts or stays_tensor or torch.compiler.is_compiling():  # a graph would depend on what is kept
         norm = dora_norm(weight, A, B, scaling, backend)
     else:
         caches = layer.__dict__.setdefault("_fastpeft_norms", {})
