@@ -349,20 +349,30 @@ def test_mixed_batch_raises_what_peft_raises() -> None:
 
 
 OTHER_LAYERS = {
-    "Embedding": (nn.Embedding(10, 8), {}, "peft.tuners.lora.layer.Embedding"),
-    "MultiheadAttention": (nn.MultiheadAttention(8, 2), {}, "peft.tuners.lora.layer.MultiheadAttention"),
-    "ParamWrapper": (nn.Linear(8, 8), {"target_parameters": ["0.weight"]}, "peft.tuners.lora.layer.ParamWrapper"),
+    "Embedding": (nn.Embedding(10, 8), {}, "looks rows of its adapter up, and has no input to multiply"),
+    "MultiheadAttention": (nn.MultiheadAttention(8, 2), {}, "is no class that fastpeft fuses"),
+    "ParamWrapper": (nn.Linear(8, 8), {"target_parameters": ["0.weight"]}, "is no class that fastpeft fuses"),
 }
 
 
 @pytest.mark.parametrize("kind", OTHER_LAYERS)
 def test_other_lora_layers(kind: str) -> None:
-    base, config, class_name = OTHER_LAYERS[kind]
+    base, config, reason = OTHER_LAYERS[kind]
     settings = {"r": 2, "target_modules": [] if config else ["0"]} | config
     model = peft.get_peft_model(nn.Sequential(base), peft.LoraConfig(**settings))
     report = fastpeft.patch(model)
-    assert report.left_to_peft["base_model.model.0"] == f"{class_name} is no class that fastpeft fuses"
+    assert report.left_to_peft["base_model.model.0"] == f"peft.tuners.lora.layer.{kind} {reason}"
     assert report.fused == []
+
+
+def test_an_embedding_keeps_what_it_looked_up_and_no_more() -> None:
+    """Of each token its number and its column of A: a fused layer would keep the same."""
+    model = peft.get_peft_model(nn.Sequential(nn.Embedding(99, 16)), peft.LoraConfig(r=2, target_modules=["0"]))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(torch.arange(7))
+    assert [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in own] == [(7,), (7, 2)]
 
 
 @pytest.mark.parametrize(

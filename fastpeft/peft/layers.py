@@ -18,7 +18,7 @@ from ..four_bit import FourBit
 from ..functional import adapted_linear, update
 from ..verdicts import backend_verdict
 from .base_layers import class_name, is_plain
-from .methods import METHODS, Method, method_of, stock_of
+from .methods import LEFT_TO_PEFT, METHODS, Method, method_of, stock_of
 from .operands import Operands, read_operands, tokens_of
 from .plain import plain_layers, read_plain
 from .stock import Stock
@@ -166,7 +166,8 @@ def operands_or_reason(layer: BaseTunerLayer) -> Operands | str:
     """The operands of a call with the active adapters, or why PEFT runs it and would even if ``layer`` were patched."""
     fused = type(layer) if isinstance(layer, FusedForward) else fused_class(type(layer))
     if fused is None:
-        return f"{class_name(layer)} is no class that fastpeft fuses"
+        name = class_name(layer)
+        return f"{name} {LEFT_TO_PEFT.get(name, 'is no class that fastpeft fuses')}"
     replaced = _replaced_on_the_layer(layer) or fused.stock.replaced()
     return read_operands(layer, layer.active_adapters, fused.method, 1) if replaced is None else replaced
 
