@@ -167,7 +167,7 @@ def test_dora_beside_a_changed_base(change: str, base: str, monkeypatch: pytest.
         linear.__class__ = type("OtherConv1D", (Conv1D,), {})
     else:
         CHANGES[change][0](linear)
-    config = {"use_dora": True, "fan_in_fan_out": base == "Conv1D", "target_modules": ["0"]}
+    config = {"use_dora": True, "fan_in_fan_out": base == "Conv1D", "bias": "all"}
     model, x = lora_model(linear, lora_dropout=0.3, **config), signed(3, 7, K)
     if change in ("weight", "bias"):
         (reason,) = fastpeft.patch(lora_model(linear, **config)).left_to_peft.values()
@@ -181,6 +181,12 @@ def test_dora_beside_a_changed_base(change: str, base: str, monkeypatch: pytest.
     monkeypatch.setattr(norm_cache, "_norm", lambda *args: pytest.fail("the norm is computed again"))
     results(model, x)
     assert kept is layer_of(model)._fastpeft_norms["default"]
+
+
+def test_dora_beside_four_bits_with_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    base.register_forward_hook(lambda module, args, y: 2 * y)
+    assert_as_peft(lora_model(base, use_dora=True), monkeypatch, signed(3, 7, K))
 
 
 def on_meta(base: Any) -> None:
