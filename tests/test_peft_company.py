@@ -386,3 +386,44 @@ def test_the_report_says_what_holds_no_parameter() -> None:
     base.__dict__["weight"] = base._parameters.pop("weight")  # as torch.nn.parallel.replicate does
     (reason,) = fastpeft.patch(model).left_to_peft.values()
     assert reason == "its base layer's weight is no Parameter: the layer is parametrized, a replica or a shard"
+
+
+def partitioned(module: nn.Module) -> None:
+    """As DeepSpeed's ZeRO-3 treats what it takes for a leaf: what ``module`` holds is there within its forward and its
+    backward, each time at another place, and NaN is what is left there afterwards."""
+    parameters = list(module.parameters())
+    kept = [p.detach().clone() for p in parameters]
+
+    def gather(*_: Any) -> None:
+        for parameter, whole in zip(parameters, kept, strict=True):
+            parameter.data = whole.clone()
+
+    def give_back(*_: Any) -> None:
+        for parameter in parameters:
+            parameter.data.fill_(torch.nan)
+            parameter.data = torch.empty(0)
+
+    give_back()
+    module.register_forward_pre_hook(gather)
+    module.register_forward_hook(give_back)
+    module.register_full_backward_pre_hook(gather)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
+def test_parameters_are_read_within_forward_and_backward_alone(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, found = torch.randn(5, 16), []
+    for gathered in (False, True):
+        model = model_of(**config).train()
+        assert fastpeft.patch(model).left_to_peft == {}
+        if gathered:
+            partitioned(layer_of(model))
+        torch.manual_seed(1)
+        with counted(monkeypatch) as calls:
+            for _ in range(2):
+                y = model(x.clone().requires_grad_())
+                y.square().sum().backward()
+        assert len(calls) == 2
+        found.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*found)
