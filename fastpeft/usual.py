@@ -36,7 +36,7 @@ def _where(x: Any, weight: Any, backend: Any) -> tuple[int, int, int] | None:
     """Where a compiled backend runs a call whose dtypes are usual; None where none takes it."""
     if backend in (None, "cpu") and isinstance(x, Tensor) and x.is_cpu:
         return ON_THE_CPU
-    if backend not in (None, "cuda") or not isinstance(x, Tensor):
+    if backend not in (None, "cuda") or type(x) is not Tensor:
         return None
     run = dispatch.named("cuda")
     assert isinstance(run, CompiledBackend)
