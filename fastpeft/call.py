@@ -27,6 +27,14 @@ LORA_LINEAR_BACKWARD_SCHEMA = (
     f"lora_linear_backward(Tensor dy, Tensor? x, {_WEIGHT}, {_ADAPTERS}, Tensor? u, Tensor[] z, bool[] needs, "
     "str? backend) -> Tensor[]"
 )
+LORA_GROUPED_LINEAR_SCHEMA = (
+    f"lora_grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? bias, {_ADAPTERS}, str? backend) "
+    "-> (Tensor, Tensor)"
+)
+LORA_GROUPED_LINEAR_BACKWARD_SCHEMA = (
+    f"lora_grouped_linear_backward(Tensor dy, Tensor? x, Tensor offsets, {_WEIGHT}, {_ADAPTERS}, Tensor? u, "
+    "bool[] needs, str? backend) -> Tensor[]"
+)
 DORA_NORM_SCHEMA = f"dora_norm({_WEIGHT}, Tensor A, Tensor B, float scaling, ScalarType dtype, str? backend) -> Tensor"
 
 ABSENT = -1  # the blocksize of a weight that there is not
@@ -38,10 +46,11 @@ def _all(some: Sequence[Tensor] | None) -> Sequence[Tensor]:
 
 
 class Weight(NamedTuple):
-    """``W [N, K]``, dense, in 4 bits, or absent: then the adapters' low-rank part is all that is computed.
+    """``W [N, K]``, dense, in 4 bits, or absent: then the adapters' low-rank part is all that is computed. Of experts a
+    dense stack ``[E, N, K]``.
 
     Attributes:
-        data: ``[N, K]``, any strides; of 4 bits the packed bytes, flat; of an absent weight an element nobody reads.
+        data: ``[N, K]`` or the stack, any strides; of 4 bits the packed bytes, flat; of an absent weight an element nobody reads.
         quant: empty; of 4 bits what :attr:`fastpeft.four_bit.FourBit.quant` says.
         blocksize: of 4 bits, elements that share a scale; :data:`ABSENT` of an absent weight.
     """
@@ -72,7 +81,7 @@ class Adapters(NamedTuple):
     """The adapters of a call, one entry each.
 
     Attributes:
-        A, B: ``[r, K]`` and ``[N, r]``.
+        A, B: ``[r, K]`` and ``[N, r]``; of experts stacks, ``[E, r, K]`` and ``[E, N, r]``.
         c: DoRA's factors ``m / norm``, ``[N]`` in float32 (float64 for float64); empty for LoRA.
         scaling, dropout_p: numbers. Until functional.py has settled them, a scaling may be a tensor.
         seed: int64, one entry an adapter; None when nothing is dropped.
@@ -90,12 +99,12 @@ class Adapters(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """``(N, K)``."""
-        return self.B[0].shape[0], self.A[0].shape[1]
+        return self.B[0].shape[-2], self.A[0].shape[-1]
 
     @property
     def ranks(self) -> list[int]:
         """One each."""
-        return [a.shape[0] for a in self.A]
+        return [a.shape[-2] for a in self.A]
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -198,3 +207,51 @@ class BackwardCall(NamedTuple):
         dy, x, data, quant, blocksize, A, B, c, *rest, u, z, needs = flat
         call = Adapters(A, B, _all(c), *rest)
         return cls(dy, x, Weight(data, _all(quant), blocksize), call, Kept(u, _all(z)), Needs.of(needs, len(A)))
+
+
+class GroupedCall(NamedTuple):
+    """The arguments of ``lora_grouped_linear`` but the backend: expert ``e`` has rows ``offsets[e]:offsets[e + 1]``."""
+
+    x: Tensor
+    offsets: Tensor
+    weight: Weight
+    bias: Tensor | None
+    adapters: Adapters
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """What may ask for a gradient: ``x, weight, bias, *A, *B``."""
+        return self.x, self.weight.data, self.bias, *self.adapters.factors
+
+    def flat(self) -> tuple[Any, ...]:
+        """As torch's dispatcher takes it."""
+        return self.x, self.offsets, *self.weight, self.bias, *self.adapters
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> GroupedCall:
+        """The way back from :meth:`flat`."""
+        x, offsets, data, quant, blocksize, bias, A, B, c, *rest = flat
+        return cls(x, offsets, Weight(data, _all(quant), blocksize), bias, Adapters(A, B, _all(c), *rest))
+
+
+class GroupedBackwardCall(NamedTuple):
+    """The arguments of ``lora_grouped_linear_backward`` but the backend; ``u`` as in :class:`Kept`."""
+
+    dy: Tensor
+    x: Tensor | None
+    offsets: Tensor
+    weight: Weight
+    adapters: Adapters
+    u: Tensor | None
+    needs: Needs
+
+    def flat(self) -> tuple[Any, ...]:
+        """As torch's dispatcher takes it."""
+        return self.dy, self.x, self.offsets, *self.weight, *self.adapters, self.u, self.needs.flat
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> GroupedBackwardCall:
+        """The way back from :meth:`flat`."""
+        dy, x, offsets, data, quant, blocksize, A, B, c, *rest, u, needs = flat
+        call = Adapters(A, B, _all(c), *rest)
+        return cls(dy, x, offsets, Weight(data, _all(quant), blocksize), call, u, Needs.of(needs, len(A)))

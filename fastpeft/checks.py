@@ -13,9 +13,11 @@ from torch import Tensor
 from . import ops
 from .call import Adapters
 from .four_bit import FourBit
+from .reference import expert_rows
 from .usual import is_usual
 
 BASE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+OFFSET_DTYPES = (torch.int32, torch.int64)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -41,6 +43,37 @@ def check_call(x: Tensor, weight: Tensor | FourBit, bias: Tensor | None, adapter
         raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
 
 
+def check_grouped(
+    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, training: object
+) -> None:
+    """The same of experts whose weights are stacked; on a GPU what the offsets hold is not looked at."""
+    if isinstance(weight, FourBit):
+        raise TypeError("weight must be a Tensor [E, N, K]: experts in 4 bits are not supported")
+    check_weight(weight, "E, N, K")
+    check_input(x, bias, tuple(weight.shape))
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape [T, K={weight.shape[2]}], got {list(x.shape)}")
+    if len(weight) == 0:
+        raise ValueError("weight holds no expert; at least one is expected")
+    check_device("weight", weight, x)
+    check_adapters(x, weight.shape, adapters)
+    check_offsets(offsets, x, len(weight))
+    check_training(training)
+    if x.dtype != weight.dtype and not is_autocast(x):
+        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
+
+
+def check_offsets(offsets: Tensor, x: Tensor, experts: int) -> None:
+    check_tensor("offsets", offsets)
+    if offsets.dtype not in OFFSET_DTYPES:
+        raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype}")
+    if offsets.shape != (experts + 1,):
+        raise ValueError(f"offsets must have shape [E + 1 = {experts + 1}], got {list(offsets.shape)}")
+    check_device("offsets", offsets, x)
+    if is_readable(offsets):
+        expert_rows(offsets, len(x))
+
+
 def check_update(x: Tensor, bias: Tensor | None, adapters: Adapters, training: object) -> None:
     """The same without a weight: the first adapter says how many inputs and outputs there are."""
     check_tensor("x", x)
@@ -61,19 +94,19 @@ def check_training(training: object) -> None:
         raise TypeError(f"training must be True or False, got {training!r}")
 
 
-def check_weight(weight: Tensor | FourBit) -> None:
+def check_weight(weight: Tensor | FourBit, shape: str = "N, K") -> None:
     if isinstance(weight, FourBit):
         return
     check_tensor("weight", weight)
     if weight.dtype not in BASE_DTYPES:
         raise TypeError(f"weight must be float64, float32, float16 or bfloat16, got {weight.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must have shape [N, K], got {list(weight.shape)}")
+    if weight.dim() != len(shape.split()):
+        raise ValueError(f"weight must have shape [{shape}], got {list(weight.shape)}")
 
 
 def check_input(x: Tensor, bias: Tensor | None, shape: Sequence[int]) -> None:
-    """Of a layer of shape ``[N, K]``."""
-    N, K = shape
+    """Of a layer of shape ``[N, K]``, or of stacked ones of shape ``[E, N, K]``."""
+    *experts, N, K = shape
     check_tensor("x", x)
     if x.device.type == "meta":
         raise ValueError("x is a meta tensor and holds no data; move the model and its input to a real device first")
@@ -85,9 +118,14 @@ def check_input(x: Tensor, bias: Tensor | None, shape: Sequence[int]) -> None:
         check_tensor("bias", bias)
         if not bias.is_floating_point():
             raise TypeError(f"bias must have a floating dtype, got {bias.dtype}")
-        if bias.shape != (N,):
-            raise ValueError(f"bias must have shape [N={N}], got {list(bias.shape)}")
+        if bias.shape != (*experts, N):
+            raise ValueError(f"bias must have shape [{_stack(experts)}N={N}], got {list(bias.shape)}")
         check_device("bias", bias, x)
+
+
+def _stack(experts: Sequence[int]) -> str:
+    """How the shape of a stack begins."""
+    return "".join(f"E={count}, " for count in experts)
 
 
 def check_adapters(x: Tensor, shape: Sequence[int], adapters: Adapters) -> None:
@@ -98,15 +136,17 @@ def check_adapters(x: Tensor, shape: Sequence[int], adapters: Adapters) -> None:
     for name, values in (("B", Bs), ("scaling", scalings), ("dropout_p", ps)):
         if len(values) != count:
             raise ValueError(f"{name} must have one entry for each of the {count} adapters in A, got {len(values)}")
-    N, K = shape
+    *experts, N, K = shape
+    stack = _stack(experts)
     for i, (A, B, s, p) in enumerate(zip(As, Bs, scalings, ps, strict=True)):
         at = f"[{i}]" if count > 1 else ""
         if not A.is_floating_point() or not B.is_floating_point():
             raise TypeError(f"A{at} and B{at} must have floating dtypes, got {A.dtype} and {B.dtype}")
-        if A.dim() != 2 or A.shape[1] != K or A.shape[0] == 0:
-            raise ValueError(f"A{at} must have shape [r, K={K}] with a rank r of at least 1, got {list(A.shape)}")
-        if B.shape != (N, A.shape[0]):
-            raise ValueError(f"B{at} must have shape [N={N}, r={A.shape[0]}], got {list(B.shape)}")
+        if A.dim() != len(shape) or A.shape[:-2] != tuple(experts) or A.shape[-1] != K or A.shape[-2] == 0:
+            expected = f"[{stack}r, K={K}]"
+            raise ValueError(f"A{at} must have shape {expected} with a rank r of at least 1, got {list(A.shape)}")
+        if B.shape != (*experts, N, A.shape[-2]):
+            raise ValueError(f"B{at} must have shape [{stack}N={N}, r={A.shape[-2]}], got {list(B.shape)}")
         check_device(f"A{at}", A, x)
         check_device(f"B{at}", B, x)
         check_scaling(f"scaling{at}", s)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dropout, ops, usual
-from .call import Adapters, ForwardCall, Weight
+from .call import Adapters, ForwardCall, GroupedCall, Weight
 from .dispatch import check_backend_name
 from .four_bit import FourBit
 from .reference import wide_dtype
@@ -58,6 +58,54 @@ def lora_linear(
     """
     adapters = checks.as_adapters(A, B, scaling, dropout_p, adapter_index)
     return adapted_linear(x, weight, bias, adapters, training, backend)
+
+
+def lora_grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | Sequence[Tensor],
+    B: Tensor | Sequence[Tensor],
+    scaling: float | Tensor | Sequence[float | Tensor],
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The experts of a mixture, each a linear layer with LoRA adapters of its own, in one step: for the rows of expert
+    ``e`` ``y = x W[e]ᵀ + b[e] + Σ s (D(x) A[e]ᵀ) B[e]ᵀ``.
+
+    Runs in the dtype of ``x`` (or of autocast where that is on) with float32 accumulation; nothing of the size of
+    ``weight`` is made. Keeps for the backward pass what :func:`lora_linear` keeps, and the offsets. The gradients of
+    ``A`` and ``B`` have the layout of ``A`` and ``B``, and zeros for experts without rows. Differentiable once.
+
+    Args:
+        x: ``[T, K]``, rows sorted by expert; the dtype of ``weight`` unless autocast is on.
+        offsets: int32 or int64 ``[E + 1]``, ascending from 0 to ``T``: expert ``e`` has rows
+            ``offsets[e]:offsets[e + 1]``, or none. On a CPU they are checked at once; on a GPU nothing waits for that,
+            and whoever computes has to.
+        weight: ``[E, N, K]``, float64, float32, float16 or bfloat16, any strides (a stack ``[E, K, N]`` is passed as
+            ``weight.transpose(1, 2)``).
+        bias: ``[E, N]`` or None.
+        A: ``[E, r, K]``, or a list with one for each adapter. Any floating dtype and strides.
+        B: ``[E, N, r]``, or a list alike.
+        scaling, dropout_p, training: as in :func:`lora_linear`; the mask counts rows of the sorted ``x``.
+        backend: as in :func:`lora_linear`. ``"cpu"`` and ``"reference"`` take experts; on a GPU the latter does, which
+            waits for the offsets in each pass.
+
+    Returns:
+        ``[T, N]``, in the dtype of ``x`` or of autocast.
+
+    Raises:
+        What :func:`lora_linear` raises.
+    """
+    check_backend_name(backend)
+    adapters = checks.as_adapters(A, B, scaling, dropout_p)
+    checks.check_grouped(x, offsets, weight, bias, adapters, training)
+    x, bias = _in_dtype(x, bias)
+    adapters = _with_seed(with_constant_scaling(adapters, x), x, training)
+    return ops.call_lora_grouped_linear(GroupedCall(x, offsets, Weight.of(weight), bias, adapters), backend)
 
 
 def lora_update(
@@ -237,15 +285,22 @@ def _run(
     training: bool,
     backend: str | None,
 ) -> Tensor:
-    dtype = input_dtype(x)
-    x = x if x.dtype == dtype else x.to(dtype)
-    if isinstance(weight, Tensor) and weight.dtype != dtype:
-        weight = weight.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    A, B, c, scaling, ps, _, index = adapters
-    seed = dropout.dropout_seeds(len(A), x.device) if training and any(ps) else None
-    keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in c)
-    adapters = Adapters(A, B, c, scaling, ps, seed, index)
+    x, bias = _in_dtype(x, bias)
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in adapters.c)
+    adapters = _with_seed(adapters, x, training)
     given = Weight.none(x) if weight is None else Weight.of(weight)
     return ops.call_lora_linear(ForwardCall(x, given, bias, adapters, keep_z), backend)
+
+
+def _in_dtype(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in the dtype that ``x`` is computed in."""
+    dtype = input_dtype(x)
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+
+
+def _with_seed(adapters: Adapters, x: Tensor, training: bool) -> Adapters:
+    drops = training and any(adapters.dropout_p)
+    return adapters._replace(seed=dropout.dropout_seeds(len(adapters.A), x.device) if drops else None)

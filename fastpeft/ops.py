@@ -11,6 +11,14 @@ The arguments are checked before, in checks.py; call.py has the schemas and the 
     are not differentiable.
 ``fastpeft::lora_linear_backward(dy, x, weight, …, u, z, needs, backend) -> Tensor[]``
     the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for, in this order.
+``fastpeft::lora_grouped_linear(x, offsets, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed,``
+    ``adapter_index, backend) -> (y, u)``: the same of experts that are stacked. ``x [T, K]``, ``weight [E, N, K]``,
+    ``bias [E, N]``, ``A [E, r, K]``, ``B [E, N, r]``; expert ``e`` has rows ``offsets[e]:offsets[e + 1]``, ``offsets``
+    integers ``[E + 1]`` that ascend from 0 to ``T``. No DoRA and no mixed batches: ``c`` is empty, ``adapter_index``
+    None.
+``fastpeft::lora_grouped_linear_backward(dy, x, offsets, weight, …, u, needs, backend) -> Tensor[]``
+    the gradients of ``x, weight, bias, *A, *B`` that ``needs`` asks for; of a stack in the layout of the stack, zeros
+    for experts without rows.
 ``fastpeft::dora_norm(weight, quant, blocksize, A, B, scaling, dtype, backend) -> Tensor``
     ``‖W + s B A‖`` of each row, ``B A`` computed in ``dtype``: ``[N]`` in float32 (float64 for float64); not
     differentiable.
@@ -28,15 +36,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch
-from .backends.base import Forward
-from .backends.reference import forward as plain_forward
+from .backends import reference
+from .backends.base import Forward, Grouped
 from .call import (
     DORA_NORM_SCHEMA,
+    LORA_GROUPED_LINEAR_BACKWARD_SCHEMA,
+    LORA_GROUPED_LINEAR_SCHEMA,
     LORA_LINEAR_BACKWARD_SCHEMA,
     LORA_LINEAR_SCHEMA,
     Adapters,
     BackwardCall,
     ForwardCall,
+    GroupedBackwardCall,
+    GroupedCall,
     Kept,
     Needs,
     NormCall,
@@ -99,6 +111,47 @@ def _lora_linear_backward_batched(*flat: Any) -> list[Tensor]:
     return dispatch.named("reference").lora_linear_backward(*BackwardCall.of(flat[:-1]))
 
 
+def _run_grouped(call: GroupedCall, backend: str | None) -> Grouped:
+    run = dispatch.choose("lora_grouped_linear", call.x, call.weight.data, call.adapters.factors, backend)
+    return run.lora_grouped_linear(*call)
+
+
+def _run_grouped_backward(call: GroupedBackwardCall, backend: str | None) -> list[Tensor]:
+    run = dispatch.choose("lora_grouped_linear_backward", call.dy, call.weight.data, call.adapters.factors, backend)
+    return run.lora_grouped_linear_backward(*call)
+
+
+def _grouped_kernel(*flat: Any) -> Grouped:
+    return _run_grouped(GroupedCall.of(flat[:-1]), flat[-1])
+
+
+def _grouped_fake(*flat: Any) -> Grouped:
+    x, _, _, _, adapters = GroupedCall.of(flat[:-1])
+    rows, N = x.shape[0], adapters.shape[0]
+    return x.new_empty((rows, N)), x.new_empty((rows, sum(adapters.ranks)), dtype=wide_dtype(x.dtype))
+
+
+def _grouped_backward_kernel(*flat: Any) -> list[Tensor]:
+    return _run_grouped_backward(GroupedBackwardCall.of(flat[:-1]), flat[-1])
+
+
+def _grouped_backward_fake(*flat: Any) -> list[Tensor]:
+    dy, _, _, weight, adapters, _, needs = GroupedBackwardCall.of(flat[:-1])
+    N, K = adapters.shape
+    like = [
+        dy.new_empty((dy.shape[0], K)) if needs.x else None,
+        torch.empty_like(weight.data) if needs.weight else None,
+        dy.new_empty((weight.data.shape[0], N)) if needs.bias else None,
+        *(torch.empty_like(t) if need else None for t, need in zip(adapters.factors, needs.flat[3:], strict=True)),
+    ]
+    return [grad for grad in like if grad is not None]
+
+
+def _grouped_backward_batched(*flat: Any) -> list[Tensor]:
+    """Of a batch of ``dy`` at once, as :func:`_lora_linear_backward_batched`."""
+    return reference.grouped_backward(*GroupedBackwardCall.of(flat[:-1]))
+
+
 def _factors(adapters: Adapters) -> tuple[Tensor, ...]:
     return *adapters.A, *adapters.B, *adapters.c
 
@@ -120,13 +173,19 @@ def _dora_norm_fake(*flat: Any) -> Tensor:
 
 lora_linear = _define(LORA_LINEAR_SCHEMA, _lora_linear_kernel, _lora_linear_fake)
 lora_linear_backward = _define(LORA_LINEAR_BACKWARD_SCHEMA, _lora_linear_backward_kernel, _lora_linear_backward_fake)
+lora_grouped_linear = _define(LORA_GROUPED_LINEAR_SCHEMA, _grouped_kernel, _grouped_fake)
+lora_grouped_linear_backward = _define(
+    LORA_GROUPED_LINEAR_BACKWARD_SCHEMA, _grouped_backward_kernel, _grouped_backward_fake
+)
 for _batched in ("Batched", "FuncTorchBatched"):
     _LIBRARY.impl("lora_linear_backward", _lora_linear_backward_batched, _batched)
+    _LIBRARY.impl("lora_grouped_linear_backward", _grouped_backward_batched, _batched)
 dora_norm = _define(DORA_NORM_SCHEMA, _dora_norm_kernel, _dora_norm_fake)
 
 
 class _LoraLinearNode(torch.autograd.Function):
-    """Keeps ``x`` as it came, for ``dA`` (or ``dW``), ``u``, for ``dB``, ``z``, for ``dc``, and the seed.
+    """Keeps ``x`` as it came, for ``dA`` (or ``dW``), ``u``, for ``dB``, ``z``, for ``dc``, the seed, and of stacked
+    experts the offsets.
 
     ``forward`` takes the call, how to compute it, the backend, and once more the tensors of
     :attr:`fastpeft.call.ForwardCall.differentiable`, for autograd to see; it gives ``y, u, *z``.
@@ -135,17 +194,18 @@ class _LoraLinearNode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: ForwardCall,
-        compute: Callable[[ForwardCall, str | None], Forward],
+        call: ForwardCall | GroupedCall,
+        compute: Callable[[Any, str | None], Forward],
         backend: str | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         y, u, z = compute(call, backend)
-        _, weight, _, adapters, _ = call
+        weight, adapters = call.weight, call.adapters
+        offsets = call.offsets if isinstance(call, GroupedCall) else None
         flags = [need and t is not None for need, t in zip(ctx.needs_input_grad[3:], tensors, strict=True)]
         needs = Needs.of(flags, len(adapters.A))
         keep_x, keep_u = needs.weight or any(needs.A), any(needs.B)
-        kept = call.x if keep_x else None, u if keep_u else None, adapters.seed, adapters.adapter_index
+        kept = call.x if keep_x else None, u if keep_u else None, adapters.seed, adapters.adapter_index, offsets
         ctx.save_for_backward(*kept, weight.data, *_factors(adapters), *weight.quant, *z)
         ctx.settings = weight.blocksize, adapters.scaling, adapters.dropout_p, backend
         ctx.numbers = [len(some) for some in (adapters.A, adapters.B, adapters.c, weight.quant, z)]
@@ -170,12 +230,17 @@ def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * (3 + len(needs.flat))
     blocksize, scaling, ps, backend = ctx.settings
-    x, u, seed, index, data, *rest = _saved(ctx)
+    x, u, seed, index, offsets, data, *rest = _saved(ctx)
     A, B, c, quant, z = (list(islice(saved, number)) for saved in [iter(rest)] for number in ctx.numbers)
-    adapters = Adapters(A, B, c, scaling, ps, seed, index)
-    call = BackwardCall(dy, x, Weight(data, quant, blocksize), adapters, Kept(u, z), needs)
+    weight, adapters = Weight(data, quant, blocksize), Adapters(A, B, c, scaling, ps, seed, index)
     watched = _is_watched(dy) or _is_batched(dy)
-    grads = iter(lora_linear_backward(*call.flat(), backend) if watched else _run_backward(call, backend))
+    if offsets is None:
+        call = BackwardCall(dy, x, weight, adapters, Kept(u, z), needs)
+        grads = iter(lora_linear_backward(*call.flat(), backend) if watched else _run_backward(call, backend))
+    else:
+        stacked = GroupedBackwardCall(dy, x, offsets, weight, adapters, u, needs)
+        op = lora_grouped_linear_backward
+        grads = iter(op(*stacked.flat(), backend) if watched else _run_grouped_backward(stacked, backend))
     return None, None, None, *(next(grads) if need else None for need in needs.flat)
 
 
@@ -206,7 +271,7 @@ class _Once(torch.autograd.Function):
 
 
 def _with_autograd(
-    call: ForwardCall, compute: Callable[[ForwardCall, str | None], Forward], backend: str | None
+    call: ForwardCall | GroupedCall, compute: Callable[[Any, str | None], Forward], backend: str | None
 ) -> Forward:
     """What ``torch.library.register_autograd`` would generate, without its per-call reflection; it matters for small
     layers."""
@@ -225,7 +290,18 @@ def _lora_linear_autograd(keyset: torch._C.DispatchKeySet, *flat: Any) -> Forwar
     return _with_autograd(ForwardCall.of(flat[:-1]), below, flat[-1])
 
 
+def _grouped_autograd(keyset: torch._C.DispatchKeySet, *flat: Any) -> Grouped:
+    def below(call: GroupedCall, backend: str | None) -> Forward:
+        with torch._C._AutoDispatchBelowAutograd():
+            after = keyset & torch._C._after_autograd_keyset
+            return *lora_grouped_linear.redispatch(after, *call.flat(), backend), []
+
+    y, u, _ = _with_autograd(GroupedCall.of(flat[:-1]), below, flat[-1])
+    return y, u
+
+
 _LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl("lora_grouped_linear", _grouped_autograd, "Autograd", with_keyset=True)
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:
@@ -258,12 +334,21 @@ def call_lora_linear(call: ForwardCall, backend: str | None) -> Tensor:
     reference's equations are computed as operations that torch can differentiate and transform: slower, and right.
     """
     if is_transformed():
-        return plain_forward(call.x, call.weight, call.bias, call.adapters)[0]
+        return reference.forward(call.x, call.weight, call.bias, call.adapters)[0]
     if _is_watched(*call.differentiable):
         return lora_linear(*call.flat(), backend)[0]
     run = dispatch.choose("lora_linear", call.x, call.weight.data, call.adapters.factors, backend)
     y = run.with_gradient(*call)
     return _with_autograd(call, lambda call, _: run.lora_linear(*call), backend)[0] if y is None else y
+
+
+def call_lora_grouped_linear(call: GroupedCall, backend: str | None) -> Tensor:
+    """As :func:`call_lora_linear`."""
+    if is_transformed():
+        return reference.grouped(*call)[0]
+    if _is_watched(call.offsets, *call.differentiable):
+        return lora_grouped_linear(*call.flat(), backend)[0]
+    return _with_autograd(call, lambda call, backend: (*_run_grouped(call, backend), []), backend)[0]
 
 
 def call_dora_norm(

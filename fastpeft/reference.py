@@ -150,11 +150,80 @@ def lora_linear_backward_reference(
     return grads + [grad for some in (dA, dB, dc) for _, grad in sorted(some.items())]
 
 
+def lora_grouped_linear_reference(
+    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
+) -> tuple[Tensor, Tensor]:
+    """:func:`lora_linear_reference` of each expert on rows of its own, ``W [E, N, K]``, ``b [E, N]``, ``A [E, r, K]`` and
+    ``B [E, N, r]`` stacked; ``keep [T, K]`` is of all rows.
+
+    Returns:
+        ``y [T, N]`` in the dtype of ``x``, ``u [T, Σ r]``.
+    """
+    ys, us = [], []
+    for e, rows in enumerate(expert_rows(offsets, len(x))):
+        y, u, _ = lora_linear_reference(
+            x[rows], weight[e].to(x.dtype), None if bias is None else bias[e], _of_expert(adapters, e, rows)
+        )
+        ys.append(y)
+        us.append(u)
+    return torch.cat(ys), torch.cat(us)
+
+
+def lora_grouped_linear_backward_reference(
+    dy: Tensor,
+    x: Tensor | None,
+    offsets: Tensor,
+    weight: Tensor,
+    u: Tensor | None,
+    adapters: Sequence[Adapter],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """:func:`lora_linear_backward_reference` of each expert; those without rows have gradients of zeros.
+
+    Returns:
+        The gradients that ``needs`` asks for, ``dx [T, K]``, the others stacked.
+    """
+    experts = [
+        lora_linear_backward_reference(
+            dy[rows],
+            None if x is None else x[rows],
+            weight[e].to(dy.dtype),
+            None if u is None else u[rows],
+            [],
+            _of_expert(adapters, e, rows),
+            needs,
+        )
+        for e, rows in enumerate(expert_rows(offsets, len(dy)))
+    ]
+    grads = [list(some) for some in zip(*experts, strict=True)]
+    dx = [torch.cat(grads.pop(0))] if needs[0] else []
+    return dx + [torch.stack(some) for some in grads]
+
+
+def expert_rows(offsets: Tensor, rows: int) -> list[slice]:
+    """The rows of each expert; waits for the device that ``offsets [E + 1]`` is on.
+
+    Raises:
+        ValueError: they do not ascend from 0 to ``rows``.
+    """
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows:
+        raise ValueError(f"offsets must start at 0 and end at the {rows} rows of x, got {bounds[0]} and {bounds[-1]}")
+    for e, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if first > end:
+            raise ValueError(f"offsets must ascend, and those of expert {e} are {first} and {end}")
+    return [slice(first, end) for first, end in zip(bounds, bounds[1:], strict=False)]
+
+
 def dora_norm_reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """``‖W + s B A‖`` of each row (Liu et al., "DoRA", 2024): ``[N]`` in float32 (float64 for float64)."""
     wide = wide_dtype(weight.dtype)
     adapted = torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling)
     return torch.linalg.vector_norm(adapted, dim=1)
+
+
+def _of_expert(adapters: Sequence[Adapter], e: int, rows: slice) -> list[Adapter]:
+    return [a._replace(A=a.A[e], B=a.B[e], keep=None if a.keep is None else a.keep[rows]) for a in adapters]
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:

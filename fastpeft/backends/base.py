@@ -11,6 +11,7 @@ from torch import Tensor
 from ..call import Adapters, Kept, Needs, Weight
 
 Forward = tuple[Tensor, Tensor, list[Tensor]]
+Grouped = tuple[Tensor, Tensor]
 PARTS = 32  # that a fingerprint divides a large tensor into; kFingerprintParts of the extension
 
 
@@ -84,6 +85,23 @@ class Backend(Protocol):
 
     def lora_linear_backward(
         self, dy: Tensor, x: Tensor | None, weight: Weight, adapters: Adapters, kept: Kept, needs: Needs
+    ) -> list[Tensor]:
+        """The gradients that ``needs`` asks for, see ops.py."""
+
+    def lora_grouped_linear(
+        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
+    ) -> Grouped:
+        """``y`` and ``u`` of stacked experts, see ops.py; who has no such kernels refuses three-dimensional factors."""
+
+    def lora_grouped_linear_backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        offsets: Tensor,
+        weight: Weight,
+        adapters: Adapters,
+        u: Tensor | None,
+        needs: Needs,
     ) -> list[Tensor]:
         """The gradients that ``needs`` asks for, see ops.py."""
 

@@ -13,6 +13,7 @@ from .base import Backend, Forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ON_THE_CPU = (0, 0, 0)
+STACKED = 3  # dimensions of the factors of experts that are stacked
 
 
 def operand_refusal(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import extension
 from ..call import Adapters, Weight
 from .base import PARTS
-from .compiled import DTYPES, CompiledBackend, operand_refusal
+from .compiled import DTYPES, STACKED, CompiledBackend, operand_refusal
 
 SHOWN_TOKENS = (1, 512)
 # Reading a part of W for its fingerprint is little beside the product with W of so many tokens, or beside any call.
@@ -36,6 +36,8 @@ class CpuBackend(CompiledBackend):
             return extension.missing()
         if x.device.type != "cpu":
             return f"it runs on CPU, and x is on {x.device}"
+        if factors[0].dim() == STACKED:
+            return "it has no kernels for experts that are stacked in one weight"
         return operand_refusal(x, weight, factors)
 
     def worth_a_warning(self, x: Tensor) -> bool:

@@ -11,11 +11,13 @@ from ..four_bit import dequantize
 from ..reference import (
     Adapter,
     dora_norm_reference,
+    lora_grouped_linear_backward_reference,
+    lora_grouped_linear_reference,
     lora_linear_backward_reference,
     lora_linear_reference,
     wide_dtype,
 )
-from .base import Backend, Forward
+from .base import Backend, Forward, Grouped
 
 
 class ReferenceBackend(Backend):
@@ -39,6 +41,28 @@ class ReferenceBackend(Backend):
             grads[0] = grads[0].view(*dy.shape[:-1], K)
         return grads
 
+    def lora_grouped_linear(
+        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
+    ) -> Grouped:
+        """On a GPU it waits once, for the offsets."""
+        return grouped(x, offsets, weight, bias, adapters)
+
+    def lora_grouped_linear_backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        offsets: Tensor,
+        weight: Weight,
+        adapters: Adapters,
+        u: Tensor | None,
+        needs: Needs,
+    ) -> list[Tensor]:
+        grads = iter(grouped_backward(dy, x, offsets, weight, adapters, u, needs))
+        first = [next(grads)] if needs.x else []
+        like = [weight.data, None, *adapters.factors]
+        wanted = [t for t, need in zip(like, needs.flat[1:], strict=True) if need]
+        return first + [g if t is None else torch.empty_like(t).copy_(g) for t, g in zip(wanted, grads, strict=True)]
+
     def dora_norm(self, weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         dense = _dense(weight, Adapters([A], [B], [], [scaling], [0.0]), dtype)
         assert dense is not None
@@ -52,6 +76,25 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) 
     y, u, z = lora_linear_reference(x2, dense, bias, terms)
     # No view: users may change y in place.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]), u, z
+
+
+def grouped(x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) -> Grouped:
+    """``y`` and ``u`` of stacked experts, alike."""
+    return lora_grouped_linear_reference(x, offsets, weight.data, bias, _terms(adapters, *x.shape))
+
+
+def grouped_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    offsets: Tensor,
+    weight: Weight,
+    adapters: Adapters,
+    u: Tensor | None,
+    needs: Needs,
+) -> list[Tensor]:
+    """The gradients of stacked experts, each contiguous: operations that torch can batch."""
+    terms = _terms(adapters, dy.shape[0], adapters.shape[1])
+    return lora_grouped_linear_backward_reference(dy, x, offsets, weight.data, u, terms, needs.flat)
 
 
 def _dense(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:

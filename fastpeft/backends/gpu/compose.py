@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ...call import Adapters, Kept, Needs, Weight
 from ...reference import z_dtype
 from ..base import Forward
-from ..compiled import operand_refusal
+from ..compiled import STACKED, operand_refusal
 from . import plans
 from .kernel_set import DyNeeds, DyOperands, Kernels, Mask, Tail
 from .plans import SHARED, Plan, Product
@@ -25,6 +25,8 @@ def refusal(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
     """Why these ops cannot take a call, whatever the kernels; None when they can."""
     if torch.version.hip is not None:
         return "it was never tried on AMD GPUs"
+    if factors[0].dim() == STACKED:
+        return "it has no kernels for experts that are stacked in one weight"
     return operand_refusal(x, weight, factors)
 
 
