@@ -50,7 +50,8 @@ class Weight(NamedTuple):
     dense stack ``[E, N, K]``.
 
     Attributes:
-        data: ``[N, K]`` or the stack, any strides; of 4 bits the packed bytes, flat; of an absent weight an element nobody reads.
+        data: ``[N, K]`` or the stack, any strides; of 4 bits the packed bytes, flat; of an absent weight an element
+            nobody reads.
         quant: empty; of 4 bits what :attr:`fastpeft.four_bit.FourBit.quant` says.
         blocksize: of 4 bits, elements that share a scale; :data:`ABSENT` of an absent weight.
     """

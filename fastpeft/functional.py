@@ -69,8 +69,8 @@ def lora_grouped_linear(
     B: Tensor | Sequence[Tensor],
     scaling: float | Tensor | Sequence[float | Tensor],
     dropout_p: float | Sequence[float] = 0.0,
-    training: bool = True,
     *,
+    training: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """The experts of a mixture, each a linear layer with LoRA adapters of its own, in one step: for the rows of expert
@@ -83,8 +83,8 @@ def lora_grouped_linear(
     Args:
         x: ``[T, K]``, rows sorted by expert; the dtype of ``weight`` unless autocast is on.
         offsets: int32 or int64 ``[E + 1]``, ascending from 0 to ``T``: expert ``e`` has rows
-            ``offsets[e]:offsets[e + 1]``, or none. On a CPU they are checked at once; on a GPU nothing waits for that,
-            and whoever computes has to.
+            ``offsets[e]:offsets[e + 1]``, or none. What they hold is checked at once on a CPU; on a GPU, or in a
+            compiled graph, by the backend when it computes.
         weight: ``[E, N, K]``, float64, float32, float16 or bfloat16, any strides (a stack ``[E, K, N]`` is passed as
             ``weight.transpose(1, 2)``).
         bias: ``[E, N]`` or None.

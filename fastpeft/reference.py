@@ -153,8 +153,8 @@ def lora_linear_backward_reference(
 def lora_grouped_linear_reference(
     x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
 ) -> tuple[Tensor, Tensor]:
-    """:func:`lora_linear_reference` of each expert on rows of its own, ``W [E, N, K]``, ``b [E, N]``, ``A [E, r, K]`` and
-    ``B [E, N, r]`` stacked; ``keep [T, K]`` is of all rows.
+    """:func:`lora_linear_reference` of each expert on its own rows of ``x [T, K]``: ``W [E, N, K]``, ``b [E, N]``,
+    ``A [E, r, K]`` and ``B [E, N, r]`` are stacks, ``keep [T, K]`` is of all rows.
 
     Returns:
         ``y [T, N]`` in the dtype of ``x``, ``u [T, Σ r]``.
@@ -209,10 +209,11 @@ def expert_rows(offsets: Tensor, rows: int) -> list[slice]:
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != rows:
         raise ValueError(f"offsets must start at 0 and end at the {rows} rows of x, got {bounds[0]} and {bounds[-1]}")
-    for e, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if first > end:
-            raise ValueError(f"offsets must ascend, and those of expert {e} are {first} and {end}")
-    return [slice(first, end) for first, end in zip(bounds, bounds[1:], strict=False)]
+    experts = [slice(first, end) for first, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    for e, rows in enumerate(experts):
+        if rows.start > rows.stop:
+            raise ValueError(f"offsets must ascend, and those of expert {e} are {rows.start} and {rows.stop}")
+    return experts
 
 
 def dora_norm_reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:

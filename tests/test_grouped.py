@@ -259,7 +259,7 @@ def test_only_what_is_asked_for_is_kept_and_computed(backend: str, names: tuple[
 
 def by_functional(i: Experts, backend: str | None = None) -> Tensor:
     return F.lora_grouped_linear(
-        i.x, i.offsets, i.weight, i.bias, i.A, i.B, i.scaling, i.dropout_p, bool(i.seed is not None), backend=backend
+        i.x, i.offsets, i.weight, i.bias, i.A, i.B, i.scaling, i.dropout_p, training=i.seed is not None, backend=backend
     )
 
 
