@@ -44,7 +44,7 @@ def check_call(x: Tensor, weight: Tensor | FourBit, bias: Tensor | None, adapter
 
 
 def check_grouped(
-    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, training: object
+    x: Tensor, offsets: Tensor, weight: Tensor | FourBit, bias: Tensor | None, adapters: Adapters, training: object
 ) -> None:
     """The same of experts whose weights are stacked; on a GPU what the offsets hold is not looked at."""
     if isinstance(weight, FourBit):

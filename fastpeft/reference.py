@@ -210,9 +210,9 @@ def expert_rows(offsets: Tensor, rows: int) -> list[slice]:
     if bounds[0] != 0 or bounds[-1] != rows:
         raise ValueError(f"offsets must start at 0 and end at the {rows} rows of x, got {bounds[0]} and {bounds[-1]}")
     experts = [slice(first, end) for first, end in zip(bounds[:-1], bounds[1:], strict=True)]
-    for e, rows in enumerate(experts):
-        if rows.start > rows.stop:
-            raise ValueError(f"offsets must ascend, and those of expert {e} are {rows.start} and {rows.stop}")
+    for e, own in enumerate(experts):
+        if own.start > own.stop:
+            raise ValueError(f"offsets must ascend, and those of expert {e} are {own.start} and {own.stop}")
     return experts
 
 
