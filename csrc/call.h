@@ -12,9 +12,9 @@
 
 namespace fastpeft {
 
-// W [N, K]: a dense tensor, 4 bits an element, or absent: then the low-rank part is all.
+// W [N, K]: a dense tensor, 4 bits an element, or absent: then the low-rank part is all. Of experts a dense stack.
 struct Weight {
-    at::Tensor data;                // [N, K], any strides; or uint8, flat
+    at::Tensor data;                // [N, K] or [E, N, K], any strides; or uint8, flat
     std::vector<at::Tensor> quant;  // empty; or code [16], absmax; or code, absmax in uint8, code2, absmax2, offset
     int64_t blocksize;              // negative: W is absent
     int64_t N, K;
@@ -25,7 +25,7 @@ struct Weight {
 
 // The adapters, with dropout's factor 1 / (1 - p) made part of `scaling` and p turned into the mask's threshold.
 struct Adapters {
-    std::vector<at::Tensor> A, B;  // [r, K], [N, r]
+    std::vector<at::Tensor> A, B;  // [r, K], [N, r]; of experts [E, r, K], [E, N, r]
     std::vector<at::Tensor> c;     // DoRA: [N], float32, contiguous, one an adapter; empty for LoRA
     std::vector<double> scaling;
     std::vector<int64_t> thresholds;  // 0: nothing is dropped
@@ -35,7 +35,7 @@ struct Adapters {
     bool dora() const { return !c.empty(); }
     int64_t ranks() const {
         int64_t sum = 0;
-        for (const at::Tensor& a : A) sum += a.size(0);
+        for (const at::Tensor& a : A) sum += a.size(-2);
         return sum;
     }
 };
@@ -56,6 +56,9 @@ struct Kept {
 
 // y [..., N], u and z.
 using Forward = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+
+// y [T, N] and u of stacked experts.
+using Grouped = std::tuple<at::Tensor, at::Tensor>;
 
 // The dtype that a call of so many tokens keeps z in: of a single one, no sum averages z's rounding.
 inline at::ScalarType z_dtype(int64_t tokens, at::ScalarType dtype) { return tokens == 1 ? at::kFloat : dtype; }

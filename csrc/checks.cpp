@@ -24,6 +24,12 @@ void check_rows(const char* name, const Tensor& t, int64_t rows, int64_t columns
     check_memory(name, t);
 }
 
+void check_stack(const char* name, const Tensor& t, int64_t experts, int64_t rows, int64_t columns) {
+    TORCH_CHECK(t.dim() == 3 && t.size(0) == experts && t.size(1) == rows && t.size(2) == columns, name,
+                " must have shape [", experts, ", ", rows, ", ", columns, "], got ", t.sizes());
+    check_memory(name, t);
+}
+
 }  // namespace
 
 void check_memory(const char* name, const Tensor& t) {
@@ -61,6 +67,29 @@ void check_kept(const Tensor& dy, const Weight& weight, const Adapters& adapters
     check_rows("dy", dy, tokens, weight.N);
     if (kept.u) check_matrix("u", *kept.u, tokens, adapters.ranks());
     for (const Tensor& each : kept.z) check_matrix("z", each, tokens, weight.N);
+}
+
+std::vector<int64_t> check_experts(const std::optional<Tensor>& x, const Tensor& offsets, const Weight& weight,
+                                   const std::optional<Tensor>& bias, const Adapters& adapters, int64_t tokens) {
+    TORCH_CHECK(!weight.four_bit() && !weight.absent() && !adapters.dora() && !adapters.index,
+                "stacked experts have dense weights, no DoRA and no mixed batches");
+    const int64_t E = weight.data.dim() ? weight.data.size(0) : 0, N = weight.N, K = weight.K;
+    check_stack("weight", weight.data, E, N, K);
+    if (x) check_rows("x", *x, tokens, K);
+    if (bias) check_matrix("bias", *bias, E, N);
+    for (size_t i = 0; i < adapters.count(); ++i) {
+        check_stack("A", adapters.A[i], E, adapters.A[i].size(-2), K);
+        check_stack("B", adapters.B[i], E, N, adapters.A[i].size(-2));
+    }
+    check_rows("offsets", offsets, 1, E + 1);
+    const Tensor wide = offsets.to(at::kLong).contiguous();
+    const int64_t* bounds = wide.const_data_ptr<int64_t>();
+    TORCH_CHECK_VALUE(bounds[0] == 0 && bounds[E] == tokens, "offsets must start at 0 and end at the ", tokens,
+                      " rows of x, got ", bounds[0], " and ", bounds[E]);
+    for (int64_t e = 0; e < E; ++e)
+        TORCH_CHECK_VALUE(bounds[e] <= bounds[e + 1], "offsets must ascend, and those of expert ", e, " are ",
+                          bounds[e], " and ", bounds[e + 1]);
+    return {bounds, bounds + E + 1};
 }
 
 bool is_lazy(const Tensor& t) { return t.is_neg() || t._is_zerotensor(); }

@@ -13,6 +13,10 @@ void check_operands(const std::optional<at::Tensor>& x, const Weight& weight, co
                     const Adapters& adapters, int64_t tokens);
 void check_kept(const at::Tensor& dy, const Weight& weight, const Adapters& adapters, const Kept& kept, int64_t tokens);
 
+// The same of stacked experts, for T rows; and their offsets, once they ascend from 0 to T.
+std::vector<int64_t> check_experts(const std::optional<at::Tensor>& x, const at::Tensor& offsets, const Weight& weight,
+                                   const std::optional<at::Tensor>& bias, const Adapters& adapters, int64_t tokens);
+
 // Whether a tensor's memory does not hold its values: it is lazily negated, or zeros without memory.
 bool is_lazy(const at::Tensor& t);
 bool is_lazy(const std::optional<at::Tensor>& t);

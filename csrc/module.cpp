@@ -31,7 +31,7 @@ fastpeft::Where where_of(const PyWhere& where) { return std::make_from_tuple<fas
 // The adapters know the shape that a 4-bit weight does not.
 fastpeft::Weight weight_of(const PyWeight& weight, const Tensor& A, const Tensor& B) {
     const auto& [data, quant, blocksize] = weight;
-    return {data, quant, blocksize, B.size(0), A.size(1)};
+    return {data, quant, blocksize, B.size(-2), A.size(-1)};
 }
 
 fastpeft::Adapters adapters_of(const PyAdapters& adapters) {
@@ -93,6 +93,20 @@ Tensors lora_linear_backward(const PyWhere& where, const Tensor& dy, const Maybe
     return fastpeft::lora_linear_backward(where_of(where), dy, x, weight_of(weight, call.A[0], call.B[0]), call,
                                           std::make_from_tuple<fastpeft::Kept>(kept),
                                           std::make_from_tuple<fastpeft::Needs>(needs));
+}
+
+fastpeft::Grouped lora_grouped_linear(const Tensor& x, const Tensor& offsets, const PyWeight& weight,
+                                      const MaybeTensor& bias, const PyAdapters& adapters) {
+    const fastpeft::Adapters call = adapters_of(adapters);
+    return fastpeft::lora_grouped_linear(x, offsets, weight_of(weight, call.A[0], call.B[0]), bias, call);
+}
+
+Tensors lora_grouped_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& offsets,
+                                     const PyWeight& weight, const PyAdapters& adapters, const MaybeTensor& u,
+                                     const PyNeeds& needs) {
+    const fastpeft::Adapters call = adapters_of(adapters);
+    return fastpeft::lora_grouped_linear_backward(dy, x, offsets, weight_of(weight, call.A[0], call.B[0]), call, u,
+                                                  std::make_from_tuple<fastpeft::Needs>(needs));
 }
 
 Tensor dora_norm(const PyWhere& where, const PyWeight& weight, const Tensor& A, const Tensor& B, double scaling,
@@ -159,6 +173,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .def("read_lora", &fastpeft::read_plain_lora, arg("state"))
         .def("read_adalora", &fastpeft::read_plain_adalora, arg("state"));
     m.def("lora_linear_backward", &lora_linear_backward, release());
+    m.def("lora_grouped_linear", &lora_grouped_linear, release());
+    m.def("lora_grouped_linear_backward", &lora_grouped_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
     m.def("fingerprint", &fingerprint, arg("small"), arg("large"), arg("first"), arg("count"));
     m.def("identity", &identity, arg("tensors"));

@@ -29,6 +29,11 @@ Matrix matrix(const Tensor& t) {
     return {t.const_data_ptr(), dtype_of(t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
+Matrix matrix(const Tensor& stack, int64_t i) {
+    const auto* data = static_cast<const char*>(stack.const_data_ptr()) + i * stack.stride(0) * stack.element_size();
+    return {data, dtype_of(stack), stack.size(1), stack.size(2), stack.stride(1), stack.stride(2)};
+}
+
 FourBit four_bit(const Weight& weight) {
     const auto floats = [&](size_t i) { return weight.quant[i].const_data_ptr<float>(); };
     FourBit view{.packed = weight.data.const_data_ptr<uint8_t>(),

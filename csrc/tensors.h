@@ -7,6 +7,7 @@ namespace fastpeft {
 DType dtype_of(at::ScalarType dtype);  // raises where no kernel computes in it
 DType dtype_of(const at::Tensor& t);
 Matrix matrix(const at::Tensor& t);
+Matrix matrix(const at::Tensor& stack, int64_t i);  // stack[i], without a tensor for it
 FourBit four_bit(const Weight& weight);
 at::Tensor flat_rows(const at::Tensor& t);  // [..., C] as [M, C] with contiguous rows; a copy where a view cannot be
 at::Tensor with_leading_shape_of(const at::Tensor& like, const at::Tensor& rows);  // the way back

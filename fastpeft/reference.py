@@ -209,7 +209,7 @@ def expert_rows(offsets: Tensor, rows: int) -> list[slice]:
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != rows:
         raise ValueError(f"offsets must start at 0 and end at the {rows} rows of x, got {bounds[0]} and {bounds[-1]}")
-    experts = [slice(first, end) for first, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    experts = [slice(bounds[e], bounds[e + 1]) for e in range(len(bounds) - 1)]
     for e, own in enumerate(experts):
         if own.start > own.stop:
             raise ValueError(f"offsets must ascend, and those of expert {e} are {own.start} and {own.stop}")

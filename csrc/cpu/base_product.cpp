@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <optional>
 
 namespace fastpeft::cpu {
 namespace {
@@ -73,29 +74,28 @@ class Scratch {
 
 class Task {
   public:
-    Task(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& right,
-         bool pairs, const Apart& apart, const Packing& packing)
+    Task(const Kernels& kernels, const BaseProduct& product, bool pairs, const Apart& apart, const Packing& packing)
         : k_(kernels),
-          sweep_(sweep),
-          x_(x),
-          right_(right),
-          s_(right.s),
+          sweep_(product.sweep),
+          x_(product.x),
+          right_(product.s),
+          s_(right_.s),
           apart_(apart),
           pairs_(pairs),
-          low_rank_pairs_(kernels.pairs(sweep.dtype)),
+          low_rank_pairs_(kernels.pairs(sweep_.dtype)),
           decoded_dtype_(pairs ? DType::bf16 : DType::f32),
           element_(pairs ? 2 : 4),
           together_(packing.together),
           depth_(packing.depth) {
         thread_local Scratch sums, stripe, floats, columns, left, decoded;
-        const size_t operands = apart ? 2 : x.size();
+        const size_t operands = apart ? 2 : x_.size();
         sums_ = reinterpret_cast<float*>(sums.lines(operands * together_ * kPart * kStripe * sizeof(float)));
         stripe_ = stripe.lines(together_ * depth_ * kStripe * element_);
         floats_ = reinterpret_cast<float*>(pairs && apart.inputs ? floats.lines(depth_ * kStripe * 4) : stripe_);
         if (apart.outputs)
             columns_ = reinterpret_cast<float*>(columns.lines(ceil_div(depth_, kStripe) * 4 * kTurned * sizeof(float)));
-        left_ = left.lines(kRows * sweep.ranks * sizeof(float));
-        if (right.packed) decoded_ = decoded.lines(kStripe * kColumns * element_);
+        left_ = left.lines(kRows * sweep_.ranks * sizeof(float));
+        if (right_.packed) decoded_ = decoded.lines(kStripe * kColumns * element_);
     }
 
     // Up to kPart rows of `together` stripes of columns.
@@ -236,7 +236,7 @@ class Task {
     // One group onto the sums at `offset`; the last one's result is the output.
     void expand(const RankGroup& g, int64_t m, int64_t rows, int64_t column, int64_t columns, int64_t offset) {
         uint64_t words[kRows * kKeepWords];
-        if (g.threshold) k_.keep(g.seed, g.threshold, m, column, rows, columns, words);
+        if (g.threshold) k_.keep(g.seed, g.threshold, sweep_.first_row + m, column, rows, columns, words);
         k_.left(sweep_.q + m * sweep_.ranks + g.first_rank, sweep_.ranks, rows, g.ranks, low_rank_pairs_, left_);
         Tail target{.keep = g.threshold ? words : nullptr, .from = {sums(0) + offset, DType::f32, kStripe}};
         if (g.operand) target.second = {sums(g.operand) + offset, DType::f32, kStripe};
@@ -306,27 +306,51 @@ bool reaches_rows(int64_t ld) { return ld * kBlock * 2 <= std::numeric_limits<in
 
 int64_t depth_of(int64_t rows) { return even_part(rows, kDepthFloat); }
 
-void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s,
-                  bool pairs, const Apart& apart) {
-    const int64_t all = ceil_div(sweep.columns, kStripe), busy = kTasksAThread * at::get_num_threads();
+void base_products(const Kernels& kernels, const std::vector<BaseProduct>& products, bool pairs, const Apart& apart) {
+    // How a product is cut into tasks, and how many of them a thread takes at a time.
+    struct Cut {
+        const BaseProduct* product;
+        Packing packed;
+        int64_t rows, stripes, part = 0, parts = 0, at_once = 0;
+        int64_t end = 0;  // of what threads take of it, in order
+    };
+    const int64_t threads = at::get_num_threads(), busy = kTasksAThread * threads;
+    int64_t all = 0, work = 0;
+    for (const BaseProduct& p : products) all += ceil_div(p.sweep.columns, kStripe);
     const int64_t most = std::clamp<int64_t>(all / busy, 1, kernels.prefers.stripes_together);
-    const Packing packed = pairs && !apart ? packing(sweep.rows, s.s.rows, most) : Packing{1, depth_of(s.s.rows)};
-    const int64_t together = packed.together;
-    const int64_t stripes = ceil_div(all, together);
-    const int64_t wanted = ceil_div(sweep.rows * stripes, busy);
-    const int64_t part = std::clamp(ceil_div(wanted, kBlock) * kBlock, kBlock, kPart);
-    const int64_t parts = ceil_div(sweep.rows, part), tasks = parts * stripes;
-    // The parts of a stripe one after the other, so that it is packed once, unless there are too few stripes for that.
-    const int64_t at_once = stripes >= busy ? parts : 1;
-    // Whichever thread is free goes on: a task's result does not depend on the thread that computes it.
+    std::vector<Cut> cuts;
+    for (const BaseProduct& p : products) {
+        const int64_t rows = p.sweep.rows, depth = p.s.s.rows;
+        const Packing packed = pairs && !apart ? packing(rows, depth, most) : Packing{1, depth_of(depth)};
+        cuts.push_back({&p, packed, rows, ceil_div(ceil_div(p.sweep.columns, kStripe), packed.together)});
+        work += rows * cuts.back().stripes;
+    }
+    std::stable_sort(cuts.begin(), cuts.end(), [](const Cut& a, const Cut& b) { return a.rows > b.rows; });
+    const int64_t wanted = ceil_div(work, busy);
+    int64_t takes = 0;
+    for (Cut& cut : cuts) {
+        cut.part = std::clamp(ceil_div(wanted, kBlock) * kBlock, kBlock, kPart);
+        cut.parts = ceil_div(cut.rows, cut.part);
+        // The parts of a stripe one after the other, so that it is packed once, unless that is too much of the whole.
+        cut.at_once = cut.rows <= wanted ? cut.parts : 1;
+        takes += cut.parts ? cut.stripes * cut.parts / cut.at_once : 0;
+        cut.end = takes;
+    }
+    // Whichever thread is free goes on, with the longest that is left: a task's result does not depend on the thread
+    // that computes it.
     std::atomic<int64_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
-        Task task(kernels, sweep, x, s, pairs, apart, packed);
-        for (int64_t first; (first = next.fetch_add(at_once)) < tasks;)
-            for (int64_t i = first; i < std::min(first + at_once, tasks); ++i) {
-                const int64_t row = i % parts * part;
-                task.run(row, std::min(row + part, sweep.rows), i / parts * together * kStripe);
-            }
+    at::parallel_for(0, std::min(threads, takes), 1, [&](int64_t, int64_t) {
+        std::optional<Task> task;
+        int64_t take = next.fetch_add(1), begin = 0;
+        for (const Cut& cut : cuts) {
+            if (take < cut.end) task.emplace(kernels, *cut.product, pairs, apart, cut.packed);
+            for (; take < cut.end; take = next.fetch_add(1))
+                for (int64_t i = (take - begin) * cut.at_once; i < (take - begin + 1) * cut.at_once; ++i) {
+                    const int64_t row = i % cut.parts * cut.part;
+                    task->run(row, std::min(row + cut.part, cut.rows), i / cut.parts * cut.packed.together * kStripe);
+                }
+            begin = cut.end;
+        }
     });
 }
 

@@ -41,8 +41,15 @@ struct Apart {
 int64_t depth_of(int64_t rows);
 
 // The output of the sweep onto x[0] S, where x[i] S is the `second` of the groups whose operand is i; the sweep's
-// `seconds` are not looked at. One stride of a dense S is 1. S is packed stripe by stripe, nothing outlives the call.
-void base_product(const Kernels& kernels, const Sweep& sweep, const std::vector<Operand>& x, const RightOperand& s,
-                  bool pairs, const Apart& apart);
+// `seconds` are not looked at. One stride of a dense S is 1.
+struct BaseProduct {
+    Sweep sweep;
+    std::vector<Operand> x;
+    RightOperand s;
+};
+
+// All of them; each S is packed stripe by stripe, nothing outlives the call.
+void base_products(const Kernels& kernels, const std::vector<BaseProduct>& products, bool pairs,
+                   const Apart& apart = {});
 
 }  // namespace fastpeft::cpu

@@ -37,6 +37,18 @@ Tensor panel(const Kernels& kernels, const Tensor& s, bool pairs) {
     return packed;
 }
 
+Tensor panels(const Kernels& kernels, const Tensor& stack, bool pairs, const std::vector<bool>& wanted) {
+    const Tensor rows = stack.stride(1) == 1 || stack.stride(2) == 1 ? stack : stack.contiguous();
+    const int64_t elements = panel_elements(rows.size(1), rows.size(2)), blocks = elements / (kLanes * kLanes);
+    const Tensor packed = at::empty({rows.size(0), elements}, at::dtype(pairs ? at::kBFloat16 : at::kFloat));
+    char* data = static_cast<char*>(packed.mutable_data_ptr());
+    at::parallel_for(0, rows.size(0), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t e = begin; e < end; ++e)
+            if (wanted[e]) kernels.pack(matrix(rows, e), pairs, data + e * elements * packed.element_size(), 0, blocks);
+    });
+    return packed;
+}
+
 Layout::Layout(const Adapters& adapters) : adapters_(adapters), first_rank(adapters.A.size()) {
     const auto own_group = [&](size_t i) { return adapters.dora() || adapters.thresholds[i]; };
     int64_t shared = 0;
@@ -76,13 +88,14 @@ void Layout::each_run(const Tensor& q, F f) const {
 }
 
 Tensor Layout::stacked(const std::vector<Tensor>& parts, bool transposed) const {
-    if (parts.size() == 1) return transposed ? parts[0].t() : parts[0];
-    const int64_t columns = parts[0].size(transposed ? 0 : 1);
+    const auto turned = [&](const Tensor& part) { return transposed ? part.transpose(-2, -1) : part; };
+    if (parts.size() == 1) return turned(parts[0]);
+    std::vector<int64_t> shape = turned(parts[0]).sizes().vec();
+    shape.end()[-2] = ranks;
     at::ScalarType widest = parts[0].scalar_type();
     for (const Tensor& part : parts) widest = at::promote_types(widest, part.scalar_type());
-    Tensor stack = at::zeros({ranks, columns}, at::dtype(widest));
-    for (size_t i = 0; i < parts.size(); ++i)
-        stack.narrow(0, first_rank[i], rank(i)).copy_(transposed ? parts[i].t() : parts[i]);
+    Tensor stack = at::zeros(shape, at::dtype(widest));
+    for (size_t i = 0; i < parts.size(); ++i) stack.narrow(-2, first_rank[i], rank(i)).copy_(turned(parts[i]));
     return stack;
 }
 
@@ -115,6 +128,10 @@ void Layout::select_(const Tensor& q) const {
     const Tensor index = adapters_.index->reshape({-1, 1});
     for (size_t i = 0; i < first_rank.size(); ++i)
         q.narrow(1, first_rank[i], rank(i)).masked_fill_(index.ne(static_cast<int64_t>(i)), 0);
+}
+
+Tensor Layout::part_of(const Tensor& sums, size_t i, int64_t columns) const {
+    return sums.narrow(-2, first_rank[i], rank(i)).narrow(-1, 0, columns);
 }
 
 Tensor Layout::rows_of(const Tensor& sums, size_t i, int64_t columns) const {

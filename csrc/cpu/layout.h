@@ -11,6 +11,8 @@ int64_t padded(int64_t n);                 // up to whole vectors
 int64_t gradient_stride(int64_t tokens, int64_t columns);
 uint64_t seed_of(const Adapters& adapters, size_t i);
 at::Tensor panel(const Kernels& kernels, const at::Tensor& s, bool pairs);
+// The panels of a stack [E, rows, columns] one after the other, of those alone that are wanted.
+at::Tensor panels(const Kernels& kernels, const at::Tensor& stack, bool pairs, const std::vector<bool>& wanted);
 
 // few_tokens.cpp: u and y = x Wᵀ + s u Bᵀ + bias (float32, may be undefined) for x [tokens, K]; y contiguous, float32
 // or as x.
@@ -23,12 +25,13 @@ class Layout {
   public:
     explicit Layout(const Adapters& adapters);
 
-    int64_t rank(size_t i) const { return adapters_.A[i].size(0); }
+    int64_t rank(size_t i) const { return adapters_.A[i].size(-2); }
 
     // All adapters as one group: in LoRA, masks are on x and dx alone, not on y and dy.
     RankGroup unmasked() const { return {.first_rank = 0, .ranks = ranks}; }
 
-    // All A (or Bᵀ) one below the other [ranks, columns], zeros in between; a view where there is one adapter.
+    // All A (or Bᵀ) one below the other [ranks, columns], zeros in between; a view where there is one adapter. Of
+    // experts' stacks [E, ranks, columns].
     at::Tensor stacked(const std::vector<at::Tensor>& parts, bool transposed) const;
 
     // Between the padded layout q [M, ranks] of the kernels and the dense one u [M, Σ r] of the op; every adapter's
@@ -45,6 +48,9 @@ class Layout {
     // them.
     at::Tensor rows_of(const at::Tensor& sums, size_t i, int64_t columns) const;
     at::Tensor scaled_columns_of(const at::Tensor& sums, size_t i, int64_t columns, const at::Tensor& factor) const;
+
+    // One adapter's part [.., r, columns] of sums [.., ranks, columns + …].
+    at::Tensor part_of(const at::Tensor& sums, size_t i, int64_t columns) const;
 
     std::vector<RankGroup> groups;
     int64_t ranks = 0;

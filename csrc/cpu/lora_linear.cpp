@@ -62,7 +62,7 @@ void base_and_low_rank(const Kernels& kernels, Sweep& sweep, const Tensor& y, co
             const int64_t ld = wide.size(0) > 1 ? rows.back().stride(0) : wide.size(1);
             operands.push_back({rows.back().const_data_ptr(), ld});
         }
-        base_product(kernels, sweep, operands, right, pairs, apart);
+        base_products(kernels, {{sweep, operands, right}}, pairs, apart);
         sweep.output = nullptr;
         if (sweep.product || sweep.gradient) run(kernels, sweep);
         return;

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int64_t kPackGrain = 64;      // 16 x 16 blocks a thread should have, at least
 constexpr int64_t kSumGrain = 1 << 15;  // elements, likewise
+constexpr int64_t kTasksAThread = 2;    // sweeps that are a smaller part of all are a thread's each
 
 // The matrix is cut into row_parts x column_parts tasks, in whole tiles. A cut of the contracted dimension costs a
 // partial sum: columns for `product`, rows for `gradient`; a cut of the other dimension is free.
@@ -86,7 +88,7 @@ class Task {
         bool staged = false;
         for (const RankGroup& g : s_.groups) {
             const uint64_t* keep = g.threshold ? words : nullptr;
-            if (keep) k_.keep(g.seed, g.threshold, m, c, rows, columns, words);
+            if (keep) k_.keep(g.seed, g.threshold, s_.first_row + m, c, rows, columns, words);
             if ((product_ || gradient_) && (keep || !staged)) {
                 const char* input = static_cast<const char*>(s_.input);
                 const int64_t offset = (m * s_.ld_input + c) * (s_.dtype == DType::f32 ? 4 : 2);
@@ -168,6 +170,29 @@ void run(const Kernels& kernels, const Sweep& s) {
 
     if (products) add_parts(s.product, products.get(), grid.column_parts - 1, product_size);
     if (gradients) add_parts(s.gradient, gradients.get(), grid.row_parts - 1, gradient_size);
+}
+
+void run(const Kernels& kernels, const std::vector<Sweep>& sweeps) {
+    const int64_t threads = at::get_num_threads();
+    int64_t rows = 0;
+    for (const Sweep& s : sweeps) rows += s.rows;
+    std::vector<const Sweep*> small;
+    for (const Sweep& s : sweeps) {
+        if (kTasksAThread * threads * s.rows > rows)
+            run(kernels, s);
+        else
+            small.push_back(&s);
+    }
+    // Whichever thread is free goes on, with the longest that is left.
+    std::stable_sort(small.begin(), small.end(), [](const Sweep* a, const Sweep* b) { return a->rows > b->rows; });
+    const auto count = static_cast<int64_t>(small.size());
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+        for (int64_t i; (i = next.fetch_add(1)) < count;) {
+            const Sweep& s = *small[i];
+            Task(kernels, s, s.product, s.gradient).run(0, s.rows, 0, s.columns);
+        }
+    });
 }
 
 int64_t panel_elements(int64_t rows, int64_t columns) {

@@ -30,6 +30,7 @@ struct Sweep {
     DType dtype;
     int64_t rows, columns, ranks;
     std::vector<RankGroup> groups;
+    int64_t first_row = 0;  // the number that the masks give to the first row
 
     const void* input = nullptr;
     int64_t ld_input = 0;
@@ -50,6 +51,9 @@ struct Sweep {
 
 // Runs on torch's threads; the result depends on their number, not on their timing.
 void run(const Kernels& kernels, const Sweep& sweep);
+
+// Sweeps over other rows each: the large ones by all threads, one after the other, each small one by one thread.
+void run(const Kernels& kernels, const std::vector<Sweep>& sweeps);
 
 // Elements of the panel of a [rows, columns] matrix, and the packing itself.
 int64_t panel_elements(int64_t rows, int64_t columns);

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..call import Adapters, Weight
-from .base import PARTS
+from ..call import Adapters, Needs, Weight
+from .base import PARTS, Grouped
 from .compiled import DTYPES, STACKED, CompiledBackend, operand_refusal
 
 SHOWN_TOKENS = (1, 512)
@@ -36,8 +36,8 @@ class CpuBackend(CompiledBackend):
             return extension.missing()
         if x.device.type != "cpu":
             return f"it runs on CPU, and x is on {x.device}"
-        if factors[0].dim() == STACKED:
-            return "it has no kernels for experts that are stacked in one weight"
+        if weight.dim() == STACKED and 1 not in weight.stride()[1:]:
+            return f"it takes experts whose rows or columns are contiguous, and the weight's strides are {weight.stride()}"
         return operand_refusal(x, weight, factors)
 
     def worth_a_warning(self, x: Tensor) -> bool:
@@ -52,6 +52,23 @@ class CpuBackend(CompiledBackend):
             )
             plans.append(f"{tokens} token{'s' * (tokens > 1)}: {forward} forward, {backward} backward")
         return f"{C.isa()} kernels, plans {'; '.join(plans)}"
+
+    def lora_grouped_linear(
+        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
+    ) -> Grouped:
+        return extension.built().lora_grouped_linear(x, offsets, weight, bias, adapters)
+
+    def lora_grouped_linear_backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        offsets: Tensor,
+        weight: Weight,
+        adapters: Adapters,
+        u: Tensor | None,
+        needs: Needs,
+    ) -> list[Tensor]:
+        return extension.built().lora_grouped_linear_backward(dy, x, offsets, weight, adapters, u, needs)
 
     def watches(self, tensor: Tensor) -> bool:
         return extension.C is not None and tensor.device.type == "cpu"

@@ -1,0 +1,190 @@
+// The op on experts: every product of lora_linear.cpp for each expert's rows, the experts shared out between the
+// threads.
+#include <ATen/ATen.h>
+
+#include "base_product.h"
+#include "layout.h"
+#include "lora_linear.h"
+
+namespace fastpeft::cpu {
+namespace {
+
+using at::Tensor;
+
+// The rows of each expert.
+class Experts {
+  public:
+    explicit Experts(const std::vector<int64_t>& offsets) : offsets_(offsets) {
+        for (size_t e = 0; e + 1 < offsets.size(); ++e) busy.push_back(offsets[e] < offsets[e + 1]);
+    }
+
+    int64_t count() const { return static_cast<int64_t>(busy.size()); }
+    int64_t first(int64_t e) const { return offsets_[e]; }
+    int64_t rows(int64_t e) const { return offsets_[e + 1] - offsets_[e]; }
+
+    std::vector<bool> busy;  // whether an expert has any
+
+  private:
+    const std::vector<int64_t>& offsets_;
+};
+
+// A sweep over all rows, whose panels, bias and gradient are stacks, as a sweep for each expert.
+std::vector<Sweep> split(const Kernels& kernels, const Sweep& all, const Experts& experts) {
+    const int64_t size = all.dtype == DType::f32 ? 4 : 2;
+    const int64_t panel = panel_elements(all.columns, all.ranks) * (kernels.pairs(all.dtype) ? 2 : 4);
+    const auto on = [](const void* p, int64_t bytes) { return p ? static_cast<const char*>(p) + bytes : nullptr; };
+    std::vector<Sweep> sweeps(experts.count(), all);
+    for (int64_t e = 0; e < experts.count(); ++e) {
+        Sweep& s = sweeps[e];
+        const int64_t first = experts.first(e);
+        s.rows = experts.rows(e);
+        s.first_row = first;
+        s.input = on(all.input, first * all.ld_input * size);
+        s.panel_in = on(all.panel_in, e * panel);
+        s.panel_out = on(all.panel_out, e * panel);
+        if (all.product) s.product = all.product + first * all.ranks;
+        if (all.q) s.q = all.q + first * all.ranks;
+        if (all.gradient) s.gradient = all.gradient + e * all.ranks * all.ld_gradient;
+        if (all.bias) s.bias = all.bias + e * all.columns;
+        if (all.output) s.output = static_cast<char*>(all.output) + first * all.ld_output * size;
+    }
+    return sweeps;
+}
+
+// y = x Wᵀ, or x W, of each expert, with the output of its sweep.
+void multiply(const Kernels& kernels, const std::vector<Sweep>& sweeps, const Experts& experts, const Tensor& x,
+              const Tensor& weight, bool transposed) {
+    const Tensor right = transposed ? weight.transpose(1, 2) : weight;  // [E, depth, columns]
+    const bool pairs = x.scalar_type() == weight.scalar_type() && multiplies_pairs(kernels, dtype_of(x), right.size(1));
+    const Tensor wide = pairs ? x : x.to(at::kFloat);
+    const bool in_place = wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0)));
+    const Tensor rows = in_place ? wide : wide.contiguous();
+    const int64_t ld = rows.size(0) > 1 ? rows.stride(0) : rows.size(1);
+    const char* data = static_cast<const char*>(rows.const_data_ptr());
+    std::vector<BaseProduct> products;
+    for (int64_t e = 0; e < experts.count(); ++e)
+        if (experts.busy[e])
+            products.push_back(
+                {sweeps[e], {{data + experts.first(e) * ld * rows.element_size(), ld}}, {.s = matrix(right, e)}});
+    base_products(kernels, products, pairs);
+}
+
+Sweep sweep_over(const Tensor& wide, const Layout& layout) {
+    return {.dtype = dtype_of(wide),
+            .rows = wide.size(0),
+            .columns = wide.size(1),
+            .ranks = layout.ranks,
+            .groups = layout.groups};
+}
+
+}  // namespace
+
+Grouped lora_grouped_linear(const Tensor& x, const std::vector<int64_t>& offsets, const Weight& weight,
+                            const std::optional<Tensor>& bias, const Adapters& adapters) {
+    const Kernels& kernels = cpu::kernels();
+    const Experts experts(offsets);
+    const Layout layout(adapters);
+    const Tensor x2 = flat_rows(x), q = floats({x2.size(0), layout.ranks});
+    const bool pairs = kernels.pairs(dtype_of(x));
+
+    Sweep down = sweep_over(x2, layout);
+    const Tensor panels_A = panels(kernels, layout.stacked(adapters.A, false).transpose(1, 2), pairs, experts.busy);
+    down.input = x2.const_data_ptr();
+    down.ld_input = x2.stride(0);
+    down.panel_in = panels_A.const_data_ptr();
+    down.product = q.mutable_data_ptr<float>();
+    run(kernels, split(kernels, down, experts));
+    const Tensor u = layout.dense_then_scale_(q);
+
+    const Tensor y = at::empty({x2.size(0), weight.N}, x.options());
+    const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+    Sweep up = sweep_over(y, layout);
+    const Tensor panels_B = panels(kernels, layout.stacked(adapters.B, true), pairs, experts.busy);
+    up.groups = {layout.unmasked()};
+    up.q = q.const_data_ptr<float>();
+    up.panel_out = panels_B.const_data_ptr();
+    up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
+    up.output = y.mutable_data_ptr();
+    up.ld_output = y.stride(0);
+    multiply(kernels, split(kernels, up, experts), experts, x2, weight.data, true);
+    return {y, u};
+}
+
+std::vector<Tensor> lora_grouped_linear_backward(const Tensor& dy, const std::optional<Tensor>& x,
+                                                 const std::vector<int64_t>& offsets, const Weight& weight,
+                                                 const Adapters& adapters, const std::optional<Tensor>& u,
+                                                 const Needs& needs) {
+    const Kernels& kernels = cpu::kernels();
+    const Experts experts(offsets);
+    const Layout layout(adapters);
+    const Tensor dy2 = flat_rows(dy), x2 = x ? flat_rows(*x) : Tensor();
+    const bool pairs = kernels.pairs(dtype_of(dy)), need_A = Needs::any(needs.A), need_B = Needs::any(needs.B);
+    const int64_t E = experts.count(), M = dy2.size(0), N = weight.N, K = weight.K;
+
+    Tensor v, dA, dB, dx;
+    if (needs.x || need_A || need_B) {  // dy is read once for v and dB
+        Sweep sweep = sweep_over(dy2, layout);
+        sweep.groups = {layout.unmasked()};
+        sweep.input = dy2.const_data_ptr();
+        sweep.ld_input = dy2.stride(0);
+        Tensor panels_B, q;
+        if (needs.x || need_A) {
+            v = floats({M, layout.ranks});
+            panels_B = panels(kernels, layout.stacked(adapters.B, true).transpose(1, 2), pairs, experts.busy);
+            sweep.panel_in = panels_B.const_data_ptr();
+            sweep.product = v.mutable_data_ptr<float>();
+        }
+        if (need_B) {
+            q = layout.padded_from(*u);
+            dB = floats({E, layout.ranks, gradient_stride(M, N)});
+            sweep.q = q.const_data_ptr<float>();
+            sweep.gradient = dB.mutable_data_ptr<float>();
+            sweep.ld_gradient = dB.size(2);
+        }
+        run(kernels, split(kernels, sweep, experts));
+    }
+    if (v.defined()) layout.scale_(v);
+    if (needs.x) {
+        dx = at::empty({M, K}, dy.options());
+        Sweep sweep = sweep_over(dx, layout);
+        const Tensor panels_A = panels(kernels, layout.stacked(adapters.A, false), pairs, experts.busy);
+        sweep.q = v.const_data_ptr<float>();
+        sweep.panel_out = panels_A.const_data_ptr();
+        sweep.output = dx.mutable_data_ptr();
+        sweep.ld_output = dx.stride(0);
+        multiply(kernels, split(kernels, sweep, experts), experts, dy2, weight.data, false);
+    }
+    if (need_A) {
+        Sweep sweep = sweep_over(x2, layout);
+        dA = floats({E, layout.ranks, gradient_stride(M, K)});
+        sweep.q = v.const_data_ptr<float>();
+        sweep.input = x2.const_data_ptr();
+        sweep.ld_input = x2.stride(0);
+        sweep.gradient = dA.mutable_data_ptr<float>();
+        sweep.ld_gradient = dA.size(2);
+        run(kernels, split(kernels, sweep, experts));
+    }
+
+    std::vector<Tensor> grads;
+    const auto rows_of = [&](const Tensor& t, int64_t e) { return t.narrow(0, experts.first(e), experts.rows(e)); };
+    if (needs.x) grads.push_back(dx);
+    if (needs.weight) {
+        grads.push_back(at::empty_like(weight.data));
+        for (int64_t e = 0; e < E; ++e) grads.back()[e].copy_(at::mm(rows_of(dy2, e).t(), rows_of(x2, e)));
+    }
+    if (needs.bias) {
+        grads.push_back(at::empty({E, N}, dy.options()));
+        for (int64_t e = 0; e < E; ++e)
+            grads.back()[e].copy_(rows_of(dy2, e).sum(at::IntArrayRef{0}, false, at::kFloat));
+    }
+    for (size_t i = 0; i < adapters.count(); ++i)
+        if (needs.A[i]) grads.push_back(at::empty_like(adapters.A[i]).copy_(layout.part_of(dA, i, K)));
+    for (size_t i = 0; i < adapters.count(); ++i)
+        if (needs.B[i]) {
+            grads.push_back(at::empty_like(adapters.B[i]));
+            at::mul_out(grads.back(), layout.part_of(dB, i, N).transpose(1, 2), at::scalar_tensor(adapters.scaling[i]));
+        }
+    return grads;
+}
+
+}  // namespace fastpeft::cpu
