@@ -7,7 +7,17 @@ from typing import Any
 import torch
 
 from fastpeft import four_bit, ops
-from fastpeft.call import Adapters, BackwardCall, ForwardCall, Kept, Needs, NormCall, Weight
+from fastpeft.call import (
+    Adapters,
+    BackwardCall,
+    ForwardCall,
+    GroupedBackwardCall,
+    GroupedCall,
+    Kept,
+    Needs,
+    NormCall,
+    Weight,
+)
 
 WEIGHT = ["weight", *Weight._fields[1:]]  # the schema calls its data by its name
 ADAPTERS = list(Adapters._fields)
@@ -43,6 +53,9 @@ def test_the_schemas_are_the_fields_of_the_nouns() -> None:
     assert names(ops.lora_linear) == ["x", *WEIGHT, "bias", *ADAPTERS, "keep_z", "backend"]
     backward = ["dy", "x", *WEIGHT, *ADAPTERS, *Kept._fields, "needs", "backend"]
     assert names(ops.lora_linear_backward) == backward
+    assert names(ops.lora_grouped_linear) == ["x", "offsets", *WEIGHT, "bias", *ADAPTERS, "backend"]
+    grouped_backward = ["dy", "x", "offsets", *WEIGHT, *ADAPTERS, "u", "needs", "backend"]
+    assert names(ops.lora_grouped_linear_backward) == grouped_backward
     assert names(ops.dora_norm) == [*WEIGHT, "A", "B", "scaling", "dtype", "backend"]
 
 
@@ -55,6 +68,13 @@ def test_a_call_comes_back_from_its_flat_list() -> None:
     backward = BackwardCall(torch.randn(4, 6), None, weight, adapters, Kept(None, [torch.randn(4, 6)]), needs)
     assert len(backward.flat()) == len(names(ops.lora_linear_backward)) - 1
     assert same(BackwardCall.of(backward.flat()), backward)
+    offsets = torch.tensor([0, 4])
+    grouped = GroupedCall(torch.randn(4, 64), offsets, weight, torch.randn(1, 6), adapters)
+    assert len(grouped.flat()) == len(names(ops.lora_grouped_linear)) - 1
+    assert same(GroupedCall.of(grouped.flat()), grouped)
+    back = GroupedBackwardCall(torch.randn(4, 6), None, offsets, weight, adapters, torch.randn(4, 5), needs)
+    assert len(back.flat()) == len(names(ops.lora_grouped_linear_backward)) - 1
+    assert same(GroupedBackwardCall.of(back.flat()), back)
     norm = NormCall(weight, adapters.A[0], adapters.B[0], 2.0, torch.bfloat16)
     assert len(norm.flat()) == len(names(ops.dora_norm)) - 1
     assert same(NormCall.of(norm.flat()), norm)
