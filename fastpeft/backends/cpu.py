@@ -37,7 +37,7 @@ class CpuBackend(CompiledBackend):
         if x.device.type != "cpu":
             return f"it runs on CPU, and x is on {x.device}"
         if weight.dim() == STACKED and 1 not in weight.stride()[1:]:
-            return f"it takes experts whose rows or columns are contiguous, and the weight's strides are {weight.stride()}"
+            return f"it takes experts with contiguous rows or columns, and the weight's strides are {weight.stride()}"
         return operand_refusal(x, weight, factors)
 
     def worth_a_warning(self, x: Tensor) -> bool:
