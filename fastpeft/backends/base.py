@@ -92,6 +92,7 @@ class Backend(Protocol):
         self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
     ) -> Grouped:
         """``y`` and ``u`` of stacked experts, see ops.py; who has no such kernels refuses three-dimensional factors."""
+        raise AssertionError(f"{self.name} refuses stacked experts")
 
     def lora_grouped_linear_backward(
         self,
@@ -104,6 +105,7 @@ class Backend(Protocol):
         needs: Needs,
     ) -> list[Tensor]:
         """The gradients that ``needs`` asks for, see ops.py."""
+        raise AssertionError(f"{self.name} refuses stacked experts")
 
     def dora_norm(self, weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         """``‖W + s B A‖`` of each row, see ops.py."""
