@@ -147,11 +147,13 @@ def _compile_failure(runner: Runner, case: Case) -> str | None:
 
 def _backend(runner: Runner) -> str:
     """What runs the first fused layer; the CPU's backend with its instruction set."""
-    from fastpeft.peft.layers import is_peft_layer, operands_or_reason
+    from fastpeft.peft.layers import operands_or_reason, peft_layers
+    from fastpeft.peft.operands import Operands
 
-    operands = next(operands_or_reason(module) for module in runner.model.modules() if is_peft_layer(module))
-    assert not isinstance(operands, str)
+    operands = next(operands_or_reason(layer) for layer in peft_layers(runner.model).values())
+    assert isinstance(operands, Operands)
     weight, _, (A, B, *_) = operands
+    assert weight is not None
     x = torch.empty(1, weight.shape[1], dtype=DTYPES[runner.case.dtype], device=weight.device)
     backend = dispatch.choose("lora_linear", x, Weight.of(weight).data, (*A, *B), None)
     return f"{backend.name}, {extension.built().isa()}" if backend.name == "cpu" else backend.name

@@ -35,11 +35,10 @@ def explain(layer_or_model: nn.Module) -> Explanation:
     """
     if not isinstance(layer_or_model, nn.Module):
         raise TypeError(f"layer_or_model must be a torch.nn.Module, got {type(layer_or_model).__name__}")
-    verdicts = {}
-    for name, module in layer_or_model.named_modules():
-        verdict = _verdict_on(module)
-        if verdict is not None:
-            verdicts[name or type(module).__name__] = verdict
+    modules = {name or type(module).__name__: module for name, module in layer_or_model.named_modules()}
+    verdicts = {name: _verdict_on(module) for name, module in modules.items() if isinstance(module, LoRALinear)}
+    verdicts |= _verdicts_on_peft(layer_or_model)
+    verdicts = {name: verdicts[name] for name in modules if name in verdicts}
     if not verdicts:
         raise ValueError(
             "layer_or_model must be or hold a fastpeft.nn.LoRALinear or a PEFT layer, "
@@ -48,13 +47,15 @@ def explain(layer_or_model: nn.Module) -> Explanation:
     return Explanation(verdicts)
 
 
-def _verdict_on(module: nn.Module) -> str | None:
-    if isinstance(module, LoRALinear):
-        scales = [module.lora_magnitude_vector] if isinstance(module, DoRALinear) else []
-        adapters = Adapters([module.lora_A], [module.lora_B], scales, [module.scaling], [module.dropout])
-        return backend_verdict(module.matrix(), adapters, module.backend)
-    if "peft" not in sys.modules:  # then no module can be PEFT's
-        return None
-    from .peft.layers import verdict_on
+def _verdict_on(layer: LoRALinear) -> str:
+    scales = [layer.lora_magnitude_vector] if isinstance(layer, DoRALinear) else []
+    adapters = Adapters([layer.lora_A], [layer.lora_B], scales, [layer.scaling], [layer.dropout])
+    return backend_verdict(layer.matrix(), adapters, layer.backend)
 
-    return verdict_on(module)
+
+def _verdicts_on_peft(model: nn.Module) -> dict[str, str]:
+    if "peft" not in sys.modules:  # then no module can be PEFT's
+        return {}
+    from .peft.layers import peft_layers, verdict_on
+
+    return {name: verdict_on(layer) for name, layer in peft_layers(model).items()}

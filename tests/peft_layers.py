@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastpeft
 from fastpeft.dropout import dropout_keep, dropout_scale
-from fastpeft.peft.layers import FusedForward
+from fastpeft.peft.fused import Fused
 
 
 def lora_model(base: nn.Module, adapter_dtype: torch.dtype = torch.float32, **config: Any) -> peft.PeftModel:
@@ -119,7 +119,7 @@ def no_peft_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.fail(f"left to PEFT: {self}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(FusedForward, "_by_peft", by_peft)
+        patch.setattr(Fused, "_by_peft", by_peft)
         yield
 
 

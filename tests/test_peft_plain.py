@@ -103,7 +103,7 @@ CHANGES: dict[str, Change] = {
     "casting switched off": lambda layer, _: setattr(layer, "cast_input_dtype_enabled", False),
     "a variant": lambda layer, _: layer.lora_variant.update(default=object()),
     "linear layers changed": lambda layer, patch: patch.setattr(nn.Linear, "forward", lambda self, x: x),
-    "peft changed": lambda layer, patch: patch.setattr(type(layer).__mro__[2], "forward", lambda self, x: x),
+    "peft changed": lambda layer, patch: patch.setattr(layer.peft_class, "forward", lambda self, x: x),
 }
 
 

@@ -28,6 +28,8 @@ LATER = (
     *("hot_swap", "(what_is_left_to_peft and rank)", "convolutions_are_left", "loftq", "(longer_way and two)"),
     *("another_variant", "(gradient_checkpointing_changes_nothing and loreft)", "hidden_states_are_the_edited"),
     *("every_token_is_real", "(blocks_are_found and (vit or phi))", "reparametrised"),
+    *("GraniteMoe", "NemotronH", "(cannot_be_fused and interface)"),
+    *("adapters_of_different_ranks", "(experts and life_of_adapters)", "wrappers_made_while"),
 )
 
 

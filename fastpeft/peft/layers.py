@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -18,10 +18,12 @@ from ..four_bit import FourBit
 from ..functional import adapted_linear, update
 from ..verdicts import backend_verdict
 from .base_layers import class_name, is_plain
+from .experts import Experts, wrappers_inside
+from .fused import Fused, is_plain_input
+from .fused_experts import FusedParamWrapper
 from .methods import LEFT_TO_PEFT, METHODS, Method, method_of, stock_of
 from .operands import Operands, read_operands, tokens_of
 from .plain import plain_layers, read_plain
-from .stock import Stock
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as _Layer
@@ -31,14 +33,16 @@ else:
 KEPT_BY_LAYERS = ("fastpeft_backend", "_fastpeft_norms", "_fastpeft_four_bit")
 
 
-class FusedForward(_Layer):
-    """The forward of every fused class: one call of :mod:`fastpeft.functional` in the place of PEFT's."""
+class FusedForward(Fused, _Layer):
+    """The forward of every linear layer's class: one call of :mod:`fastpeft.functional` in the place of PEFT's."""
 
-    fastpeft_backend: str | None = None
     method: Method
-    peft_class: type[Any]
-    stock: Stock
     plain_layers: Any  # see plain.py; None of a method whose layers are never plain
+
+    @classmethod
+    def read(cls, layer: Any) -> Operands | str:
+        """The operands of a call with the active adapters, or why PEFT has to run it."""
+        return read_operands(layer, layer.active_adapters, cls.method, 1)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's result, ``[..., K]`` to ``[..., N]``; from PEFT's own ``forward`` where the call cannot be fused."""
@@ -50,14 +54,11 @@ class FusedForward(_Layer):
         operands = read_plain(self, x) or read_layer(self, self.active_adapters, x)
         if (
             isinstance(operands, str)
-            or not _is_plain_input(x, operands.weight)
+            or not is_plain_input(x, operands.weight)
             or (operands.adapters.c and x.dim() < 2)  # PEFT makes [1, N] of it
         ):
             return self._by_peft(x)
         return self._run(operands, x)
-
-    def _by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(x, *args, **kwargs)
 
     def _run(self, operands: Operands, x: Tensor) -> Tensor:
         weight, bias, adapters = operands
@@ -102,7 +103,7 @@ class FusedForward(_Layer):
             isinstance(operands, str)
             or x.dim() < 2
             or operands.adapters.c  # then each token has factors of its own
-            or not _is_plain_input(x, operands.weight)
+            or not is_plain_input(x, operands.weight)
         ):
             return self._by_peft(x, adapter_names=adapter_names)
         position = {name: i for i, name in enumerate(served)}
@@ -120,11 +121,6 @@ class FusedForward(_Layer):
         nothing = torch.zeros(y.shape[-1], device=y.device)
         own = [self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else nothing for name in adapters]
         return torch.stack([nothing, *own])
-
-    def extra_repr(self) -> str:
-        """Whether the layer is fused as it stands, or why not."""
-        operands = operands_or_reason(self)
-        return f"left to PEFT: {operands}" if isinstance(operands, str) else "fused by fastpeft"
 
     def _get_name(self) -> str:
         return self.peft_class.__name__  # repr shows PEFT's name, as state_dict keys and parameters are PEFT's
@@ -162,49 +158,57 @@ def read_layer(layer: Any, adapters: Sequence[str], x: Any) -> Operands | str:
     return read_operands(layer, adapters, layer.method, tokens_of(x))
 
 
-def operands_or_reason(layer: BaseTunerLayer) -> Operands | str:
+def operands_or_reason(layer: BaseTunerLayer) -> Operands | Experts | str:
     """The operands of a call with the active adapters, or why PEFT runs it and would even if ``layer`` were patched."""
-    fused = type(layer) if isinstance(layer, FusedForward) else fused_class(type(layer))
+    fused = type(layer) if isinstance(layer, Fused) else fused_class(type(layer))
     if fused is None:
         name = class_name(layer)
         return f"{name} {LEFT_TO_PEFT.get(name, 'is no class that fastpeft fuses')}"
-    replaced = _replaced_on_the_layer(layer) or fused.stock.replaced()
-    return read_operands(layer, layer.active_adapters, fused.method, 1) if replaced is None else replaced
+    found: Operands | Experts | str = fused.operands_or_reason(layer)
+    return found
 
 
-def verdict_on(module: nn.Module) -> str | None:
-    """What ``explain`` says of a module; None where it is no layer of PEFT's."""
-    if not is_peft_layer(module):
-        return None
-    operands = operands_or_reason(module)
+def verdict_on(layer: BaseTunerLayer) -> str:
+    """What ``explain`` says of a layer of PEFT's."""
+    operands = operands_or_reason(layer)
     if isinstance(operands, str):
         return f"PEFT: {operands}"
-    if not isinstance(module, FusedForward):
+    if not isinstance(layer, Fused):
         return "PEFT: the layer is not patched; fastpeft.patch(model) would fuse it"
-    return backend_verdict(operands.weight, operands.adapters, module.fastpeft_backend)
+    if isinstance(operands, Experts):
+        return operands.verdict(layer.fastpeft_backend)
+    return backend_verdict(operands.weight, operands.adapters, layer.fastpeft_backend)
 
 
-def is_peft_layer(module: nn.Module) -> TypeGuard[BaseTunerLayer]:
-    """Whether ``module`` is a layer that PEFT made, of any method."""
-    return isinstance(module, BaseTunerLayer)
+def peft_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers that PEFT made, of any method, by name; of wrappers around one another the outermost, which runs for
+    those inside it."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = {id(wrapper) for layer in found.values() for wrapper in wrappers_inside(layer)}
+    return {name or type(layer).__name__: layer for name, layer in found.items() if id(layer) not in inside}
 
 
 def fused_class(peft_class: type[Any]) -> type[Any] | None:
     """What a layer of PEFT's class becomes; None where fastpeft has nothing for it."""
+    if peft_class is FusedParamWrapper.peft_class:
+        return FusedParamWrapper
     method = method_of(peft_class)
     return None if method is None else _fused_class(method)
 
 
 def fuse(layer: nn.Module, backend: str | None) -> None:
-    """Gives ``layer`` its fused class, if there is one."""
+    """Gives ``layer`` its fused class, if there is one; of wrappers around one another it has to be the outermost."""
     fused = fused_class(type(layer))
     if fused is not None:
         _give_class(layer, fused)
-    if isinstance(layer, FusedForward):
+    if isinstance(layer, Fused):
         layer.fastpeft_backend = backend
+    for wrapper in wrappers_inside(layer):
+        if isinstance(wrapper, Fused):
+            unfuse(wrapper)
 
 
-def unfuse(layer: FusedForward) -> None:
+def unfuse(layer: Fused) -> None:
     """Gives ``layer`` PEFT's class back."""
     _give_class(layer, layer.peft_class)
     for name in KEPT_BY_LAYERS:
@@ -223,25 +227,3 @@ def _give_class(layer: Any, new: Any) -> None:
         if isinstance(own, MethodType) and own.__func__ is type(layer).forward:
             layer.__dict__[name] = MethodType(new.forward, layer)
     layer.__class__ = new
-
-
-def _replaced_on_the_layer(layer: Any) -> str | None:
-    """Whether calling the layer leads elsewhere than to its class's forward."""
-    if "forward" not in layer.__dict__:
-        return None
-    called = layer.__dict__.get("_old_forward", layer.__dict__["forward"])
-    own: Any = type(layer)
-    if isinstance(called, MethodType) and called.__self__ is layer and called.__func__ is own.forward:
-        return None
-    return "its forward was replaced by another library"
-
-
-def _is_plain_input(x: Tensor, weight: Tensor | FourBit | None) -> bool:
-    """False where PEFT computes something else than the op, or raises an error that is PEFT's to raise."""
-    if not isinstance(x, Tensor) or x.is_nested or x.is_meta or x.layout is not torch.strided:
-        return False
-    if weight is None or isinstance(weight, FourBit):
-        return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if x.dtype == weight.dtype:
-        return True
-    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)

@@ -30,7 +30,7 @@ class Operands(NamedTuple):
 
 def read_operands(layer: Any, adapters: Sequence[str], method: Method, tokens: int) -> Operands | str:
     """The operands of one call of a PEFT layer with these adapters, or why PEFT has to run it."""
-    reason = _state_reason(layer)
+    reason = state_reason(layer)
     if reason is not None:
         return reason
     base = read_base(layer, method.base_multiplies)
@@ -63,7 +63,8 @@ def tokens_of(x: Any) -> int:
     return x.numel() // max(1, x.shape[-1]) if isinstance(x, Tensor) and x.dim() else 1
 
 
-def _state_reason(layer: Any) -> str | None:
+def state_reason(layer: Any) -> str | None:
+    """Why PEFT has to run a layer, whatever its base and its adapters are."""
     if layer._disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:

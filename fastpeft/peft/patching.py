@@ -13,7 +13,9 @@ from torch import nn
 
 from ..dispatch import BackendRefusal, check_backend_name, named
 from ..verdicts import backend_refusals, grouped
-from .layers import FusedForward, fuse, is_peft_layer, operands_or_reason, unfuse
+from .experts import Experts
+from .fused import Fused
+from .layers import fuse, operands_or_reason, peft_layers, unfuse
 from .methods import METHODS
 from .operands import Operands
 
@@ -31,7 +33,8 @@ class Report:
 
 
 def patch(model: nn.Module, *, backend: str | None = None) -> Report:
-    """Fuses the LoRA, AdaLoRA and VeRA layers of ``model`` in place; parameters, names and state_dict keys stay.
+    """Fuses the LoRA, AdaLoRA and VeRA layers of ``model``, and LoRA on its experts, in place; parameters, names and
+    state_dict keys stay.
 
     Patching twice is harmless; the last ``backend`` counts. A layer whose present state stands in the way (merged,
     disabled, hooked, another variant of LoRA) is reported as left to PEFT and is fused once the state allows it.
@@ -46,7 +49,8 @@ def patch(model: nn.Module, *, backend: str | None = None) -> Report:
         fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot run one of the layers.
     """
     check_backend_name(backend)
-    layers = _peft_layers(model)
+    _check_model(model)
+    layers = peft_layers(model)
     if not layers:
         raise ValueError(
             f"model must hold at least one PEFT layer, got a {type(model).__name__} without any; "
@@ -71,9 +75,10 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         TypeError: ``model`` is no module.
     """
-    for layer in _peft_layers(model).values():
-        if isinstance(layer, FusedForward):
-            unfuse(layer)
+    _check_model(model)
+    for module in model.modules():
+        if isinstance(module, Fused):
+            unfuse(module)
 
 
 def get_peft_model(
@@ -144,15 +149,17 @@ def enabled() -> Iterator[None]:
         _switch(_wanted_by.discard, block)
 
 
-def _peft_layers(model: nn.Module) -> dict[str, Any]:
+def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return {name or type(layer).__name__: layer for name, layer in model.named_modules() if is_peft_layer(layer)}
 
 
-def _check_backend(name: str, operands: Operands, backend: str | None) -> None:
+def _check_backend(name: str, operands: Operands | Experts, backend: str | None) -> None:
     if backend is None:
         return
-    reason = backend_refusals(operands.weight, operands.adapters)[named(backend).name]
+    if isinstance(operands, Experts):
+        reason = operands.refusal(backend)
+    else:
+        reason = backend_refusals(operands.weight, operands.adapters)[named(backend).name]
     if reason is not None:
         raise BackendRefusal(f"backend={backend!r} cannot run {name}: {reason}")

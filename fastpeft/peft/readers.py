@@ -73,7 +73,7 @@ def read_lora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | str |
     if type(A) is not nn.Linear and isinstance(A_weight, Tensor) and isinstance(B_weight, Tensor):
         A_weight, B_weight = A_weight.flatten(1), B_weight.flatten(1)
     reason = dropout_reason(dropout) or factors_reason(layer, (A_weight, B_weight), base.dtype)
-    if reason is None and type(scaling) is not float and not _is_constant(scaling):
+    if reason is None and type(scaling) is not float and not is_constant(scaling):
         reason = "has a scaling that is not one constant number"
     if reason is not None:
         return reason
@@ -103,7 +103,7 @@ def read_adalora(layer: Any, name: str, base: Base, tokens: int) -> Adapter | st
         return None
     dropout, scaling = dropouts._modules.get(name), layer.scaling.get(name)
     reason = dropout_reason(dropout) or factors_reason(layer, (A, B, E), base.dtype)
-    if reason is None and not _is_constant(scaling):
+    if reason is None and not is_constant(scaling):
         reason = "has a scaling that is not one constant number"
     if reason is not None:
         return reason
@@ -233,7 +233,7 @@ def dora_factor(
     return c
 
 
-def _is_constant(scaling: float | Tensor | None) -> bool:
+def is_constant(scaling: float | Tensor | None) -> bool:
     if isinstance(scaling, Tensor):
         return scaling.numel() == 1 and scaling.dim() <= 1 and not scaling.requires_grad
     return isinstance(scaling, (int, float))
