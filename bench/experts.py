@@ -1,0 +1,180 @@
+"""A mixture of experts with LoRA on the stacked weights, shaped like Qwen3-MoE's: ``python -m fastpeft.bench.experts``.
+
+The frozen experts of transformers, PEFT as it comes (``target_parameters``) and fastpeft, on the same tokens sent to
+the same experts. Rows are appended to ``bench/results/<machine>-experts.jsonl``, the table beside them is drawn from
+the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+from torch import Tensor, nn
+
+from fastpeft.experiments.memory import kept_bytes, peak_bytes
+from fastpeft.experiments.timing import interleave, ratios, summary
+
+from .cases import DEVICES, DTYPES, RANK, SEED
+from .contestants import BASE, FASTPEFT, PEFT
+from .measure import Run, record_kernels
+
+TOKENS = (64, 256, 1024, 2048, 4096)
+ROUNDS = 20
+PHASES = {"forward": "forward, with autograd", "step": "forward and backward"}
+PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+class Shape(NamedTuple):
+    """Experts, how many of them a token goes to, and an expert's sizes."""
+
+    experts: int
+    chosen: int
+    hidden: int
+    intermediate: int
+
+    def __str__(self) -> str:
+        return f"{self.experts} experts of {self.hidden}×{self.intermediate}, {self.chosen} a token"
+
+
+SHAPES = {"small": Shape(32, 4, 512, 256), "qwen3-30b": Shape(128, 8, 2048, 768)}
+
+
+class Block:
+    """One contestant's experts on one case's tokens. Its phases are what the clock times."""
+
+    def __init__(self, who: str, shape: Shape, tokens: int, dtype: str, device: str) -> None:
+        torch.manual_seed(SEED)
+        kind = DTYPES[dtype]
+        self.model = _adapted(who, _frozen(shape).to(device=device, dtype=kind))
+        self.experts: Any = next(m for name, m in self.model.named_modules() if name.rpartition(".")[2] == "experts")
+        generator = torch.Generator(device).manual_seed(SEED)
+        x, dy = (torch.randn(tokens, shape.hidden, generator=generator, device=device) for _ in range(2))
+        scores = torch.randn(tokens, shape.experts, generator=generator, device=device).softmax(1)
+        weights, self.index = scores.topk(shape.chosen)
+        self.dy = dy.to(kind)
+        self.learned = [x.to(kind).requires_grad_(), (weights / weights.sum(1, keepdim=True)).to(kind).requires_grad_()]
+        self.learned += [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def forward(self) -> Tensor:
+        x, weights, *_ = self.learned
+        y: Tensor = self.experts(x, self.index, weights)
+        return y
+
+    def step(self) -> None:
+        for tensor in self.learned:
+            tensor.grad = None
+        self.forward().backward(self.dy)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the forward pass keeps, and the most that there are in a step, weights included."""
+        peak = peak_bytes(self.model, torch.optim.SGD(self.learned), self.step)
+        return {"kept": kept_bytes(self.model, self.forward), "peak": peak}
+
+
+def _frozen(shape: Shape) -> nn.Module:
+    """Transformers' experts as it runs them unless asked otherwise, by grouped products."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    sizes = {"hidden_size": shape.hidden, "moe_intermediate_size": shape.intermediate, "num_experts": shape.experts}
+    experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes, experts_implementation="grouped_mm"))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[2] ** -0.5)
+    return nn.ModuleDict({"experts": experts}).requires_grad_(False)
+
+
+def _adapted(who: str, base: nn.Module) -> nn.Module:
+    import peft
+
+    import fastpeft
+
+    if who == BASE.name:
+        return base
+    config = peft.LoraConfig(r=RANK, target_modules=[], target_parameters=list(PARAMETERS), init_lora_weights=False)
+    model: nn.Module = peft.get_peft_model(base, config)
+    if who == FASTPEFT.name:
+        report = fastpeft.patch(model)
+        if report.left_to_peft:
+            raise RuntimeError(f"fastpeft did not fuse the experts:\n{report}")
+    return model
+
+
+def measure(
+    shape: Shape, tokens: Sequence[int], dtypes: Sequence[str], device: str, rounds: int, run: Run
+) -> Iterator[dict[str, Any]]:
+    """A row for every dtype, number of tokens and phase."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for dtype in dtypes:
+        for count in tokens:
+            blocks = {who.name: Block(who.name, shape, count, dtype, device) for who in (BASE, PEFT, FASTPEFT)}
+            memory = {name: block.memory() for name, block in blocks.items()}
+            for phase in PHASES:
+                samples = interleave({name: getattr(block, phase) for name, block in blocks.items()}, rounds, wait)
+                ours = samples[FASTPEFT.name].wall
+                yield {
+                    **run.facts(),
+                    "shape": shape._asdict(),
+                    "rank": RANK,
+                    "dtype": dtype,
+                    "tokens": count,
+                    "phase": phase,
+                    "rounds": len(ours),
+                    "seconds": {name: summary(each.wall) for name, each in samples.items()},
+                    "over_base": summary(ratios(ours, samples[BASE.name].wall)),
+                    "over_peft": summary(ratios(ours, samples[PEFT.name].wall)),
+                    "bytes": memory,
+                }
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds of each and fastpeft's over both, with quartiles; MiB kept for the backward pass and at the most."""
+    first = found[0]
+    where = first["machine"].get("gpu") or f"{first['machine']['cpu']}, {first['threads']} threads"
+    lines = [
+        f"{where}, {first['run'][:10]}, commit {str(first['commit'])[:9]}, PEFT {first['versions']['peft']}. "
+        f"{Shape(**first['shape'])}; LoRA of rank {first['rank']} on both stacks of weights; medians over "
+        f"{first['rounds']} rounds, in ms. Kept: MiB for the backward pass; peak: the most MiB in a step, weights "
+        "included; base / PEFT / fastpeft.",
+        "",
+        "| dtype | tokens | | base | PEFT | fastpeft | / base | / PEFT | kept | peak |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found:
+        who = [each.name for each in (BASE, PEFT, FASTPEFT)]
+        times = " | ".join(f"{row['seconds'][name]['median'] * 1e3:.2f}" for name in who)
+        over = " | ".join(_against(row[name]) for name in ("over_base", "over_peft"))
+        memory = " | ".join(
+            " / ".join(f"{row['bytes'][name][kind] / 2**20:.1f}" for name in who) for kind in ("kept", "peak")
+        )
+        lines.append(f"| {row['dtype']} | {row['tokens']} | {PHASES[row['phase']]} | {times} | {over} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def _against(over: dict[str, float]) -> str:
+    return f"{over['median']:.2f} [{over['q1']:.2f}, {over['q3']:.2f}]"
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(min=2), default=ROUNDS, show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("bench/results"))
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="small", show_default=True)
+@click.option(
+    "--tokens", type=click.IntRange(min=1), multiple=True, help=f"Repeatable.  [{', '.join(map(str, TOKENS))}]"
+)
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Repeatable.  [fp32, bf16]")
+@click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
+def command(rounds: int, out: Path, shape: str, tokens: Sequence[int], dtypes: Sequence[str], device: str) -> None:
+    """Times experts with adapters against PEFT's and against the frozen ones."""
+
+    def rows(run: Run) -> Iterator[dict[str, Any]]:
+        return measure(SHAPES[shape], tokens or TOKENS, dtypes or ("fp32", "bf16"), device, rounds, run)
+
+    record_kernels("experts", rows, markdown, out, device)
+
+
+if __name__ == "__main__":
+    command()
