@@ -350,8 +350,16 @@ def test_mixed_batch_raises_what_peft_raises() -> None:
 
 _LORA = "peft.tuners.lora.layer"
 OTHER_LAYERS = {
-    "Embedding": (nn.Embedding(10, 8), {}, f"{_LORA}.Embedding looks rows of its adapter up, and has no input to multiply"),
-    "MultiheadAttention": (nn.MultiheadAttention(8, 2), {}, f"{_LORA}.MultiheadAttention is no class that fastpeft fuses"),
+    "Embedding": (
+        nn.Embedding(10, 8),
+        {},
+        f"{_LORA}.Embedding looks rows of its adapter up, and has no input to multiply",
+    ),
+    "MultiheadAttention": (
+        nn.MultiheadAttention(8, 2),
+        {},
+        f"{_LORA}.MultiheadAttention is no class that fastpeft fuses",
+    ),
     "ParamWrapper": (
         nn.Linear(8, 8),
         {"target_parameters": ["0.weight"]},
