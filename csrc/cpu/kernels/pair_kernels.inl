@@ -99,6 +99,13 @@ inline void expand_pair_rows(const uint16_t* q, int64_t m, int64_t c, int64_t ra
             sums[i][1] = dot_pairs(sums[i][1], t, p1);
         }
     }
+    // Two loops, both unrolled, or the sums would not stay in registers.
+    if (sink.is_short(c)) {
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) sink.put_short(sums[i][0], sums[i][1], m + i, c);
+        return;
+    }
+#pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) sink.put_both(sums[i][0], sums[i][1], m + i, c);
 }
 

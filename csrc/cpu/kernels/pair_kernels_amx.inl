@@ -115,7 +115,10 @@ void expand_amx(const void* q, int64_t rows, int64_t columns, int64_t ranks, con
             _tile_stored(0, sums[half][0], kLanes * 4);
             _tile_stored(1, sums[half][kLanes], kLanes * 4);
         }
-        for (int64_t m = 0; m < rows; ++m) sink.put_both(load(sums[0][m]), load(sums[1][m]), m, c);
+        const bool is_short = sink.is_short(c);
+        for (int64_t m = 0; m < rows; ++m)
+            is_short ? sink.put_short(load(sums[0][m]), load(sums[1][m]), m, c)
+                     : sink.put_both(load(sums[0][m]), load(sums[1][m]), m, c);
     }
 }
 

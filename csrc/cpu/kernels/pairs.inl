@@ -177,15 +177,19 @@ void dot_four_bit(const void* x, DType dtype, int64_t tokens, int64_t columns, c
 
 // Two vectors of columns; where all 32 are there, bfloat16 is stored at once, and LoRA takes a short way.
 struct PairPut : Put {
+    bool is_short(int64_t c) const {
+        return dtype == DType::bf16 && c + kHalves <= columns && from.dtype == DType::f32 && from.data && !keep &&
+               !scale && !second.data && !bias;
+    }
+    void put_short(V16 first, V16 last, int64_t m, int64_t c) const {
+        const float* sums = static_cast<const float*>(from.data) + m * from.ld + c;
+        store_both(add(first, load(sums)), add(last, load(sums + kLanes)), m, c);
+    }
     void put_both(V16 first, V16 last, int64_t m, int64_t c) const {
         if (dtype != DType::bf16 || c + kHalves > columns) {
             put(first, m, c);
             if (c + kLanes < columns) put(last, m, c + kLanes);
             return;
-        }
-        if (from.dtype == DType::f32 && from.data && !keep && !scale && !second.data && !bias) {
-            const float* sums = static_cast<const float*>(from.data) + m * from.ld + c;
-            return store_both(add(first, load(sums)), add(last, load(sums + kLanes)), m, c);
         }
         store_both(finish(first, m, c, kLanes), finish(last, m, c + kLanes, kLanes), m, c);
     }
@@ -195,6 +199,8 @@ struct PairPut : Put {
 };
 
 struct PairSquares : Squares {
+    bool is_short(int64_t) const { return false; }
+    void put_short(V16, V16, int64_t, int64_t) const {}
     void put_both(V16 first, V16 last, int64_t m, int64_t c) const {
         if (c + kHalves > columns) {
             put(first, m, c);
