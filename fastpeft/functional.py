@@ -91,8 +91,8 @@ def lora_grouped_linear(
         A: ``[E, r, K]``, or a list with one for each adapter. Any floating dtype and strides.
         B: ``[E, N, r]``, or a list alike.
         scaling, dropout_p, training: as in :func:`lora_linear`; the mask counts rows of the sorted ``x``.
-        backend: as in :func:`lora_linear`. ``"cpu"`` and ``"reference"`` take experts; on a GPU the latter does, which
-            waits for the offsets in each pass.
+        backend: as in :func:`lora_linear`. The GPU's take bfloat16; ``"reference"``, which takes the rest there, waits
+            for the offsets in each pass.
 
     Returns:
         ``[T, N]``, in the dtype of ``x`` or of autocast.

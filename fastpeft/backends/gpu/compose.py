@@ -16,7 +16,7 @@ from ...call import Adapters, Kept, Needs, Weight
 from ...reference import z_dtype
 from ..base import Forward
 from ..compiled import STACKED, operand_refusal
-from . import plans
+from . import grouped, plans
 from .kernel_set import DyNeeds, DyOperands, Kernels, Mask, Tail
 from .plans import SHARED, Plan, Product
 
@@ -26,7 +26,7 @@ def refusal(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
     if torch.version.hip is not None:
         return "it was never tried on AMD GPUs"
     if weight.dim() == STACKED:
-        return "it has no kernels for experts that are stacked in one weight"
+        return grouped.refusal(x, weight)
     return operand_refusal(x, weight, factors)
 
 

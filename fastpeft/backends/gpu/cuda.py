@@ -13,11 +13,12 @@ from ... import extension
 from ...call import Adapters, Weight
 from ..compiled import CompiledBackend
 from . import compose
+from .grouped import GroupedProducts
 
 HOPPER = (9, 0)
 
 
-class CudaBackend(CompiledBackend):
+class CudaBackend(GroupedProducts, CompiledBackend):
     """The seed, the masks and DoRA's factors stay on the GPU: nothing waits for it."""
 
     name = "cuda"

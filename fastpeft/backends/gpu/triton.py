@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ...call import Adapters, Kept, Needs, Weight
 from ...four_bit import NESTED_BLOCKSIZE
-from ..base import Backend, Forward
+from ..base import Forward
 from ..compiled import DTYPES
 from . import compose, plans
+from .grouped import GroupedProducts
 from .kernel_set import DyGradients, DyNeeds, DyOperands, Mask, Tail
 from .plans import SHARED, Plan
 
@@ -37,7 +38,7 @@ COPY_TILES = (90, 100, 101, 110)
 ALIGNED = 16  # bytes of its rows and address
 
 
-class TritonBackend(Backend):
+class TritonBackend(GroupedProducts):
     """compose.py's ops out of :class:`TritonKernels`."""
 
     name = "triton"

@@ -1,0 +1,101 @@
+"""Experts on a GPU: by torch's grouped products, which its CPU has, too. No GPU has run these."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_grouped import PEFTS, Case, assert_same_bits, fused
+from test_grouped import test_forward_and_every_gradient_are_as_close_as_eager as assert_as_close_as_eager
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastpeft import dispatch
+from fastpeft.backends.gpu import grouped
+from fastpeft.backends.gpu.grouped import GroupedProducts
+from fastpeft.backends.reference import ReferenceBackend
+from fastpeft.call import Needs
+
+BF16 = torch.bfloat16
+CASES = [
+    Case(K=64, N=48),
+    Case(counts=(70,), K=8, N=16, ranks=(3,), bias=False),
+    Case(counts=(0, 0, 0), K=16, N=16),
+    Case(counts=(1, 1, 1, 0, 1, 1, 0, 2), K=64, N=96, ranks=(16,), as_peft=True, offsets=torch.int32),
+    Case(counts=(3, 17, 0, 65, 33), K=64, N=48, dropout_p=0.5, ranks=(8, 3), as_peft=True),
+    Case(counts=(31, 0, 2), K=256, N=104, ranks=(17,), wide_adapters=True, transposed=True, dropout_p=0.1),
+]
+
+
+@pytest.fixture(autouse=True)
+def by_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of the reference."""
+    for name in ("lora_grouped_linear", "lora_grouped_linear_backward"):
+        monkeypatch.setattr(ReferenceBackend, name, getattr(GroupedProducts, name))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_close_as_eager(case: Case) -> None:
+    assert grouped.refusal(case.make(BF16).x, case.make(BF16).weight) is None
+    assert_as_close_as_eager("reference", case, BF16)
+
+
+def test_the_same_bits_in_the_parameters_layout_and_zeros_where_no_row_went() -> None:
+    i = replace(PEFTS, K=64, N=48, transposed=True).make(BF16)
+    grads = fused(i, "reference")
+    assert_same_bits(fused(i, "reference"), grads)
+    for name, tensor in i.differentiable().items():
+        assert grads[name].stride() == tensor.stride(), name
+        if tensor.dim() == 3:
+            assert not grads[name][2].any() and grads[name][3].any(), name
+
+
+class Largest(TorchDispatchMode):
+    """Of all that is made, views left out, the number of elements of the largest."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(made):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, t.numel())
+        return made
+
+
+def test_nothing_of_the_stacks_size_is_made() -> None:
+    i = Case(counts=(4, 0, 4, 2, 1, 0, 0, 1), K=64, N=48, bias=False).make(BF16)
+    call, backend, needs = i.call(), ReferenceBackend(), Needs.of([True, False, False, True, True], 1)
+    with Largest() as largest:
+        _, u = backend.lora_grouped_linear(*call)
+        backend.lora_grouped_linear_backward(i.dy, i.x, i.offsets, call.weight, call.adapters, u, needs)
+    assert 0 < largest.elements < i.weight.numel()
+
+
+def test_nothing_asks_for_a_value() -> None:
+    i = Case(K=64, N=48, ranks=(8, 3)).make(BF16)
+    needs, backend = Needs.of([True] * 7, 2), ReferenceBackend()
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        (x, offsets, weight, bias, adapters), dy = tree_map_only(Tensor, mode.from_tensor, (i.call(), i.dy))
+        with pytest.raises(DataDependentOutputException):
+            offsets.tolist()
+        y, u = backend.lora_grouped_linear(x, offsets, weight, bias, adapters)
+        grads = backend.lora_grouped_linear_backward(dy, x, offsets, weight, adapters, u, needs)
+    assert y.shape == (64, 48) and u.shape == (64, 11)
+    assert [g.shape for g in grads] == [t.shape for t in i.differentiable().values()]
+
+
+def test_what_a_gpu_leaves_to_the_reference() -> None:
+    i = Case(K=64, N=48).make(BF16)
+    assert "in bfloat16" in str(grouped.refusal(i.x.float(), i.weight.float()))
+    assert "multiples of 8" in str(grouped.refusal(i.x[:, :60], i.weight[:, :, :60]))
+    assert "multiples of 8" in str(grouped.refusal(i.x, i.weight[:, :44]))
+    assert "contiguous" in str(grouped.refusal(i.x, i.weight.repeat(1, 1, 2)[..., ::2]))
+    found = dispatch.refusals(i.x, i.weight, [*i.A, *i.B])
+    assert found["cpu"] is None and "NVIDIA" in str(found["cuda"])
