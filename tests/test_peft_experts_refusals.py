@@ -15,6 +15,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import fastpeft
+from fastpeft.backends.cpu import CpuBackend
+from fastpeft.peft import experts
 
 EXPERTS_ONLY = {"target_modules": []}
 
@@ -268,3 +270,17 @@ def test_a_wrapper_around_a_fused_one_is_pefts_until_it_is_patched() -> None:
     inside_alone = run(model, call)
     assert all(torch.equal(result, inside_alone[name]) for name, result in expected.items())
     assert fastpeft.patch(model).fused == fused_experts(model)
+
+
+def test_experts_without_kernels_on_a_gpu_are_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose backends say what they take; the CPU's stands in for the GPU here."""
+    stock = moe(**EXPERTS_ONLY)
+    call = draw()
+    expected = run(stock, call)
+    monkeypatch.setattr(experts, "_is_waited_for", lambda weight: True)
+    fused = copy.deepcopy(stock)
+    assert fastpeft.patch(fused).left_to_peft == {}
+    monkeypatch.setattr(CpuBackend, "refuses", lambda self, *operands: "it is no GPU")
+    assert "gate_up_proj has no kernels on a GPU (it runs on NVIDIA GPUs" in str(fastpeft.explain(fused))
+    found = run(fused, call)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

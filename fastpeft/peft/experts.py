@@ -21,8 +21,8 @@ from transformers.integrations.moe import (
 )
 
 from ..checks import BASE_DTYPES
-from ..dispatch import BackendRefusal
-from ..functional import lora_grouped_linear
+from ..dispatch import BackendRefusal, refusals
+from ..functional import compute_dtype, lora_grouped_linear
 from .base_layers import class_name, is_hooked, is_plain
 from .fused import Fused
 from .operands import state_reason
@@ -134,7 +134,24 @@ def read_experts(wrapper: Any) -> Experts | str:
     for projection in (up, down):
         if not projection.A and projection.weight.dtype == torch.float64:
             return f"its experts' {projection.name} has no adapter, and torch no grouped products in float64"
-    return Experts(module, up, down, run is grouped_mm_experts_forward)
+    experts = Experts(module, up, down, run is grouped_mm_experts_forward)
+    return _kernels_reason(experts) or experts
+
+
+def _kernels_reason(experts: Experts) -> str | None:
+    """On a GPU the reference would go expert by expert and wait for the offsets, which PEFT does not."""
+    for name, weight, _, A, B, _ in experts.adapted:
+        if not _is_waited_for(weight):
+            continue
+        x = weight.new_empty(0, weight.shape[2], dtype=weight.dtype if experts.as_grouped else compute_dtype(weight))
+        refused = refusals(x, weight, [*A, *B])
+        if all(reason for backend, reason in refused.items() if backend != "reference"):
+            return f"its experts' {name} has no kernels on a GPU ({refused['cuda']})"
+    return None
+
+
+def _is_waited_for(weight: Tensor) -> bool:
+    return weight.device.type == "cuda"
 
 
 def _wrappers_reason(wrappers: Sequence[Any]) -> str | None:
