@@ -1,4 +1,4 @@
-"""A tiny Llama trained by engines for many processes: by fastpeft, by plain PEFT, and by plain PEFT in float64.
+"""A tiny Llama, or mixture of experts, trained by engines for many processes: by fastpeft, by plain PEFT, and by plain PEFT in float64.
 
 ``torchrun --nproc_per_node 2 tests/engine_program.py ENGINE/METHOD ...`` prints for each pair, as a line of JSON, the
 loss of each step over all processes for each of the three, how many calls of layers were fused and how many went to
@@ -8,6 +8,7 @@ PEFT, and for which reasons. engines.py starts it and judges.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import peft
 import torch
 import torch.distributed as dist
 from peft.utils.other import fsdp_auto_wrap_policy
+from peft_experts import moe
 from peft_layers import tiny_llama, tiny_llama_base, tokens
 from test_peft_four_bit import four_bit_llama
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import fastpeft
+from fastpeft.peft.fused_experts import FusedParamWrapper
 from fastpeft.peft.layers import FusedForward, operands_or_reason
 
 STEPS = 20
@@ -113,6 +116,11 @@ def made(engine: str, method: str, exact: bool) -> peft.PeftModel:
             peft.LoraConfig(r=4, lora_alpha=8, target_modules=COLUMNWISE, **DENSE[method]),
         )
         return model.double() if exact else model
+    if method == "experts":
+        model = moe()
+        if exact:  # torch has no grouped products in float64
+            model.double().base_model.model.set_experts_implementation("eager")
+        return model
     if method in DENSE:
         model = tiny_llama(**DENSE[method])
         return model.double() if exact else model
@@ -156,8 +164,8 @@ def counted() -> tuple[Counter[str], set[str]]:
     """From now on the calls of layers that are fused, and that go to PEFT, and why they do."""
     counts: Counter[str] = Counter()
     reasons: set[str] = set()
-    for name in ("_run", "_by_peft"):
-        own = getattr(FusedForward, name)
+    for kind, name in itertools.product((FusedForward, FusedParamWrapper), ("_run", "_by_peft")):
+        own = getattr(kind, name)
 
         def counting(self: Any, *args: Any, own: Any = own, name: str = name, **kwargs: Any) -> Tensor:
             counts[name] += 1
@@ -165,7 +173,7 @@ def counted() -> tuple[Counter[str], set[str]]:
                 reasons.add(str(operands_or_reason(self)))
             return own(self, *args, **kwargs)
 
-        setattr(FusedForward, name, counting)
+        setattr(kind, name, counting)
     return counts, reasons
 
 

@@ -17,6 +17,8 @@ LEFT_FOR = {
     "fsdp2/dora": None,
     "fsdp2/qlora": None,
     "fsdp2-mixed/lora": None,
+    "ddp/experts": None,
+    "fsdp2/experts": None,
     "fsdp1/lora": None,
     "fsdp1/dora": None,
     "fsdp1-adapters/lora": SHARDED,
