@@ -150,9 +150,13 @@ def check_adapters(x: Tensor, shape: Sequence[int], adapters: Adapters) -> None:
         check_device(f"A{at}", A, x)
         check_device(f"B{at}", B, x)
         check_scaling(f"scaling{at}", s)
-        check_number(f"dropout_p{at}", p)
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"dropout_p{at} must be in [0, 1), got {p}")
+        check_dropout_p(f"dropout_p{at}", p)
+
+
+def check_dropout_p(name: str, p: Any) -> None:
+    check_number(name, p)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {p}")
 
 
 def check_scaling(name: str, s: float | Tensor) -> None:

@@ -1,4 +1,5 @@
-"""A tiny Llama, or mixture of experts, trained by engines for many processes: by fastpeft, by plain PEFT, and by plain PEFT in float64.
+"""A tiny Llama, or mixture of experts, trained by engines for many processes: by fastpeft, by plain PEFT, and by plain
+PEFT in float64.
 
 ``torchrun --nproc_per_node 2 tests/engine_program.py ENGINE/METHOD ...`` prints for each pair, as a line of JSON, the
 loss of each step over all processes for each of the three, how many calls of layers were fused and how many went to

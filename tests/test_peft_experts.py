@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastpeft
+import fastpeft.peft.fused_experts as fused_experts_module
 from fastpeft.peft.fused_experts import FusedParamWrapper
 
 DRAWS = 12
@@ -372,3 +373,48 @@ def test_a_backend_that_refuses_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(fastpeft.BackendRefusal, match=r"backend='cpu' cannot run .*experts: not today"):
         fastpeft.patch(model, backend="cpu")
     assert fused_experts(model) == []
+
+
+def test_dropout_on_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT has none there. With the masks that were drawn, put into the place of dropout, it is LoRA's formula."""
+    model, call = moe(**EXPERTS_ONLY), draw()
+    fastpeft.patch(model)
+    expected = run(model.eval(), call)
+    fastpeft.patch(model, experts_dropout=0.5)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in run(model, call).items())
+    torch.manual_seed(1)
+    first, second = run(model.train(), call), run(model, call)
+    assert not torch.equal(first["y"], second["y"])
+    torch.manual_seed(1)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in run(model, call).items())
+    seen: list[tuple[list[float], bool]] = []
+    own = fused_experts_module.lora_grouped_linear
+
+    def recording(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append((args[7], kwargs["training"]))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(fused_experts_module, "lora_grouped_linear", recording)
+    run(model, call)
+    assert seen == [([0.5], True)] * 2
+    with model.disable_adapter():  # nothing is dropped there: PEFT's
+        run_base = wrappers(model)[0](*call[:3])
+    assert run_base.isfinite().all()
+    fastpeft.unpatch(model)
+    fastpeft.patch(model)
+    assert torch.equal(run(model, call)["y"], run(model, call)["y"])
+
+
+def test_dropout_on_experts_is_refused_where_it_cannot_be() -> None:
+    model = moe(**EXPERTS_ONLY)
+    for wrong, error in ((1.0, ValueError), (-0.1, ValueError), ("half", TypeError)):
+        with pytest.raises(error, match="experts_dropout"):
+            fastpeft.patch(model, experts_dropout=wrong)
+    dense = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="without experts"):
+        fastpeft.patch(dense, experts_dropout=0.1)
+    fastpeft.patch(model, experts_dropout=0.1)
+    wrappers(model)[0].get_base_layer().register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="its experts have a hook"):
+        wrappers(model.train())[0](*draw()[:3])
+    wrappers(model.eval())[0](*draw()[:3])

@@ -90,6 +90,15 @@ def test_dropout_merging_and_another_adapter(method: str) -> None:
     assert type(layer).__module__.startswith("peft.")
 
 
+@pytest.mark.parametrize("method", CONFIGS)
+def test_enable_and_get_peft_model_fuse_it(method: str) -> None:
+    with fastpeft.enabled():
+        made = model_of(method, nn.Linear(K, N))
+    config = CONFIGS[method](0.0, target_modules=["0"])
+    for model in (made, fastpeft.get_peft_model(nn.Sequential(nn.Linear(K, N)), config)):
+        assert type(layer_of(model)).__module__ == "fastpeft.peft.layers"
+
+
 def test_what_is_left_to_peft() -> None:
     model = model_of("vblora", nn.Linear(K, N))
     with torch.no_grad():

@@ -23,6 +23,7 @@ from .stock import Stock
 class FusedParamWrapper(Fused, ParamWrapper):
     """``peft.tuners.lora.layer.ParamWrapper`` around experts of transformers', fused with the wrappers inside it."""
 
+    fastpeft_dropout: float = 0.0
     peft_class = ParamWrapper
     stock = Stock((ParamWrapper, "forward"), (ParamWrapper, "get_delta_weight"), (ParamWrapper, "get_param"))
 
@@ -38,6 +39,14 @@ class FusedParamWrapper(Fused, ParamWrapper):
         if isinstance(experts, str) or kwargs or not _are_tokens(experts, x, *args):
             return self._by_peft(x, *args, **kwargs)
         return self._run(experts, x, *args)
+
+    def _by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapts = not (self.disable_adapters or self.merged)
+        if self.training and self.fastpeft_dropout and adapts:
+            reason = self.operands_or_reason(self)
+            why = reason if isinstance(reason, str) else "its arguments are others"
+            raise RuntimeError(f"experts_dropout={self.fastpeft_dropout} cannot be: PEFT has to run a call, as {why}")
+        return super()._by_peft(x, *args, **kwargs)
 
     def _run(self, experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A token's weights multiply what goes into the down projection, which is linear, and not what comes out: so
@@ -64,8 +73,9 @@ class FusedParamWrapper(Fused, ParamWrapper):
             autocast = torch.autocast(x.device.type, enabled=False)
         with autocast:
             if A:
-                backend = self.fastpeft_backend
-                return lora_grouped_linear(x, routing.offsets, weight, bias, A, B, scaling, backend=backend)
+                settings = {"training": self.training, "backend": self.fastpeft_backend}
+                ps = [self.fastpeft_dropout] * len(A)
+                return lora_grouped_linear(x, routing.offsets, weight, bias, A, B, scaling, ps, **settings)
             ends = routing.offsets[1:].to(torch.int32)
             biases = None if bias is None else bias[routing.experts]
             y: Tensor = _grouped_linear(x, weight.transpose(1, 2), offs=ends, bias=biases, is_transposed=True)

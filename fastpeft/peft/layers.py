@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 else:
     _Layer = object  # which of PEFT's classes it is, each fused class says
 
-KEPT_BY_LAYERS = ("fastpeft_backend", "_fastpeft_norms", "_fastpeft_four_bit")
+KEPT_BY_LAYERS = ("fastpeft_backend", "fastpeft_dropout", "_fastpeft_norms", "_fastpeft_four_bit")
 
 
 class FusedForward(Fused, _Layer):

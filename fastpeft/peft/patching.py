@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import peft
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from ..checks import check_dropout_p
 from ..dispatch import BackendRefusal, check_backend_name, named
 from ..verdicts import backend_refusals, grouped
 from .experts import Experts
 from .fused import Fused
+from .fused_experts import FusedParamWrapper
 from .layers import fuse, operands_or_reason, peft_layers, unfuse
 from .methods import METHODS
 from .operands import Operands
@@ -32,8 +36,8 @@ class Report:
         return f"{counts}\n{grouped(self.left_to_peft)}" if self.left_to_peft else counts
 
 
-def patch(model: nn.Module, *, backend: str | None = None) -> Report:
-    """Fuses the LoRA, AdaLoRA and VeRA layers of ``model``, and LoRA on its experts, in place; parameters, names and
+def patch(model: nn.Module, *, backend: str | None = None, experts_dropout: float = 0.0) -> Report:
+    """Fuses the layers of LoRA and its like in ``model``, and LoRA on its experts, in place; parameters, names and
     state_dict keys stay.
 
     Patching twice is harmless; the last ``backend`` counts. A layer whose present state stands in the way (merged,
@@ -43,9 +47,13 @@ def patch(model: nn.Module, *, backend: str | None = None) -> Report:
         model: a PEFT model, or any module that holds PEFT layers.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"`` for all its layers; None takes, at each
             call, the fastest that accepts it.
+        experts_dropout: of what goes into LoRA on experts, in training; PEFT has none there. No adapter's file tells
+            it: a model that is loaded has to be patched with it again. Training experts that are left to PEFT raises
+            RuntimeError then.
 
     Raises:
-        TypeError: ``model`` is no module. ValueError: it holds no PEFT layer, or ``backend`` is unknown.
+        TypeError: ``model`` is no module. ValueError: it holds no PEFT layer, ``backend`` is unknown,
+            ``experts_dropout`` is not in [0, 1), or the model has no experts that are fused.
         fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot run one of the layers.
     """
     check_backend_name(backend)
@@ -64,8 +72,11 @@ def patch(model: nn.Module, *, backend: str | None = None) -> Report:
         else:
             _check_backend(name, operands, backend)
             report.fused.append(name)
+    _check_experts_dropout(experts_dropout, [layers[name] for name in report.fused])
     for layer in layers.values():
         fuse(layer, backend)
+        if isinstance(layer, FusedParamWrapper):
+            layer.fastpeft_dropout = float(experts_dropout)
     return report
 
 
@@ -82,15 +93,18 @@ def unpatch(model: nn.Module) -> None:
 
 
 def get_peft_model(
-    model: nn.Module, peft_config: peft.LoraConfig | peft.VeraConfig, *, backend: str | None = None, **kwargs: Any
+    model: nn.Module, peft_config: peft.PeftConfig, *, backend: str | None = None, **kwargs: Any
 ) -> nn.Module:
     """``peft.get_peft_model(model, peft_config, **kwargs)``, then :func:`patch`.
 
     Raises:
         TypeError: ``peft_config`` is of a method that fastpeft does not fuse. Else what the two functions raise.
     """
-    if not isinstance(peft_config, (peft.LoraConfig, peft.VeraConfig)):
-        raise TypeError(f"peft_config must be a peft.LoraConfig or a peft.VeraConfig, got {type(peft_config).__name__}")
+    if PEFT_TYPE_TO_TUNER_MAPPING.get(getattr(peft_config, "peft_type", None)) not in _MODELS:
+        methods = ", ".join(model.__name__.removesuffix("Model") for model in _MODELS)
+        raise TypeError(
+            f"peft_config must be the configuration of one of {methods} of PEFT, got {type(peft_config).__name__}"
+        )
     check_backend_name(backend)
     peft_model = peft.get_peft_model(model, peft_config, **kwargs)
     patch(peft_model, backend=backend)
@@ -129,7 +143,7 @@ def _switch(change: Callable[[object], None], who: object) -> None:
 
 
 def enable() -> None:
-    """From now on every LoRA, AdaLoRA and VeRA layer that PEFT makes in this process is fused, whoever asks for it."""
+    """From now on every layer of LoRA and its like that PEFT makes in this process is fused, whoever asks for it."""
     _switch(_wanted_by.add, _PROCESS)
 
 
@@ -147,6 +161,12 @@ def enabled() -> Iterator[None]:
         yield
     finally:
         _switch(_wanted_by.discard, block)
+
+
+def _check_experts_dropout(p: float, fused: Sequence[nn.Module]) -> None:
+    check_dropout_p("experts_dropout", p)
+    if p and not any(isinstance(layer, ParamWrapper) for layer in fused):
+        raise ValueError(f"experts_dropout must be 0 for a model without experts that are fused, got {p}")
 
 
 def _check_model(model: object) -> None:
