@@ -69,6 +69,17 @@ class Largest(TorchDispatchMode):
         return made
 
 
+def test_operands_may_lie_anywhere() -> None:
+    """An expanded gradient, as that of a sum, rows apart, columns contiguous."""
+    i = Case(K=64, N=48).make(BF16)
+    apart = torch.randn(64, 67).to(BF16)[:, 1:65]
+    ones = replace(i, dy=torch.ones((), dtype=BF16).expand(64, 48))
+    assert grouped.refusal(ones.dy, i.weight) is None and grouped.refusal(apart, i.weight) is None
+    assert_same_bits(fused(ones, "reference"), fused(replace(i, dy=ones.dy.contiguous()), "reference"))
+    for x in (apart, apart.t().contiguous().t()):
+        assert_same_bits(fused(replace(i, x=x), "reference"), fused(replace(i, x=x.contiguous()), "reference"))
+
+
 def test_nothing_of_the_stacks_size_is_made() -> None:
     i = Case(counts=(4, 0, 4, 2, 1, 0, 0, 1), K=64, N=48, bias=False).make(BF16)
     call, backend, needs = i.call(), ReferenceBackend(), Needs.of([True, False, False, True, True], 1)

@@ -26,7 +26,9 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
         return f"its products of experts are in bfloat16, and x is {x.dtype} and weight {weight.dtype}"
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < FEWEST:
         return "its products of experts need a GPU of capability 8.0"
-    if not (_is_aligned(x) and _is_aligned(weight)) or weight.shape[1] % STEP or weight.shape[2] % STEP:
+    rows, columns = sorted(weight.stride()[1:], reverse=True)
+    aligned = columns == 1 and rows % STEP == 0 and weight.data_ptr() % ALIGNED == 0
+    if not aligned or weight.shape[1] % STEP or weight.shape[2] % STEP:
         return f"its products of experts want sizes in multiples of {STEP} and contiguous rows or columns"
     return None
 
@@ -37,7 +39,7 @@ class GroupedProducts(Backend):
     def lora_grouped_linear(
         self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
     ) -> Grouped:
-        ends = offsets[1:].to(torch.int32)
+        x, ends = _rows(x), offsets[1:].to(torch.int32)
         y = grouped_mm(x, weight.data.transpose(1, 2), offs=ends)
         us = []
         for i in range(len(adapters.A)):
@@ -59,7 +61,7 @@ class GroupedProducts(Backend):
         u: Tensor | None,
         needs: Needs,
     ) -> list[Tensor]:
-        ends, dy = offsets[1:].to(torch.int32), dy.contiguous()
+        dy, x, ends = _rows(dy), None if x is None else _rows(x), offsets[1:].to(torch.int32)
         empty = (offsets[1:] == offsets[:-1]).view(-1, 1, 1)
         dx = grouped_mm(dy, weight.data, offs=ends) if needs.x else None
         dA, dB = [], []
@@ -89,12 +91,11 @@ class GroupedProducts(Backend):
         return [*grads, *dA, *dB]
 
 
-def _is_aligned(t: Tensor) -> bool:
-    """Whether a matrix, or a stack of them, has contiguous rows or columns that begin where the kernel wants them."""
-    rows, columns = t.stride()[-2:]
-    if columns != 1:
-        rows, columns = columns, rows
-    return columns == 1 and rows % STEP == 0 and t.data_ptr() % ALIGNED == 0
+def _rows(t: Tensor) -> Tensor:
+    """A matrix whose rows lie where the kernel wants them: what users hand over may lie anywhere, as an expanded
+    gradient does."""
+    fits = t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % STEP == 0 and t.data_ptr() % ALIGNED == 0
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
 def _padded(adapters: Adapters, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
