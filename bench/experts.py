@@ -21,6 +21,7 @@ from fastpeft.experiments.timing import interleave, ratios, summary
 from .cases import DEVICES, DTYPES, RANK, SEED
 from .contestants import BASE, FASTPEFT, PEFT
 from .measure import Run, record_kernels
+from .table import spread
 
 TOKENS = (64, 256, 1024, 2048, 4096)
 ROUNDS = 20
@@ -146,16 +147,12 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     for row in found:
         who = [each.name for each in (BASE, PEFT, FASTPEFT)]
         times = " | ".join(f"{row['seconds'][name]['median'] * 1e3:.2f}" for name in who)
-        over = " | ".join(_against(row[name]) for name in ("over_base", "over_peft"))
+        over = " | ".join(spread(row[name]) for name in ("over_base", "over_peft"))
         memory = " | ".join(
             " / ".join(f"{row['bytes'][name][kind] / 2**20:.1f}" for name in who) for kind in ("kept", "peak")
         )
         lines.append(f"| {row['dtype']} | {row['tokens']} | {PHASES[row['phase']]} | {times} | {over} | {memory} |")
     return "\n".join(lines) + "\n"
-
-
-def _against(over: dict[str, float]) -> str:
-    return f"{over['median']:.2f} [{over['q1']:.2f}, {over['q3']:.2f}]"
 
 
 @click.command()

@@ -30,6 +30,7 @@ from fastpeft.peft import readers
 from .cases import LayerCase
 from .contestants import BASE, FASTPEFT, PEFT, PEFT_AUTOCAST
 from .measure import Run, record_kernels
+from .table import spread
 
 TOKENS, WIDTH = 129, 16  # the fewest tokens that lora_linear takes
 ROUNDS = 60  # of some hundred calls each
@@ -114,10 +115,8 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     ]
     for row in found:
         times = " | ".join(f"{row['seconds'][who.name]['median'] * 1e6:.0f}" for who in CONTESTANTS)
-        over = row["over_peft"]
-        against = f"{over['median']:.2f} [{over['q1']:.2f}, {over['q3']:.2f}]"
         what = f"{METHODS[row['method']]} | {row['dropout']:g} | {PHASES[row['phase']]}"
-        lines.append(f"| {what} | {times} | {row['launches']} | {against} |")
+        lines.append(f"| {what} | {times} | {row['launches']} | {spread(row['over_peft'])} |")
     return "\n".join(lines) + "\n"
 
 

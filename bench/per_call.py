@@ -21,6 +21,7 @@ from .cases import LayerCase
 from .contestants import BASE, FASTPEFT, PEFT
 from .measure import Run, record_kernels
 from .play import isa_option
+from .table import spread
 
 WIDTH = 64
 ROUNDS = 60  # of hundreds of calls each: about ten thousand
@@ -61,10 +62,8 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     ]
     for row in found:
         base, peft, ours = (f"{row['seconds'][who.name]['median'] * 1e6:.1f}" for who in (BASE, PEFT, FASTPEFT))
-        over = row["over_peft"]
-        against = f"{over['median']:.2f} [{over['q1']:.2f}, {over['q3']:.2f}]"
         what = f"{METHODS[row['method']]} | {PHASES[row['phase']]}"
-        lines.append(f"| {what} | {base} | {peft} | {ours} | {against} | {MOST_OF_PEFTS} |")
+        lines.append(f"| {what} | {base} | {peft} | {ours} | {spread(row['over_peft'])} | {MOST_OF_PEFTS} |")
     return "\n".join(lines) + "\n"
 
 

@@ -70,7 +70,11 @@ def time_cell(row: Row | None) -> str:
         return _duration(row.seconds["median"])
     if row.against is None:
         return "parity fails"
-    ratio = row.against[BASE.name]
+    return spread(row.against[BASE.name])
+
+
+def spread(ratio: Mapping[str, float]) -> str:
+    """Median and quartiles."""
     return f"{multiple(ratio['median'])} [{multiple(ratio['q1'])}, {multiple(ratio['q3'])}]"
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from largest import Largest
 from test_grouped import PEFTS, Case, assert_same_bits, fused
 from test_grouped import test_forward_and_every_gradient_are_as_close_as_eager as assert_as_close_as_eager
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from fastpeft import dispatch
 from fastpeft.backends.gpu import grouped
@@ -53,20 +52,6 @@ def test_the_same_bits_in_the_parameters_layout_and_zeros_where_no_row_went() ->
         assert grads[name].stride() == tensor.stride(), name
         if tensor.dim() == 3:
             assert not grads[name][2].any() and grads[name][3].any(), name
-
-
-class Largest(TorchDispatchMode):
-    """Of all that is made, views left out, the number of elements of the largest."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for t in tree_leaves(made):
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
-                self.elements = max(self.elements, t.numel())
-        return made
 
 
 def test_operands_may_lie_anywhere() -> None:

@@ -12,6 +12,7 @@ import peft
 import peft.helpers
 import pytest
 import torch
+from largest import Largest
 from oracle import assert_close_as_eager
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.hotswap import hotswap_adapter
@@ -32,8 +33,6 @@ from peft_experts import (
 )
 from peft_layers import tokens
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fastpeft
 import fastpeft.peft.fused_experts as fused_experts_module
@@ -146,30 +145,16 @@ def test_autocast(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_parity(stock, monkeypatch, autocast=torch.bfloat16)
 
 
-class Made(TorchDispatchMode):
-    """The number of elements of the largest tensor that operations made, views left out."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        seen = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for each in tree_leaves(made):
-            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in seen:
-                self.largest = max(self.largest, each.numel())
-        return made
-
-
 def test_no_tensor_of_the_size_of_a_stack_is_made() -> None:
     stock = moe(**EXPERTS_ONLY)
     fused = copy.deepcopy(stock)
     fastpeft.patch(fused)
     smallest = min(parameter.numel() for parameter in wrappers(stock)[0].get_base_layer().parameters())
-    by_peft, by_us = Made(), Made()
+    by_peft, by_us = Largest(), Largest()
     for model, made in ((stock, by_peft), (fused, by_us)):
         with made:
             run(model, draw(tokens=8))
-    assert by_us.largest < smallest <= by_peft.largest
+    assert by_us.elements < smallest <= by_peft.elements
 
 
 @pytest.mark.parametrize("kind", KINDS)

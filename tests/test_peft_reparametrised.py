@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
-from oracle import assert_close_as_eager
-from peft_layers import layer_of, no_peft_forward, signed
-from test_peft_vera import results
-from torch import Tensor, nn
+from peft_layers import layer_of
+from test_peft_vera import assert_as_close_as_peft
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
@@ -55,19 +53,7 @@ def test_as_close_to_float64_as_peft(
             model_of(method, Conv1D(N, K))
         return
     model = model_of(method, (Conv1D(N, K) if layer == "conv1d" else nn.Linear(K, N)).to(dtype))
-    exact, fused = copy.deepcopy(model).double(), copy.deepcopy(model)
-    assert fastpeft.patch(fused).left_to_peft == {}
-    found: list[list[dict[str, Tensor]]] = [[], [], []]
-    for _ in range(4):
-        x, dy = signed(33, K).to(dtype), signed(33, N)
-        found[1].append(results(exact, x.double(), dy.double()))
-        with torch.autocast("cpu", dtype, enabled=dtype != F32):
-            found[2].append(results(model, x, dy))
-        with no_peft_forward(monkeypatch):
-            found[0].append(results(fused, x, dy))
-    for name, like in results(model, x, dy).items():
-        assert found[0][-1][name].dtype == like.dtype, name
-        assert_close_as_eager(*([result[name] for result in some] for some in found), name)
+    assert_as_close_as_peft(model, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("method", CONFIGS)

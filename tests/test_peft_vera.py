@@ -39,6 +39,25 @@ def results(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach()} | dict(zip(["x", *learned], grads, strict=True))
 
 
+def assert_as_close_as_peft(model: nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused, a model of one layer is as close to float64 as PEFT's is under autocast, in the dtypes of PEFT's."""
+    layer = layer_of(model)
+    shapes = [(33, size) for size in (layer.in_features, layer.out_features)]
+    exact, fused = copy.deepcopy(model).double(), copy.deepcopy(model)
+    assert fastpeft.patch(fused).left_to_peft == {}
+    found: list[list[dict[str, Tensor]]] = [[], [], []]
+    for _ in range(4):
+        x, dy = signed(*shapes[0]).to(dtype), signed(*shapes[1])
+        found[1].append(results(exact, x.double(), dy.double()))
+        with torch.autocast("cpu", dtype, enabled=dtype != F32):
+            found[2].append(results(model, x, dy))
+        with no_peft_forward(monkeypatch):
+            found[0].append(results(fused, x, dy))
+    for name, like in results(model, x, dy).items():
+        assert found[0][-1][name].dtype == like.dtype, name
+        assert_close_as_eager(*([result[name] for result in some] for some in found), name)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("layer", ["linear", "conv1d", "no_bias"])
 def test_as_close_to_float64_as_peft(layer: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,20 +65,7 @@ def test_as_close_to_float64_as_peft(layer: str, dtype: torch.dtype, monkeypatch
     base = Conv1D(N, K) if layer == "conv1d" else nn.Linear(K, N, bias=layer != "no_bias")
     model = vera_model(base.to(dtype), fan_in_fan_out=layer == "conv1d")
     assert any("vera_lambda_d" in name for name, p in model.named_parameters() if p.requires_grad)
-    exact, fused = copy.deepcopy(model).double(), copy.deepcopy(model)
-    assert fastpeft.patch(fused).left_to_peft == {}
-    found: list[list[dict[str, Tensor]]] = [[], [], []]
-    for _ in range(4):
-        x, dy = signed(33, K).to(dtype), signed(33, N)
-        found[1].append(results(exact, x.double(), dy.double()))
-        with torch.autocast("cpu", dtype, enabled=dtype != F32):
-            found[2].append(results(model, x, dy))
-        with no_peft_forward(monkeypatch):
-            found[0].append(results(fused, x, dy))
-    stock = results(model, x, dy)
-    for name, like in stock.items():
-        assert found[0][-1][name].dtype == like.dtype, name
-        assert_close_as_eager(*([result[name] for result in some] for some in found), name)
+    assert_as_close_as_peft(model, dtype, monkeypatch)
 
 
 def test_two_adapters_and_one_of_other_layers() -> None:
