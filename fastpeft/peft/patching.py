@@ -40,8 +40,9 @@ def patch(model: nn.Module, *, backend: str | None = None, experts_dropout: floa
     """Fuses the layers of LoRA and its like in ``model``, and LoRA on its experts, in place; parameters, names and
     state_dict keys stay.
 
-    Patching twice is harmless; the last ``backend`` and ``experts_dropout`` count. A layer whose present state stands in the way (merged,
-    disabled, hooked, another variant of LoRA) is reported as left to PEFT and is fused once the state allows it.
+    Patching twice is harmless; the last ``backend`` and ``experts_dropout`` count. A layer whose present state stands
+    in the way (merged, disabled, hooked, another variant of LoRA) is reported as left to PEFT and is fused once the
+    state allows it.
 
     Args:
         model: a PEFT model, or any module that holds PEFT layers.
