@@ -1,4 +1,6 @@
-// The autograd node of lora_linear in C++, for calls that no compiler and no mode has to see: see ops.h.
+// The autograd nodes of lora_linear and lora_shared_linear in C++, for calls that no compiler and no mode has to see: see
+// ops.h.
+#include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -64,8 +66,8 @@ bool is_batched(const Tensor& t) {
 }
 
 // The backward op by torch's dispatcher, which has a way to take batches (ops.py).
-Tensors dispatched_backward(const Call& call, const Tensor& dy, const std::optional<Tensor>& x, const Weight& weight,
-                            const Adapters& adapters, const Kept& kept) {
+Tensors dispatched_backward(const Tensor& dy, const std::optional<Tensor>& x, const Weight& weight,
+                            const Adapters& adapters, const Kept& kept, const std::vector<int64_t>& needed) {
     static const c10::OperatorHandle op =
         c10::Dispatcher::singleton().findSchemaOrThrow("fastpeft::lora_linear_backward", "");
     std::vector<double> scaling = adapters.scaling, dropout_p;
@@ -74,7 +76,7 @@ Tensors dispatched_backward(const Call& call, const Tensor& dy, const std::optio
         dropout_p.push_back(static_cast<double>(adapters.thresholds[i]) / 65536);
     }
     c10::List<bool> needs;
-    for (const int64_t need : call.needs) needs.push_back(need != 0);
+    for (const int64_t need : needed) needs.push_back(need != 0);
     torch::jit::Stack stack{dy,         x,          weight.data, weight.quant, weight.blocksize, adapters.A,
                             adapters.B, adapters.c, scaling,     dropout_p,    adapters.seed,    adapters.index,
                             kept.u,     kept.z,     needs,       c10::IValue()};
@@ -109,6 +111,14 @@ struct Once : Function<Once> {
         TORCH_CHECK(false, "trying to differentiate twice a function that was marked with @once_differentiable");
     }
 };
+
+Tensors once(const Tensors& dy, const Tensors& kept, const Tensors& grads) {
+    Tensors origins;
+    for (const Tensors* some : {&dy, &kept})
+        for (const Tensor& t : *some)
+            if (t.defined() && t.requires_grad()) origins.push_back(t);
+    return Once::apply(TensorList(origins), TensorList(grads));
+}
 
 struct LoraLinear : Function<LoraLinear> {
     static Tensor forward(AutogradContext* ctx, Call* call, const Tensor& x, const Tensor& weight, TensorList quant,
@@ -147,15 +157,11 @@ struct LoraLinear : Function<LoraLinear> {
         const Adapters adapters{A, B, c, call.scaling, call.thresholds, maybe(kept[3]), maybe(kept[4])};
         const Weight weight = call.weight(kept[1], quant);
         const Kept beside{maybe(kept[2]), z};
-        Tensors grads = is_batched(dy[0]) ? dispatched_backward(call, dy[0], maybe(kept[0]), weight, adapters, beside)
-                                          : lora_linear_backward(call.where, dy[0], maybe(kept[0]), weight, adapters,
-                                                                 beside, call.named_needs());
-        if (at::GradMode::is_enabled()) {
-            Tensors origins{dy[0]};
-            for (const Tensor& t : kept)
-                if (t.defined() && t.requires_grad()) origins.push_back(t);
-            grads = Once::apply(TensorList(origins), TensorList(grads));
-        }
+        Tensors grads = is_batched(dy[0])
+                            ? dispatched_backward(dy[0], maybe(kept[0]), weight, adapters, beside, call.needs)
+                            : lora_linear_backward(call.where, dy[0], maybe(kept[0]), weight, adapters, beside,
+                                                   call.named_needs());
+        if (at::GradMode::is_enabled()) grads = once(dy, kept, grads);
         auto grad = grads.begin();
         for (size_t i = 0; i < call.needs.size(); ++i)
             if (call.needs[i]) all[1 + i + (i < 2 ? 0 : call.quants)] = *grad++;
@@ -171,6 +177,134 @@ bool needs_gradient(const Tensor& x, const Weight& weight, const std::optional<T
     return asks(x) || asks(weight.data) || (bias && asks(*bias)) || any(adapters.A) || any(adapters.B) ||
            any(adapters.c);
 }
+
+// What the node of several layers keeps beside tensors, a layer after the other.
+struct SharedCall {
+    Where where;
+    Layers layers;
+    std::vector<int64_t> needs;  // of x, each A, each B
+
+    void keep(AutogradContext* ctx) const {
+        std::vector<int64_t> numbers{where.launchers, where.device, where.stream};
+        std::vector<double> scaling;
+        for (const auto& [weight, _, adapter] : layers) {
+            numbers.insert(numbers.end(), {weight.blocksize, weight.N, weight.K, adapter.thresholds[0],
+                                           static_cast<int64_t>(weight.quant.size())});
+            scaling.push_back(adapter.scaling[0]);
+        }
+        ctx->saved_data["numbers"] = numbers;
+        ctx->saved_data["scaling"] = scaling;
+        ctx->saved_data["needs"] = needs;
+    }
+
+    // `tensors`: of each layer A, B, the seed, W and what describes it.
+    static SharedCall kept(AutogradContext* ctx, Tensors::const_iterator tensors) {
+        const std::vector<int64_t> n = ctx->saved_data["numbers"].toIntVector();
+        SharedCall call{{n[0], n[1], n[2]}, {}, ctx->saved_data["needs"].toIntVector()};
+        auto number = n.begin() + 3;
+        for (const double scaling : ctx->saved_data["scaling"].toDoubleVector()) {
+            const auto quant = tensors + 4, end = quant + number[4];
+            call.layers.push_back({{tensors[3], {quant, end}, number[0], number[1], number[2]},
+                                   {},
+                                   {{tensors[0]}, {tensors[1]}, {}, {scaling}, {number[3]}, maybe(tensors[2]), {}}});
+            number += 5;
+            tensors = end;
+        }
+        return call;
+    }
+
+    Needs named_needs() const {
+        const auto A = needs.begin() + 1, B = A + static_cast<int64_t>(layers.size());
+        return {needs[0] != 0, false, false, {A, B}, {B, needs.end()}, {}};
+    }
+
+    // Leaves the layers alone that a gradient came for; their u.
+    std::optional<Tensor> reach(const Tensors& dy, const std::optional<Tensor>& u) {
+        Layers reached;
+        std::vector<int64_t> needs_A, needs_B;
+        Tensors columns;
+        int64_t rank = 0;
+        for (size_t i = 0; i < layers.size(); ++i) {
+            const int64_t ranks = layers[i].adapter.ranks();
+            if (dy[i].defined()) {
+                reached.push_back(layers[i]);
+                needs_A.push_back(needs[1 + i]);
+                needs_B.push_back(needs[1 + layers.size() + i]);
+                if (u) columns.push_back(u->narrow(1, rank, ranks));
+            }
+            rank += ranks;
+        }
+        const bool all = reached.size() == layers.size();
+        layers = reached;
+        needs.resize(1);
+        for (const auto* some : {&needs_A, &needs_B}) needs.insert(needs.end(), some->begin(), some->end());
+        return all || !u ? u : at::cat(columns, 1);
+    }
+};
+
+// The same as lora_shared_linear_backward.
+Tensors dispatched_backward(const SharedCall& call, const Tensors& dy, const std::optional<Tensor>& x,
+                            const std::optional<Tensor>& u) {
+    const Needs needs = call.named_needs();
+    Tensors dx, dA, dB;
+    int64_t rank = 0;
+    for (size_t i = 0; i < dy.size(); ++i) {
+        const auto& [weight, _, adapter] = call.layers[i];
+        Kept kept;
+        if (u) kept.u = u->narrow(1, rank, adapter.ranks());
+        rank += adapter.ranks();
+        const Tensors grads = dispatched_backward(dy[i], x, weight, adapter, kept,
+                                                  {needs.x, false, false, needs.A[i], needs.B[i]});
+        auto next = grads.begin();
+        if (needs.x) {
+            dx = {dx.empty() ? *next : dx[0].add(*next)};
+            ++next;
+        }
+        if (needs.A[i]) dA.push_back(*next++);
+        if (needs.B[i]) dB.push_back(*next++);
+    }
+    for (const Tensors* some : {&dA, &dB}) dx.insert(dx.end(), some->begin(), some->end());
+    return dx;
+}
+
+struct LoraSharedLinear : Function<LoraSharedLinear> {
+    static Tensors forward(AutogradContext* ctx, SharedCall* call, const Tensor& x, TensorList A, TensorList B) {
+        call->needs = {x.requires_grad()};
+        for (const TensorList& some : {A, B})
+            for (const Tensor& t : some) call->needs.push_back(t.requires_grad());
+        auto [y, u] = lora_shared_linear(call->where, x, call->layers);
+        const Needs needs = call->named_needs();
+        Tensors kept{Needs::any(needs.A) ? x : Tensor(), Needs::any(needs.B) ? u : Tensor()};
+        for (const auto& [weight, _, adapter] : call->layers) {
+            kept.insert(kept.end(), {adapter.A[0], adapter.B[0], adapter.seed.value_or(Tensor()), weight.data});
+            kept.insert(kept.end(), weight.quant.begin(), weight.quant.end());
+        }
+        ctx->save_for_backward(std::move(kept));
+        call->keep(ctx);
+        ctx->set_materialize_grads(false);
+        return y;
+    }
+
+    static Tensors backward(AutogradContext* ctx, const Tensors& every_dy) {
+        const std::vector<int64_t> needs = ctx->saved_data["needs"].toIntVector();
+        Tensors all(1 + needs.size()), dy;  // all: of the call, x, each A, each B
+        for (const Tensor& each : every_dy)
+            if (each.defined()) dy.push_back(each);
+        if (dy.empty()) return all;
+        const Tensors kept = kept_by(ctx);
+        SharedCall call = SharedCall::kept(ctx, kept.begin() + 2);
+        const std::optional<Tensor> x = maybe(kept[0]), u = call.reach(every_dy, maybe(kept[1]));
+        Tensors grads = std::any_of(dy.begin(), dy.end(), is_batched)
+                            ? dispatched_backward(call, dy, x, u)
+                            : lora_shared_linear_backward(call.where, dy, x, call.layers, u, call.named_needs());
+        if (at::GradMode::is_enabled()) grads = once(dy, kept, grads);
+        auto grad = grads.begin();
+        if (needs[0]) all[1] = *grad++;
+        for (size_t i = 1; i < needs.size(); ++i)
+            if (needs[i] && every_dy[(i - 1) % every_dy.size()].defined()) all[1 + i] = *grad++;
+        return all;
+    }
+};
 
 }  // namespace
 
@@ -191,6 +325,19 @@ Tensor lora_linear_with_gradient(const Where& where, const Tensor& x, const Weig
               {}};
     return LoraLinear::apply(&call, x, weight.data, TensorList(weight.quant), bias, TensorList(adapters.A),
                              TensorList(adapters.B), TensorList(adapters.c), adapters.seed, adapters.index);
+}
+
+Tensors lora_shared_linear_with_gradient(const Where& where, const Tensor& x, const Layers& layers) {
+    Tensors A, B;
+    bool asks = x.requires_grad();
+    for (const Layer& layer : layers) {
+        A.push_back(layer.adapter.A[0]);
+        B.push_back(layer.adapter.B[0]);
+        asks = asks || A.back().requires_grad() || B.back().requires_grad();
+    }
+    if (!at::GradMode::is_enabled() || !asks) return std::get<0>(lora_shared_linear(where, x, layers));
+    SharedCall call{where, layers, {}};
+    return LoraSharedLinear::apply(&call, x, TensorList(A), TensorList(B));
 }
 
 }  // namespace fastpeft

@@ -40,6 +40,15 @@ struct Adapters {
     }
 };
 
+// A layer with one LoRA adapter, one of several that read the same x.
+struct Layer {
+    Weight weight;
+    std::optional<at::Tensor> bias;
+    Adapters adapter;
+};
+
+using Layers = std::vector<Layer>;
+
 // The gradients that are asked for.
 struct Needs {
     bool x, weight, bias;
@@ -56,6 +65,9 @@ struct Kept {
 
 // y [..., N], u and z.
 using Forward = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+
+// y [..., N] of each layer, and their u side by side.
+using Shared = std::tuple<std::vector<at::Tensor>, at::Tensor>;
 
 // y [T, N] and u of stacked experts.
 using Grouped = std::tuple<at::Tensor, at::Tensor>;

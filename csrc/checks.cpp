@@ -69,6 +69,19 @@ void check_kept(const Tensor& dy, const Weight& weight, const Adapters& adapters
     for (const Tensor& each : kept.z) check_matrix("z", each, tokens, weight.N);
 }
 
+void check_layers(const std::optional<Tensor>& x, const Layers& layers, int64_t tokens) {
+    for (const auto& [weight, bias, adapter] : layers) check_operands(x, weight, bias, adapter, tokens);
+}
+
+void check_kept(const Tensors& dy, const Layers& layers, const std::optional<Tensor>& u, int64_t tokens) {
+    int64_t ranks = 0;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        check_rows("dy", dy[i], tokens, layers[i].weight.N);
+        ranks += layers[i].adapter.ranks();
+    }
+    if (u) check_matrix("u", *u, tokens, ranks);
+}
+
 std::vector<int64_t> check_experts(const std::optional<Tensor>& x, const Tensor& offsets, const Weight& weight,
                                    const std::optional<Tensor>& bias, const Adapters& adapters, int64_t tokens) {
     TORCH_CHECK(!weight.four_bit() && !weight.absent() && !adapters.dora() && !adapters.index,
@@ -99,6 +112,11 @@ bool is_lazy(const Tensors& some) {
 }
 bool is_lazy(const Weight& weight) { return is_lazy(weight.data) || is_lazy(weight.quant); }
 bool is_lazy(const Adapters& adapters) { return is_lazy(adapters.A) || is_lazy(adapters.B) || is_lazy(adapters.c); }
+bool is_lazy(const Layers& layers) {
+    return std::any_of(layers.begin(), layers.end(), [](const Layer& layer) {
+        return is_lazy(layer.weight) || is_lazy(layer.bias) || is_lazy(layer.adapter);
+    });
+}
 
 Tensor in_memory(const Tensor& t) { return t._is_zerotensor() ? at::zeros(t.sizes(), t.options()) : t.resolve_neg(); }
 std::optional<Tensor> in_memory(const std::optional<Tensor>& t) {
@@ -115,6 +133,12 @@ Weight in_memory(const Weight& weight) {
 Adapters in_memory(const Adapters& adapters) {
     return {in_memory(adapters.A), in_memory(adapters.B), in_memory(adapters.c), adapters.scaling,
             adapters.thresholds,   adapters.seed,         adapters.index};
+}
+Layers in_memory(const Layers& layers) {
+    Layers all;
+    for (const auto& [weight, bias, adapter] : layers)
+        all.push_back({in_memory(weight), in_memory(bias), in_memory(adapter)});
+    return all;
 }
 
 }  // namespace fastpeft

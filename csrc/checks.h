@@ -13,6 +13,11 @@ void check_operands(const std::optional<at::Tensor>& x, const Weight& weight, co
                     const Adapters& adapters, int64_t tokens);
 void check_kept(const at::Tensor& dy, const Weight& weight, const Adapters& adapters, const Kept& kept, int64_t tokens);
 
+// The same of layers that read the same x.
+void check_layers(const std::optional<at::Tensor>& x, const Layers& layers, int64_t tokens);
+void check_kept(const std::vector<at::Tensor>& dy, const Layers& layers, const std::optional<at::Tensor>& u,
+                int64_t tokens);
+
 // The same of stacked experts, for T rows; and their offsets, once they ascend from 0 to T.
 std::vector<int64_t> check_experts(const std::optional<at::Tensor>& x, const at::Tensor& offsets, const Weight& weight,
                                    const std::optional<at::Tensor>& bias, const Adapters& adapters, int64_t tokens);
@@ -23,6 +28,7 @@ bool is_lazy(const std::optional<at::Tensor>& t);
 bool is_lazy(const std::vector<at::Tensor>& some);
 bool is_lazy(const Weight& weight);
 bool is_lazy(const Adapters& adapters);
+bool is_lazy(const Layers& layers);
 
 // The same values in memory.
 at::Tensor in_memory(const at::Tensor& t);
@@ -30,5 +36,6 @@ std::optional<at::Tensor> in_memory(const std::optional<at::Tensor>& t);
 std::vector<at::Tensor> in_memory(const std::vector<at::Tensor>& some);
 Weight in_memory(const Weight& weight);
 Adapters in_memory(const Adapters& adapters);
+Layers in_memory(const Layers& layers);
 
 }  // namespace fastpeft

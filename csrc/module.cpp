@@ -59,6 +59,16 @@ MaybeTensor usual_lora_linear(const fastpeft::Arguments& arguments, const PyWher
     return fastpeft::usual_lora_linear(arguments, where_of(where));
 }
 
+using PyArguments = std::tuple<pybind11::handle, pybind11::handle, Tensors, int64_t,
+                               std::optional<std::pair<int64_t, int64_t>>, pybind11::handle, pybind11::tuple,
+                               pybind11::handle, pybind11::function>;
+
+Tensors usual_lora_shared_linear(const std::vector<PyArguments>& all, const PyWhere& where) {
+    std::vector<fastpeft::Arguments> calls;
+    for (const PyArguments& arguments : all) calls.push_back(std::make_from_tuple<fastpeft::Arguments>(arguments));
+    return fastpeft::usual_lora_shared_linear(calls, where_of(where));
+}
+
 fastpeft::PlainLayers plain_layers(pybind11::object linear, pybind11::object module_dict,
                                    pybind11::object parameter_dict, pybind11::object identity, pybind11::object dropout,
                                    pybind11::object dora_variant, pybind11::object dora_magnitude,
@@ -166,6 +176,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_linear_with_gradient", &lora_linear_with_gradient, release());
     m.def("is_usual", &of_arguments<fastpeft::is_usual>);
     m.def("usual_lora_linear", &of_arguments<usual_lora_linear, PyWhere>);
+    m.def("usual_lora_shared_linear", &usual_lora_shared_linear);
     pybind11::class_<fastpeft::PlainLayers>(m, "PlainLayers")
         .def(pybind11::init(&plain_layers), arg("linear"), arg("module_dict"), arg("parameter_dict"), arg("identity"),
              arg("dropout"), arg("dora_variant"), arg("dora_magnitude"), arg("global_hooks"), arg("stock"),

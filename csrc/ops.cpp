@@ -51,6 +51,28 @@ Tensors lora_linear_backward(const Where& where, const Tensor& dy, const std::op
                            : cpu::lora_linear_backward(dy, x, weight, adapters, kept, needs);
 }
 
+bool shares(const Where& where, const Tensor& x, const Layers& layers) {
+    return where.launchers || cpu::shares(x, layers);
+}
+
+Shared lora_shared_linear(const Where& where, const Tensor& x, const Layers& layers) {
+    check_layers(x, layers, tokens_of(x));
+    if (is_lazy(x) || is_lazy(layers)) return lora_shared_linear(where, in_memory(x), in_memory(layers));
+    const PlainDispatch plain;
+    return where.launchers ? gpu::lora_shared_linear(gpu_of(where), x, layers) : cpu::lora_shared_linear(x, layers);
+}
+
+Tensors lora_shared_linear_backward(const Where& where, const Tensors& dy, const std::optional<Tensor>& x,
+                                    const Layers& layers, const std::optional<Tensor>& u, const Needs& needs) {
+    check_layers(x, layers, tokens_of(dy[0]));
+    check_kept(dy, layers, u, tokens_of(dy[0]));
+    if (is_lazy(dy) || is_lazy(x) || is_lazy(layers))
+        return lora_shared_linear_backward(where, in_memory(dy), in_memory(x), in_memory(layers), u, needs);
+    const PlainDispatch plain;
+    return where.launchers ? gpu::lora_shared_linear_backward(gpu_of(where), dy, x, layers, u, needs)
+                           : cpu::lora_shared_linear_backward(dy, x, layers, u, needs);
+}
+
 Grouped lora_grouped_linear(const Tensor& x, const Tensor& offsets, const Weight& weight,
                             const std::optional<Tensor>& bias, const Adapters& adapters) {
     const std::vector<int64_t> bounds = check_experts(x, offsets, weight, bias, adapters, tokens_of(x));

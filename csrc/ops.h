@@ -21,6 +21,14 @@ std::vector<at::Tensor> lora_linear_backward(const Where& where, const at::Tenso
                                              const std::optional<at::Tensor>& x, const Weight& weight,
                                              const Adapters& adapters, const Kept& kept, const Needs& needs);
 
+// The same of layers that read the same x, in one pass over x each way; dx is summed once. needs: of x and each A and B.
+// Not where a call has so few tokens that there is nothing to share.
+bool shares(const Where& where, const at::Tensor& x, const Layers& layers);
+Shared lora_shared_linear(const Where& where, const at::Tensor& x, const Layers& layers);
+std::vector<at::Tensor> lora_shared_linear_backward(const Where& where, const std::vector<at::Tensor>& dy,
+                                                    const std::optional<at::Tensor>& x, const Layers& layers,
+                                                    const std::optional<at::Tensor>& u, const Needs& needs);
+
 // The same of experts, on a CPU: W [E, N, K], bias [E, N] and the adapters are stacks, expert e has rows
 // offsets[e] up to offsets[e + 1] of x [T, K]. Gradients of stacks have their layout, and zeros for experts without
 // rows.
@@ -39,5 +47,8 @@ at::Tensor dora_norm(const Where& where, const Weight& weight, const at::Tensor&
 // layer. Keeps x as it came, for dA (or dW), u, for dB, z, for dc, and the seed. Differentiable once.
 at::Tensor lora_linear_with_gradient(const Where& where, const at::Tensor& x, const Weight& weight,
                                      const std::optional<at::Tensor>& bias, const Adapters& adapters, bool keep_z);
+
+// The y of lora_shared_linear, with one node for all of them. Of its operands x, A and B alone may ask for gradients.
+std::vector<at::Tensor> lora_shared_linear_with_gradient(const Where& where, const at::Tensor& x, const Layers& layers);
 
 }  // namespace fastpeft

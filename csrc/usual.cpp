@@ -1,6 +1,7 @@
 #include "usual.h"
 
 #include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -107,6 +108,19 @@ bool is_watched(c10::DeviceType device) {
            torch::profiler::impl::profilerEnabled() || at::autocast::is_autocast_enabled(device);
 }
 
+// The adapter, with a fresh seed where it drops anything.
+Adapters adapter_of(const Usual& call, const Arguments& arguments) {
+    Adapters adapter{{call.A}, {call.B}, call.c, {call.scaling}, {0}, {}, {}};
+    if (call.training && call.dropout_p > 0) {
+        adapter.thresholds[0] = dropout_threshold(call.dropout_p);
+        adapter.scaling[0] *= dropout_scale(adapter.thresholds[0]);
+        adapter.seed = arguments.draw_seeds(1, call.x.device()).cast<Tensor>();
+    }
+    return adapter;
+}
+
+bool trains(const std::optional<Tensor>& t) { return t && t->requires_grad(); }
+
 }  // namespace
 
 bool is_usual(const Arguments& arguments) { return read(arguments).has_value(); }
@@ -114,17 +128,31 @@ bool is_usual(const Arguments& arguments) { return read(arguments).has_value(); 
 std::optional<Tensor> usual_lora_linear(const Arguments& arguments, const Where& where) {
     const Tensor* x = plain(arguments.x);
     if (!x || is_watched(x->device().type())) return {};
-    std::optional<Usual> call = read(arguments);
+    const std::optional<Usual> call = read(arguments);
     if (!call) return {};
-    Adapters adapters{{call->A}, {call->B}, std::move(call->c), {call->scaling}, {0}, {}, {}};
-    if (call->training && call->dropout_p > 0) {
-        adapters.thresholds[0] = dropout_threshold(call->dropout_p);
-        adapters.scaling[0] *= dropout_scale(adapters.thresholds[0]);
-        adapters.seed = arguments.draw_seeds(1, call->x.device()).cast<Tensor>();
-    }
+    const Adapters adapters = adapter_of(*call, arguments);
     const pybind11::gil_scoped_release release;
     const bool keep_z = at::GradMode::is_enabled() && adapters.dora() && adapters.c[0].requires_grad();
     return lora_linear_with_gradient(where, call->x, call->weight, call->bias, adapters, keep_z);
+}
+
+std::vector<Tensor> usual_lora_shared_linear(const std::vector<Arguments>& all, const Where& where) {
+    const Tensor* x = plain(all[0].x);
+    if (!x || is_watched(x->device().type())) return {};
+    // A checkpoint computes again what each layer keeps: it has to be the same whoever else reads x.
+    if (at::GradMode::is_enabled() && at::SavedTensorDefaultHooks::get_hooks()) return {};
+    Layers layers;
+    std::vector<Usual> calls;
+    for (const Arguments& arguments : all) {
+        const std::optional<Usual> call = read(arguments);
+        if (!call || !call->c.empty() || trains(call->weight.data) || trains(call->bias)) return {};
+        layers.push_back({call->weight, call->bias, {{call->A}, {call->B}, {}, {1.0}, {0}, {}, {}}});
+        calls.push_back(*call);
+    }
+    if (!shares(where, *x, layers)) return {};
+    for (size_t i = 0; i < all.size(); ++i) layers[i].adapter = adapter_of(calls[i], all[i]);
+    const pybind11::gil_scoped_release release;
+    return lora_shared_linear_with_gradient(where, *x, layers);
 }
 
 }  // namespace fastpeft

@@ -14,7 +14,7 @@ namespace fastpeft {
 // Python's arguments, whatever they are: a weight's tensors and (N, K) apart, and the tuple of call.py's Adapters.
 struct Arguments {
     pybind11::handle x, weight;
-    const std::vector<at::Tensor>& quant;
+    std::vector<at::Tensor> quant;
     int64_t blocksize;
     std::optional<std::pair<int64_t, int64_t>> shape;  // of a 4-bit weight, which its data does not tell
     pybind11::handle bias;
@@ -29,5 +29,9 @@ bool is_usual(const Arguments& arguments);
 // y of a usual call, with its autograd node; none where the call is not usual, or a tracer, a mode or a profiler has to
 // see the op, or autocast casts.
 std::optional<at::Tensor> usual_lora_linear(const Arguments& arguments, const Where& where);
+
+// The y of usual calls on the same x, LoRA's and with frozen weights, computed together, with one autograd node; none
+// where one of them is not usual, as above, where there is nothing to share, or where saved tensors go through hooks.
+std::vector<at::Tensor> usual_lora_shared_linear(const std::vector<Arguments>& all, const Where& where);
 
 }  // namespace fastpeft

@@ -5,6 +5,7 @@ through the caches. What is not usual goes that way, which knows what is wrong o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,18 @@ def lora_linear(x: Any, weight: Any, bias: Any, adapters: Adapters, training: An
         return None
     where = _where(x, weight, backend)
     return None if where is None else C.usual_lora_linear(*_arguments(x, weight, bias, adapters, training), where)
+
+
+def lora_shared_linear(x: Tensor, calls: Sequence[tuple[Any, Any, Adapters]], backend: Any) -> list[Tensor] | None:
+    """``y`` of usual calls on the same ``x``, each of a weight, a bias and one LoRA adapter, in training; computed
+    together, differentiable. None where one of them is another call, or there is nothing to gain."""
+    C = _extension()
+    if C is None or ops.is_transformed():
+        return None
+    where = _where(x, calls[0][0], backend)
+    if where is None:
+        return None
+    return C.usual_lora_shared_linear([_arguments(x, *call, True) for call in calls], where) or None
 
 
 def _where(x: Any, weight: Any, backend: Any) -> tuple[int, int, int] | None:

@@ -77,9 +77,8 @@ class Task {
     Task(const Kernels& kernels, const BaseProduct& product, bool pairs, const Apart& apart, const Packing& packing)
         : k_(kernels),
           sweep_(product.sweep),
-          x_(product.x),
-          right_(product.s),
-          s_(right_.s),
+          terms_(product.terms),
+          whole_(product.depth()),
           apart_(apart),
           pairs_(pairs),
           low_rank_pairs_(kernels.pairs(sweep_.dtype)),
@@ -88,23 +87,24 @@ class Task {
           together_(packing.together),
           depth_(packing.depth) {
         thread_local Scratch sums, stripe, floats, columns, left, decoded;
-        const size_t operands = apart ? 2 : x_.size();
+        const size_t operands = apart ? 2 : terms_[0].x.size();
         sums_ = reinterpret_cast<float*>(sums.lines(operands * together_ * kPart * kStripe * sizeof(float)));
         stripe_ = stripe.lines(together_ * depth_ * kStripe * element_);
         floats_ = reinterpret_cast<float*>(pairs && apart.inputs ? floats.lines(depth_ * kStripe * 4) : stripe_);
         if (apart.outputs)
             columns_ = reinterpret_cast<float*>(columns.lines(ceil_div(depth_, kStripe) * 4 * kTurned * sizeof(float)));
         left_ = left.lines(kRows * sweep_.ranks * sizeof(float));
-        if (right_.packed) decoded_ = decoded.lines(kStripe * kColumns * element_);
+        if (std::any_of(terms_.begin(), terms_.end(), [](const Term& term) { return term.s.packed; }))
+            decoded_ = decoded.lines(kStripe * kColumns * element_);
     }
 
     // Up to kPart rows of `together` stripes of columns.
     void run(int64_t row_begin, int64_t row_end, int64_t column) {
         const int64_t end = std::min(column + together_ * kStripe, sweep_.columns);
         const int64_t block = pairs_ && !apart_ ? kBlock : kPart;  // of rows, finished while their sums are near
-        for (int64_t k = 0; k < s_.rows; k += depth_) {
-            const int64_t depth = std::min(depth_, s_.rows - k);
-            const bool last = k + depth_ >= s_.rows;
+        for (int64_t k = 0; k < whole_; k += depth_) {
+            const int64_t depth = std::min(depth_, whole_ - k);
+            const bool last = k + depth_ >= whole_;
             pack(k, depth, column, end);
             for (int64_t m = row_begin; m < row_end; m += block) {
                 const int64_t m_end = std::min(m + block, row_end);
@@ -115,22 +115,36 @@ class Task {
                 else if (apart_.outputs)
                     sample(row_begin, row_end, k, depth, column);
                 else
-                    for (size_t i = 1; i < x_.size(); ++i) multiply(i, m, m_end, offset, k, depth, column, end);
+                    for (size_t i = 1; i < terms_[0].x.size(); ++i)
+                        multiply(i, m, m_end, offset, k, depth, column, end);
                 if (last) finish(m, m_end, offset, column, end);
             }
         }
     }
 
   private:
+    // Calls f(term, first row of its S, how many, the first one's row in the packed stripe) for what lies in
+    // [k, k + depth) of the terms one below the other.
+    template <typename F>
+    void each_part(int64_t k, int64_t depth, F f) {
+        int64_t first = 0;
+        for (const Term& term : terms_) {
+            const int64_t begin = std::max(k, first), end = std::min(k + depth, first + term.s.s.rows);
+            if (begin < end) f(term, begin - first, end - begin, begin - k);
+            first += term.s.s.rows;
+        }
+    }
+
     void pack(int64_t k, int64_t depth, int64_t column, int64_t end) {
         if (k == packed_k_ && column == packed_column_) return;
-        for (int64_t c = column; c < end; c += kStripe) {
-            char* stripe = stripe_ + (c - column) * depth_ * element_;
-            if (right_.packed)
-                decode_and_pack(k, depth, c, stripe);
-            else
-                pack_tile(s_, k, depth, c, 0, stripe);
-        }
+        for (int64_t c = column; c < end; c += kStripe)
+            each_part(k, depth, [&](const Term& term, int64_t row, int64_t rows, int64_t d) {
+                char* stripe = stripe_ + (c - column) * depth_ * element_;
+                if (term.s.packed)
+                    decode_and_pack(term.s, row, rows, c, d, stripe);
+                else
+                    pack_tile(term.s.s, row, rows, c, d, stripe);
+            });
         packed_k_ = k;
         packed_column_ = column;
     }
@@ -147,22 +161,24 @@ class Task {
     }
 
     // Tiles of W, kStripe x kColumns or kColumns x kStripe, are decoded row by row of W and packed from scratch.
-    void decode_and_pack(int64_t k, int64_t depth, int64_t column, char* stripe) {
-        const int64_t columns = std::min(kStripe, s_.columns - column);
-        const int64_t length = right_.transposed ? s_.rows : s_.columns;  // of a row of W
-        for (int64_t d = 0; d < depth; d += kColumns) {
-            const int64_t rows = std::min(kColumns, depth - d);
+    void decode_and_pack(const RightOperand& right, int64_t row, int64_t count, int64_t column, int64_t d,
+                         char* stripe) {
+        const Matrix& s = right.s;
+        const int64_t columns = std::min(kStripe, s.columns - column);
+        const int64_t length = right.transposed ? s.rows : s.columns;  // of a row of W
+        for (int64_t i = 0; i < count; i += kColumns) {
+            const int64_t rows = std::min(kColumns, count - i);
             Matrix tile{decoded_, decoded_dtype_, rows, columns, kStripe, 1};
-            if (right_.transposed) {
+            if (right.transposed) {
                 tile.row_stride = 1;
                 tile.column_stride = kColumns;
-                k_.decode(*right_.packed, column * length + k + d, length, columns, rows, s_.dtype, decoded_,
+                k_.decode(*right.packed, column * length + row + i, length, columns, rows, s.dtype, decoded_,
                           decoded_dtype_, kColumns);
             } else {
-                k_.decode(*right_.packed, (k + d) * length + column, length, rows, columns, s_.dtype, decoded_,
+                k_.decode(*right.packed, (row + i) * length + column, length, rows, columns, s.dtype, decoded_,
                           decoded_dtype_, kStripe);
             }
-            pack_tile(tile, 0, rows, 0, d, stripe);
+            pack_tile(tile, 0, rows, 0, d + i, stripe);
         }
     }
 
@@ -181,7 +197,6 @@ class Task {
 
     void multiply(size_t operand, int64_t row_begin, int64_t row_end, int64_t offset, int64_t k, int64_t depth,
                   int64_t column, int64_t end) {
-        const Operand& x = x_[operand];
         // Rows in powers of two, so that there are few kernels to generate however many the tokens are.
         for (int64_t m = row_begin, rows; m < row_end; m += rows) {
             rows = pairs_ ? std::min<int64_t>(kBlock, std::bit_floor(static_cast<uint64_t>(row_end - m))) : row_end - m;
@@ -189,14 +204,19 @@ class Task {
                 const char* stripe = stripe_ + (c - column) * depth_ * element_;
                 float* out = sums(operand) + (c - column) * kPart + offset + (m - row_begin) * kStripe;
                 const int64_t columns = padded(std::min(kStripe, end - c));
-                if (pairs_)
-                    at::native::cpublas::brgemm(rows, columns, depth, x.ld, kStripe, kStripe, k > 0,
-                                                static_cast<const BFloat16*>(x.data) + m * x.ld + k,
-                                                reinterpret_cast<const BFloat16*>(stripe), out, true);
-                else
-                    k_.product(static_cast<const float*>(x.data) + m * x.ld + k, x.ld, rows, depth,
-                               reinterpret_cast<const float*>(stripe), depth_ * kLanes, columns / kLanes, k > 0, out,
-                               kStripe);
+                each_part(k, depth, [&](const Term& term, int64_t row, int64_t count, int64_t d) {
+                    const Operand& x = term.x[operand];
+                    const bool onto = k + d > 0;
+                    if (pairs_)
+                        at::native::cpublas::brgemm(
+                            rows, columns, count, x.ld, kStripe, kStripe, onto,
+                            static_cast<const BFloat16*>(x.data) + m * x.ld + row,
+                            reinterpret_cast<const BFloat16*>(stripe + d * kStripe * element_), out, true);
+                    else
+                        k_.product(static_cast<const float*>(x.data) + m * x.ld + row, x.ld, rows, count,
+                                   reinterpret_cast<const float*>(stripe) + d * kLanes, depth_ * kLanes,
+                                   columns / kLanes, onto, out, kStripe);
+                });
             }
         }
     }
@@ -208,7 +228,7 @@ class Task {
     }
 
     void multiply_dropped(int64_t row_begin, int64_t row_end, int64_t k, int64_t columns) {
-        const bool last = k + depth_ >= s_.rows;
+        const bool last = k + depth_ >= whole_;
         each_tile(row_begin, row_end, [&](int64_t m, int64_t rows, int64_t offset) {
             k_.product_dropped(apart_.inputs->block(m, k / depth_), rows, floats_, depth_ * kLanes, columns / kLanes,
                                k > 0, last ? sums(0) + offset : nullptr, apart_.factor, sums(1) + offset, kStripe);
@@ -217,7 +237,7 @@ class Task {
 
     void sample(int64_t row_begin, int64_t row_end, int64_t k, int64_t depth, int64_t column) {
         each_tile(row_begin, row_end, [&](int64_t m, int64_t rows, int64_t offset) {
-            k_.product_sampled(apart_.whole + m * s_.rows + k, s_.rows, apart_.outputs->block(m, column / kStripe),
+            k_.product_sampled(apart_.whole + m * whole_ + k, whole_, apart_.outputs->block(m, column / kStripe),
                                rows, depth, columns_, kTurned, k > 0, sums(1) + offset, kStripe);
         });
     }
@@ -264,9 +284,8 @@ class Task {
 
     const Kernels& k_;
     const Sweep& sweep_;
-    const std::vector<Operand>& x_;
-    const RightOperand& right_;
-    const Matrix& s_;
+    const std::vector<Term>& terms_;
+    const int64_t whole_;  // of all that is contracted
     const Apart& apart_;
     const bool pairs_, low_rank_pairs_;  // of the product with S, and of the one with the panel
     const DType decoded_dtype_;
@@ -320,7 +339,7 @@ void base_products(const Kernels& kernels, const std::vector<BaseProduct>& produ
     const int64_t most = std::clamp<int64_t>(all / busy, 1, kernels.prefers.stripes_together);
     std::vector<Cut> cuts;
     for (const BaseProduct& p : products) {
-        const int64_t rows = p.sweep.rows, depth = p.s.s.rows;
+        const int64_t rows = p.sweep.rows, depth = p.depth();
         const Packing packed = pairs && !apart ? packing(rows, depth, most) : Packing{1, depth_of(depth)};
         cuts.push_back({&p, packed, rows, ceil_div(ceil_div(p.sweep.columns, kStripe), packed.together)});
         work += rows * cuts.back().stripes;

@@ -40,15 +40,26 @@ struct Apart {
 // Of the contracted dimension that is packed at a time, in float32.
 int64_t depth_of(int64_t rows);
 
-// The output of the sweep onto x[0] S, where x[i] S is the `second` of the groups whose operand is i; the sweep's
-// `seconds` are not looked at. One stride of a dense S is 1.
-struct BaseProduct {
-    Sweep sweep;
+// x[0] S; x[i] S is the `second` of the groups whose operand is i. One stride of a dense S is 1.
+struct Term {
     std::vector<Operand> x;
     RightOperand s;
 };
 
-// All of them; each S is packed stripe by stripe, nothing outlives the call.
+// The output of the sweep onto the sum of the terms, which have as many x each; the sweep's `seconds` are not looked
+// at. Several terms are contracted over an even number each where products run in pairs.
+struct BaseProduct {
+    Sweep sweep;
+    std::vector<Term> terms;
+
+    int64_t depth() const {  // of all that is contracted
+        int64_t rows = 0;
+        for (const Term& term : terms) rows += term.s.s.rows;
+        return rows;
+    }
+};
+
+// All of them; each S is packed stripe by stripe, nothing outlives the call. Apart: one term.
 void base_products(const Kernels& kernels, const std::vector<BaseProduct>& products, bool pairs,
                    const Apart& apart = {});
 

@@ -49,8 +49,8 @@ Tensor panels(const Kernels& kernels, const Tensor& stack, bool pairs, const std
     return packed;
 }
 
-Layout::Layout(const Adapters& adapters) : adapters_(adapters), first_rank(adapters.A.size()) {
-    const auto own_group = [&](size_t i) { return adapters.dora() || adapters.thresholds[i]; };
+Layout::Layout(const Adapters& adapters, bool apart) : adapters_(adapters), first_rank(adapters.A.size()) {
+    const auto own_group = [&](size_t i) { return apart || adapters.dora() || adapters.thresholds[i]; };
     int64_t shared = 0;
     for (size_t i = 0; i < adapters.A.size(); ++i)
         if (!own_group(i)) {
@@ -128,6 +128,14 @@ void Layout::select_(const Tensor& q) const {
     const Tensor index = adapters_.index->reshape({-1, 1});
     for (size_t i = 0; i < first_rank.size(); ++i)
         q.narrow(1, first_rank[i], rank(i)).masked_fill_(index.ne(static_cast<int64_t>(i)), 0);
+}
+
+Tensor Layout::columns_of(const Tensor& q, size_t i) const {
+    return q.narrow(1, first_rank[i], padded(rank(i))).contiguous();
+}
+
+void Layout::put_columns(const Tensor& q, size_t i, const Tensor& columns) const {
+    q.narrow(1, first_rank[i], padded(rank(i))).copy_(columns);
 }
 
 Tensor Layout::part_of(const Tensor& sums, size_t i, int64_t columns) const {

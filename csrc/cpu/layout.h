@@ -23,9 +23,14 @@ void few_tokens_product(const at::Tensor& x, const Weight& weight, const at::Ten
 // DoRA each in its own, in order, since one adapter's scale acts on those before it.
 class Layout {
   public:
-    explicit Layout(const Adapters& adapters);
+    // Apart: each in its own, since they are adapters of different layers.
+    explicit Layout(const Adapters& adapters, bool apart = false);
 
     int64_t rank(size_t i) const { return adapters_.A[i].size(-2); }
+
+    // One adapter's columns of q, contiguous, and back.
+    at::Tensor columns_of(const at::Tensor& q, size_t i) const;
+    void put_columns(const at::Tensor& q, size_t i, const at::Tensor& columns) const;
 
     // All adapters as one group: in LoRA, masks are on x and dx alone, not on y and dy.
     RankGroup unmasked() const { return {.first_rank = 0, .ranks = ranks}; }

@@ -2,8 +2,7 @@
 // threads.
 #include <ATen/ATen.h>
 
-#include "base_product.h"
-#include "layout.h"
+#include "adapted_product.h"
 #include "lora_linear.h"
 
 namespace fastpeft::cpu {
@@ -65,16 +64,8 @@ void multiply(const Kernels& kernels, const std::vector<Sweep>& sweeps, const Ex
     for (int64_t e = 0; e < experts.count(); ++e)
         if (experts.busy[e])
             products.push_back(
-                {sweeps[e], {{data + experts.first(e) * ld * rows.element_size(), ld}}, {.s = matrix(right, e)}});
+                {sweeps[e], {{{{data + experts.first(e) * ld * rows.element_size(), ld}}, {.s = matrix(right, e)}}}});
     base_products(kernels, products, pairs);
-}
-
-Sweep sweep_over(const Tensor& wide, const Layout& layout) {
-    return {.dtype = dtype_of(wide),
-            .rows = wide.size(0),
-            .columns = wide.size(1),
-            .ranks = layout.ranks,
-            .groups = layout.groups};
 }
 
 }  // namespace

@@ -6,82 +6,12 @@
 
 #include <algorithm>
 
-#include "base_product.h"
-#include "layout.h"
+#include "adapted_product.h"
 
 namespace fastpeft::cpu {
 namespace {
 
 using at::Tensor;
-
-Sweep sweep_over(const Tensor& wide, const Layout& layout) {
-    return {.dtype = dtype_of(wide),
-            .rows = wide.size(0),
-            .columns = wide.size(1),
-            .ranks = layout.ranks,
-            .groups = layout.groups};
-}
-
-// y = x W, W [K, N]
-void vendor_product(const Tensor& y, const Tensor& x, const Tensor& weight) {
-    Tensor out = y;
-    at::mm_out(out, x, weight);
-}
-
-void vendor_product_onto(const Tensor& y, const Tensor& x, const Tensor& weight) { y.addmm_(x, weight); }
-
-// y = x[0] W (or Wᵀ; nothing where W is absent) + the output of the sweep, whose groups find x[i] W as their operand i;
-// what else the sweep does is done too.
-void base_and_low_rank(const Kernels& kernels, Sweep& sweep, const Tensor& y, const std::vector<Tensor>& x,
-                       const Weight& weight, bool transposed, Plan plan, const Apart& apart = {}) {
-    sweep.output = y.mutable_data_ptr();
-    sweep.ld_output = y.stride(0);
-    if (weight.absent()) {
-        run(kernels, sweep);
-        return;
-    }
-    if (plan == Plan::one_accumulator) {
-        RightOperand right{.transposed = transposed};
-        const FourBit packed = weight.four_bit() ? four_bit(weight) : FourBit{};
-        Tensor dense;
-        if (weight.four_bit()) {
-            right.packed = &packed;
-            right.s = {nullptr, sweep.dtype, x[0].size(1), y.size(1), 0, 0};
-        } else {
-            dense = transposed ? weight.data.t() : weight.data;
-            if (dense.stride(0) != 1 && dense.stride(1) != 1) dense = dense.contiguous();
-            right.s = matrix(dense);
-        }
-        const bool pairs = multiplies_pairs(kernels, sweep.dtype, x[0].size(1));
-        std::vector<Tensor> rows;
-        std::vector<Operand> operands;
-        for (const Tensor& part : x) {
-            const Tensor wide = pairs ? part : part.to(at::kFloat);
-            const bool in_place = wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0)));
-            rows.push_back(in_place ? wide : wide.contiguous());
-            const int64_t ld = wide.size(0) > 1 ? rows.back().stride(0) : wide.size(1);
-            operands.push_back({rows.back().const_data_ptr(), ld});
-        }
-        base_products(kernels, {{sweep, operands, right}}, pairs, apart);
-        sweep.output = nullptr;
-        if (sweep.product || sweep.gradient) run(kernels, sweep);
-        return;
-    }
-    const bool scales = std::any_of(sweep.groups.begin(), sweep.groups.end(), [](const auto& g) { return g.scale; });
-    TORCH_CHECK(plan != Plan::low_rank_first || !scales, "Plan.low_rank_first cannot scale the base product: DoRA");
-    TORCH_CHECK(!weight.four_bit(), "a 4-bit weight has no product of the vendor's: Plan.one_accumulator");
-    const Tensor dense = transposed ? weight.data.t() : weight.data;
-    std::vector<Tensor> seconds;
-    for (size_t i = 1; i < x.size(); ++i) {
-        seconds.push_back(at::empty({y.size(0), y.size(1)}, y.options()));
-        vendor_product(seconds.back(), x[i], dense);
-        sweep.seconds.push_back(seconds.back().const_data_ptr());
-    }
-    sweep.add = plan != Plan::low_rank_first;
-    if (sweep.add) vendor_product(y, x[0], dense);
-    run(kernels, sweep);
-    if (!sweep.add) vendor_product_onto(y, x[0], dense);
-}
 
 // factor · keep ∘ scale ∘ in; a scale [columns] that is not defined and a threshold of 0 do nothing.
 Tensor scaled(const Tensor& in, const Tensor& scale, double factor, uint64_t seed, int64_t threshold) {
@@ -219,7 +149,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
     up.q = q.const_data_ptr<float>();
     up.panel_out = panel_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
-    base_and_low_rank(kernels, up, y2, inputs, weight, true, plan, apart);
+    adapted_product(kernels, up, y2, {{inputs, weight}}, true, plan, apart);
     return {y, u, z};
 }
 
@@ -304,7 +234,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         if (needs.x) {
             panel_A = panel(kernels, layout.stacked(adapters.A, false), pairs);
             sweep.panel_out = panel_A.const_data_ptr();
-            base_and_low_rank(kernels, sweep, dx2, inputs, weight, false, plan, apart);
+            adapted_product(kernels, sweep, dx2, {{inputs, weight}}, false, plan, apart);
         } else {
             run(kernels, sweep);
         }

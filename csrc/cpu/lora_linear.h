@@ -11,6 +11,13 @@ std::vector<at::Tensor> lora_linear_backward(const at::Tensor& dy, const std::op
                                              const Weight& weight, const Adapters& adapters, const Kept& kept,
                                              const Needs& needs);
 
+// Of layers that read the same x; whether their plans leave anything to share.
+bool shares(const at::Tensor& x, const Layers& layers);
+Shared lora_shared_linear(const at::Tensor& x, const Layers& layers);
+std::vector<at::Tensor> lora_shared_linear_backward(const std::vector<at::Tensor>& dy,
+                                                    const std::optional<at::Tensor>& x, const Layers& layers,
+                                                    const std::optional<at::Tensor>& u, const Needs& needs);
+
 // Of experts; offsets [E + 1] ascend from 0 to T. One stride of each W must be 1.
 Grouped lora_grouped_linear(const at::Tensor& x, const std::vector<int64_t>& offsets, const Weight& weight,
                             const std::optional<at::Tensor>& bias, const Adapters& adapters);

@@ -136,7 +136,7 @@ Forward lora_linear(const Gpu& gpu, const Tensor& x, const Weight& weight, const
 }
 
 Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::optional<Tensor>& x, const Weight& weight,
-                             const Adapters& adapters, const Kept& kept, const Needs& needs) {
+                             const Adapters& adapters, const Kept& kept, const Needs& needs, const Tensor& onto) {
     const Kernels kernels(gpu);
     const size_t count = adapters.count();
     const bool scales = adapters.dora();
@@ -150,7 +150,7 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
     const Tensor dense = multiplies ? dense_of(kernels, weight, dtype) : Tensor();
     // One sweep masks one adapter's part; DoRA's dropout takes a product of its own.
     const bool masked = any_masked(masks), one_product = !masked || (count == 1 && !scales);
-    const bool fused = needs.x && multiplies && one_product && kernels.fuses(dy2, dense.t(), adapters.ranks(), masked);
+    const bool fused = needs.x && multiplies && one_product && !onto.defined() && kernels.fuses(dy2, dense.t(), adapters.ranks(), masked);
     const bool need_q = fused || Needs::any(needs.A);
     const Tensor left = need_q ? left_of(dy2, adapters.ranks()) : Tensor();
     const Tensor right = fused ? right_of(dense.t(), adapters.ranks()) : Tensor();
@@ -188,7 +188,10 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
         if (fused) {
             dx = kernels.fused(flowing, dense.t(), {.q = left, .right = right, .mask = masks[0]});
         } else {
-            dx = multiplies ? at::mm(flowing, dense) : at::zeros({dy2.size(0), weight.K}, dy.options());
+            if (onto.defined())
+                dx = onto.addmm_(flowing, dense);
+            else
+                dx = multiplies ? at::mm(flowing, dense) : at::zeros({dy2.size(0), weight.K}, dy.options());
             for (size_t i = 0; i < count; ++i)
                 kernels.finish_(dx, {}, {.q = v_parts[i], .right = adapters.A[i].t(), .mask = masks[i]});
         }
@@ -207,6 +210,38 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
         for (const Tensor& grad : *some)
             if (grad.defined()) grads.push_back(grad);
     return grads;
+}
+
+Shared lora_shared_linear(const Gpu& gpu, const Tensor& x, const Layers& layers) {
+    Tensors y, u;
+    for (const auto& [weight, bias, adapter] : layers) {
+        const Forward one = lora_linear(gpu, x, weight, bias, adapter, false);
+        y.push_back(std::get<0>(one));
+        u.push_back(std::get<1>(one));
+    }
+    return {y, at::cat(u, 1)};
+}
+
+Tensors lora_shared_linear_backward(const Gpu& gpu, const Tensors& dy, const std::optional<Tensor>& x,
+                                    const Layers& layers, const std::optional<Tensor>& u, const Needs& needs) {
+    Tensors dx, dA, dB;
+    int64_t rank = 0;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto& [weight, _, adapter] = layers[i];
+        Kept kept;
+        if (u) kept.u = u->narrow(1, rank, adapter.ranks());
+        rank += adapter.ranks();
+        const Tensors grads =
+            lora_linear_backward(gpu, dy[i], x, weight, adapter, kept,
+                                 {needs.x, false, false, {needs.A[i]}, {needs.B[i]}, {}},
+                                 dx.empty() ? Tensor() : flat_rows(dx[0]));
+        auto next = grads.begin();
+        if (needs.x) dx = {*next++};
+        if (needs.A[i]) dA.push_back(*next++);
+        if (needs.B[i]) dB.push_back(*next++);
+    }
+    for (const Tensors* some : {&dA, &dB}) dx.insert(dx.end(), some->begin(), some->end());
+    return dx;
 }
 
 Tensor dora_norm(const Gpu& gpu, const Weight& weight, const Tensor& A, const Tensor& B, double scaling,

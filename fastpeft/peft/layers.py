@@ -24,18 +24,26 @@ from .fused_experts import FusedParamWrapper
 from .methods import LEFT_TO_PEFT, METHODS, Method, method_of, stock_of
 from .operands import Operands, read_operands, tokens_of
 from .plain import plain_layers, read_plain
+from .shared import note_on, shared_linear
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as _Layer
 else:
     _Layer = object  # which of PEFT's classes it is, each fused class says
 
-KEPT_BY_LAYERS = ("fastpeft_backend", "fastpeft_dropout", "_fastpeft_norms", "_fastpeft_four_bit")
+KEPT_BY_LAYERS = (
+    "fastpeft_backend",
+    "fastpeft_dropout",
+    "fastpeft_shares_input",
+    "_fastpeft_norms",
+    "_fastpeft_four_bit",
+)
 
 
 class FusedForward(Fused, _Layer):
     """The forward of every linear layer's class: one call of :mod:`fastpeft.functional` in the place of PEFT's."""
 
+    fastpeft_shares_input = False
     method: Method
     plain_layers: Any  # see plain.py; None of a method whose layers are never plain
 
@@ -51,29 +59,42 @@ class FusedForward(Fused, _Layer):
             return self._by_peft(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed_batch(x, adapter_names)
+        operands = self.fused_operands(x)
+        return self._by_peft(x) if operands is None else self._run(operands, x)
+
+    def fused_operands(self, x: Any) -> Operands | None:
+        """The operands of a call with the active adapters; None where PEFT has to run it."""
         operands = read_plain(self, x) or read_layer(self, self.active_adapters, x)
         if (
             isinstance(operands, str)
             or not is_plain_input(x, operands.weight)
             or (operands.adapters.c and x.dim() < 2)  # PEFT makes [1, N] of it
         ):
-            return self._by_peft(x)
-        return self._run(operands, x)
+            return None
+        return operands
 
     def _run(self, operands: Operands, x: Tensor) -> Tensor:
         weight, bias, adapters = operands
-        backend = self.fastpeft_backend
         if weight is None:
             return self._run_beside_base(bias, adapters, x)
         if not isinstance(weight, FourBit):
-            return adapted_linear(x, weight, bias, adapters, backend=backend)
+            return self._multiply(operands, x)
         base: Any = self._modules["base_layer"]
         if not base.compute_type_is_set:  # as the first forward of bitsandbytes' layer does
             base.set_compute_type(x)
             base.compute_type_is_set = True
         if base.compute_dtype in (None, x.dtype):
-            return adapted_linear(x, weight, bias, adapters, backend=backend)
-        return adapted_linear(x.to(base.compute_dtype), weight, bias, adapters, backend=backend).to(x.dtype)
+            return self._multiply(operands, x)
+        return self._multiply(operands, x.to(base.compute_dtype)).to(x.dtype)
+
+    def _multiply(self, operands: Operands, x: Tensor) -> Tensor:
+        weight, bias, adapters = operands
+        assert weight is not None
+        if self.fastpeft_shares_input and not torch.compiler.is_compiling():
+            y = shared_linear(self, operands, x)
+            if y is not None:
+                return y
+        return adapted_linear(x, weight, bias, adapters, backend=self.fastpeft_backend)
 
     def _run_beside_base(self, bias: Tensor | None, adapters: Adapters, x: Tensor) -> Tensor:
         """The base layer's own result and the adapters' part, added up in PEFT's dtype."""
@@ -177,7 +198,9 @@ def verdict_on(layer: BaseTunerLayer) -> str:
         return "PEFT: the layer is not patched; fastpeft.patch(model) would fuse it"
     if isinstance(operands, Experts):
         return operands.verdict(layer.fastpeft_backend)
-    return backend_verdict(operands.weight, operands.adapters, layer.fastpeft_backend)
+    verdict = backend_verdict(operands.weight, operands.adapters, layer.fastpeft_backend)
+    shares = isinstance(layer, FusedForward) and layer.fastpeft_shares_input
+    return f"{verdict}; {note_on(layer)}" if shares else verdict
 
 
 def peft_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

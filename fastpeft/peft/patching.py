@@ -19,7 +19,7 @@ from ..verdicts import backend_refusals, grouped
 from .experts import Experts
 from .fused import Fused
 from .fused_experts import FusedParamWrapper
-from .layers import fuse, operands_or_reason, peft_layers, unfuse
+from .layers import FusedForward, fuse, operands_or_reason, peft_layers, unfuse
 from .methods import METHODS
 from .operands import Operands
 
@@ -36,11 +36,13 @@ class Report:
         return f"{counts}\n{grouped(self.left_to_peft)}" if self.left_to_peft else counts
 
 
-def patch(model: nn.Module, *, backend: str | None = None, experts_dropout: float = 0.0) -> Report:
+def patch(
+    model: nn.Module, *, backend: str | None = None, experts_dropout: float = 0.0, share_inputs: bool = False
+) -> Report:
     """Fuses the layers of LoRA and its like in ``model``, and LoRA on its experts, in place; parameters, names and
     state_dict keys stay.
 
-    Patching twice is harmless; the last ``backend`` and ``experts_dropout`` count. A layer whose present state stands
+    Patching twice is harmless; the arguments of the last call count. A layer whose present state stands
     in the way (merged, disabled, hooked, another variant of LoRA) is reported as left to PEFT and is fused once the
     state allows it.
 
@@ -51,14 +53,21 @@ def patch(model: nn.Module, *, backend: str | None = None, experts_dropout: floa
         experts_dropout: of what goes into LoRA on experts, in training; PEFT has none there. No adapter's file tells
             it: a model that is loaded has to be patched with it again. Training experts that are left to PEFT raises
             RuntimeError then.
+        share_inputs: layers that are called one after the other with the same tensor (q, k and v; gate and up) compute
+            their low-rank parts, and the gradient of that tensor, together; each keeps its own adapter and dropout.
+            Calls show which they are, ``fastpeft.explain(model)`` what became of it. Layers that read their input
+            alone, as in compiled graphs, under autocast or activation checkpointing, compute as they do otherwise.
+            Their gradients come in one step: a backward pass through one of them alone frees what the others keep.
 
     Raises:
-        TypeError: ``model`` is no module. ValueError: it holds no PEFT layer, ``backend`` is unknown,
-            ``experts_dropout`` is not in [0, 1), or the model has no experts that are fused.
+        TypeError: ``model`` is no module, or ``share_inputs`` no bool. ValueError: it holds no PEFT layer, ``backend``
+            is unknown, ``experts_dropout`` is not in [0, 1), or the model has no experts that are fused.
         fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot run one of the layers.
     """
     check_backend_name(backend)
     _check_model(model)
+    if not isinstance(share_inputs, bool):
+        raise TypeError(f"share_inputs must be a bool, got {type(share_inputs).__name__}")
     layers = peft_layers(model)
     if not layers:
         raise ValueError(
@@ -78,6 +87,8 @@ def patch(model: nn.Module, *, backend: str | None = None, experts_dropout: floa
         fuse(layer, backend)
         if isinstance(layer, FusedParamWrapper):
             layer.fastpeft_dropout = float(experts_dropout)
+        if isinstance(layer, FusedForward):
+            layer.fastpeft_shares_input = share_inputs
     return report
 
 
