@@ -30,7 +30,7 @@ from .cases import (
     LayerCase,
     ModelCase,
 )
-from .contestants import BASE_FLOAT32, CONTESTANTS
+from .contestants import BASE_FLOAT32, CONTESTANTS, FASTPEFT_SHARED, SHARING_METHODS
 from .measure import Run, measure
 from .play import isa_option
 
@@ -188,6 +188,8 @@ def _run(cases: Sequence[Case], rounds: int, compiled: bool, run: Run, path: Pat
                 task, description=f"{METHODS[case.method]} {case.shape} {case.dtype}, dropout {case.dropout:g}"
             )
             beside = [BASE_FLOAT32] if widens and case.device == "cpu" and case.dtype == "bf16" else []
+            if case.kind == "model" and case.method in SHARING_METHODS:
+                beside.append(FASTPEFT_SHARED)
             found = list(measure(case, [*contestants, *beside], rounds, run))
             rows.append(path, found)
             measured += found

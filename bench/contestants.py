@@ -146,12 +146,24 @@ def with_fastpeft(base: nn.Module, case: Case) -> nn.Module:
     return model
 
 
+def with_shared_inputs(base: nn.Module, case: Case) -> nn.Module:
+    """The same, patched so that layers that read the same x compute together; they are known after the first step."""
+    import fastpeft
+
+    model = with_fastpeft(base, case)
+    fastpeft.patch(model, share_inputs=True)
+    return model
+
+
 BASE = Contestant("base", "base", frozen)
 PEFT = Contestant("peft", "PEFT", with_peft)
 PEFT_AUTOCAST = Contestant("peft-autocast", "PEFT, autocast", with_peft, autocast=True)
 PEFT_COMPILED = Contestant("peft-compiled", "PEFT, compiled", with_peft, compiled=True)
 FASTPEFT = Contestant("fastpeft", "fastpeft", with_fastpeft)
 FASTPEFT_COMPILED = Contestant("fastpeft-compiled", "compiled fastpeft", with_fastpeft, compiled=True)
+# Beside them in models of LoRA over dense or 4-bit weights, which alone share inputs.
+FASTPEFT_SHARED = Contestant("fastpeft-shared", "shared inputs", with_shared_inputs)
+SHARING_METHODS = ("lora", "qlora")
 # Beside them in bfloat16, where the CPU has no product of it: what the same layer takes in float32.
 BASE_FLOAT32 = Contestant("base-float32", "base, float32", frozen, float32=True)
 CONTESTANTS = (BASE, PEFT, PEFT_AUTOCAST, PEFT_COMPILED, FASTPEFT, FASTPEFT_COMPILED)

@@ -19,7 +19,7 @@ from fastpeft.experiments.timing import Samples, interleave, ratios, summary
 
 from . import parity, rows
 from .cases import DTYPES, Case
-from .contestants import BASE, BASE_FLOAT32, FASTPEFT, FASTPEFT_COMPILED, PEFT, Contestant, Runner
+from .contestants import BASE, BASE_FLOAT32, FASTPEFT, FASTPEFT_COMPILED, FASTPEFT_SHARED, PEFT, Contestant, Runner
 from .rows import Row
 
 
@@ -106,7 +106,7 @@ def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run
         for contestant in contestants:
             name = contestant.name
             timed = samples.get(name)
-            ours = contestant in (FASTPEFT, FASTPEFT_COMPILED)
+            ours = contestant in (FASTPEFT, FASTPEFT_COMPILED, FASTPEFT_SHARED)
             to_be_trusted = not ours or verdict["passed"]
             yield Row(
                 run=run.start,

@@ -13,12 +13,12 @@ from rich.text import Text
 from fastpeft.experiments.models import METHODS
 
 from .bounds import STATED_FOR, Finding
-from .contestants import BASE, BASE_FLOAT32, CONTESTANTS, FASTPEFT, FASTPEFT_COMPILED
+from .contestants import BASE, BASE_FLOAT32, CONTESTANTS, FASTPEFT, FASTPEFT_COMPILED, FASTPEFT_SHARED
 from .rows import Row
 
 _NOTHING = "–"
-_COLUMNS = {contestant.name: contestant.label for contestant in (*CONTESTANTS, BASE_FLOAT32)}
-_WHERE_MEASURED = (BASE_FLOAT32.name, FASTPEFT_COMPILED.name)  # a column where a section has one
+_COLUMNS = {contestant.name: contestant.label for contestant in (*CONTESTANTS, FASTPEFT_SHARED, BASE_FLOAT32)}
+_WHERE_MEASURED = (BASE_FLOAT32.name, FASTPEFT_COMPILED.name, FASTPEFT_SHARED.name)  # a column where a section has one
 CAPTION = (
     "Wall time as a multiple of the frozen base layer's in the same round: median [quartiles]. Less is better; "
     "1.00 would be an adapter for free. Kept: what autograd holds from forward to backward."
