@@ -1,5 +1,5 @@
-// The autograd nodes of lora_linear and lora_shared_linear in C++, for calls that no compiler and no mode has to see: see
-// ops.h.
+// The autograd nodes of lora_linear and lora_shared_linear in C++, for calls that no compiler and no mode has to see:
+// see ops.h.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -157,10 +157,10 @@ struct LoraLinear : Function<LoraLinear> {
         const Adapters adapters{A, B, c, call.scaling, call.thresholds, maybe(kept[3]), maybe(kept[4])};
         const Weight weight = call.weight(kept[1], quant);
         const Kept beside{maybe(kept[2]), z};
-        Tensors grads = is_batched(dy[0])
-                            ? dispatched_backward(dy[0], maybe(kept[0]), weight, adapters, beside, call.needs)
-                            : lora_linear_backward(call.where, dy[0], maybe(kept[0]), weight, adapters, beside,
-                                                   call.named_needs());
+        Tensors grads =
+            is_batched(dy[0])
+                ? dispatched_backward(dy[0], maybe(kept[0]), weight, adapters, beside, call.needs)
+                : lora_linear_backward(call.where, dy[0], maybe(kept[0]), weight, adapters, beside, call.named_needs());
         if (at::GradMode::is_enabled()) grads = once(dy, kept, grads);
         auto grad = grads.begin();
         for (size_t i = 0; i < call.needs.size(); ++i)
@@ -253,8 +253,8 @@ Tensors dispatched_backward(const SharedCall& call, const Tensors& dy, const std
         Kept kept;
         if (u) kept.u = u->narrow(1, rank, adapter.ranks());
         rank += adapter.ranks();
-        const Tensors grads = dispatched_backward(dy[i], x, weight, adapter, kept,
-                                                  {needs.x, false, false, needs.A[i], needs.B[i]});
+        const Tensors grads =
+            dispatched_backward(dy[i], x, weight, adapter, kept, {needs.x, false, false, needs.A[i], needs.B[i]});
         auto next = grads.begin();
         if (needs.x) {
             dx = {dx.empty() ? *next : dx[0].add(*next)};

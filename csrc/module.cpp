@@ -59,9 +59,9 @@ MaybeTensor usual_lora_linear(const fastpeft::Arguments& arguments, const PyWher
     return fastpeft::usual_lora_linear(arguments, where_of(where));
 }
 
-using PyArguments = std::tuple<pybind11::handle, pybind11::handle, Tensors, int64_t,
-                               std::optional<std::pair<int64_t, int64_t>>, pybind11::handle, pybind11::tuple,
-                               pybind11::handle, pybind11::function>;
+using PyArguments =
+    std::tuple<pybind11::handle, pybind11::handle, Tensors, int64_t, std::optional<std::pair<int64_t, int64_t>>,
+               pybind11::handle, pybind11::tuple, pybind11::handle, pybind11::function>;
 
 Tensors usual_lora_shared_linear(const std::vector<PyArguments>& all, const PyWhere& where) {
     std::vector<fastpeft::Arguments> calls;

@@ -21,8 +21,8 @@ std::vector<at::Tensor> lora_linear_backward(const Where& where, const at::Tenso
                                              const std::optional<at::Tensor>& x, const Weight& weight,
                                              const Adapters& adapters, const Kept& kept, const Needs& needs);
 
-// The same of layers that read the same x, in one pass over x each way; dx is summed once. needs: of x and each A and B.
-// Not where a call has so few tokens that there is nothing to share.
+// The same of layers that read the same x, in one pass over x each way; dx is summed once. needs: of x and each A and
+// B. Not where a call has so few tokens that there is nothing to share.
 bool shares(const Where& where, const at::Tensor& x, const Layers& layers);
 Shared lora_shared_linear(const Where& where, const at::Tensor& x, const Layers& layers);
 std::vector<at::Tensor> lora_shared_linear_backward(const Where& where, const std::vector<at::Tensor>& dy,

@@ -1,4 +1,4 @@
-"""``patch(model, share_inputs=True)``: layers that read the same x compute together, and never anything else than alone."""
+"""``patch(model, share_inputs=True)``: layers that read the same x compute together what they compute alone."""
 
 from __future__ import annotations
 
@@ -266,7 +266,9 @@ def test_derivatives_of_derivatives_raise_and_batches_of_gradients_work(shared_c
     batch = torch.stack([dy, 2 * dy])
     batched = torch.autograd.grad(y, [leaf, A], batch, is_grads_batched=True, retain_graph=True)
     for one in range(2):
-        for found, expected in zip(batched, torch.autograd.grad(y, [leaf, A], batch[one], retain_graph=True), strict=True):
+        for found, expected in zip(
+            batched, torch.autograd.grad(y, [leaf, A], batch[one], retain_graph=True), strict=True
+        ):
             torch.testing.assert_close(found[one], expected)
     (first,) = torch.autograd.grad(y, A, dy, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):

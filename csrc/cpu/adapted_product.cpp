@@ -37,8 +37,7 @@ void in_one_accumulator(const Kernels& kernels, Sweep& sweep, const Tensor& y, c
             const Tensor wide = pairs ? part : part.to(at::kFloat);
             const bool in_place = wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0)));
             kept.push_back(in_place ? wide : wide.contiguous());
-            term.x.push_back(
-                {kept.back().const_data_ptr(), wide.size(0) > 1 ? kept.back().stride(0) : wide.size(1)});
+            term.x.push_back({kept.back().const_data_ptr(), wide.size(0) > 1 ? kept.back().stride(0) : wide.size(1)});
         }
     }
     base_products(kernels, {{sweep, terms}}, pairs, apart);

@@ -208,10 +208,10 @@ class Task {
                     const Operand& x = term.x[operand];
                     const bool onto = k + d > 0;
                     if (pairs_)
-                        at::native::cpublas::brgemm(
-                            rows, columns, count, x.ld, kStripe, kStripe, onto,
-                            static_cast<const BFloat16*>(x.data) + m * x.ld + row,
-                            reinterpret_cast<const BFloat16*>(stripe + d * kStripe * element_), out, true);
+                        at::native::cpublas::brgemm(rows, columns, count, x.ld, kStripe, kStripe, onto,
+                                                    static_cast<const BFloat16*>(x.data) + m * x.ld + row,
+                                                    reinterpret_cast<const BFloat16*>(stripe + d * kStripe * element_),
+                                                    out, true);
                     else
                         k_.product(static_cast<const float*>(x.data) + m * x.ld + row, x.ld, rows, count,
                                    reinterpret_cast<const float*>(stripe) + d * kLanes, depth_ * kLanes,
@@ -237,8 +237,8 @@ class Task {
 
     void sample(int64_t row_begin, int64_t row_end, int64_t k, int64_t depth, int64_t column) {
         each_tile(row_begin, row_end, [&](int64_t m, int64_t rows, int64_t offset) {
-            k_.product_sampled(apart_.whole + m * whole_ + k, whole_, apart_.outputs->block(m, column / kStripe),
-                               rows, depth, columns_, kTurned, k > 0, sums(1) + offset, kStripe);
+            k_.product_sampled(apart_.whole + m * whole_ + k, whole_, apart_.outputs->block(m, column / kStripe), rows,
+                               depth, columns_, kTurned, k > 0, sums(1) + offset, kStripe);
         });
     }
 

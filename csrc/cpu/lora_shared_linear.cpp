@@ -1,5 +1,5 @@
-// The op on layers that read the same x (q, k and v; gate and up): one sweep over x makes every u, another every dA, and
-// dx is summed in the float32 sums of one product.
+// The op on layers that read the same x (q, k and v; gate and up): one sweep over x makes every u, another every dA,
+// and dx is summed in the float32 sums of one product.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -32,9 +32,8 @@ Adapters together(const Layers& layers) {
 }  // namespace
 
 bool shares(const Tensor& x, const Layers& layers) {
-    return std::none_of(layers.begin(), layers.end(), [&](const Layer& layer) {
-        return forward_plan(x, layer.weight, layer.adapter) == Plan::dots;
-    });
+    return std::none_of(layers.begin(), layers.end(),
+                        [&](const Layer& layer) { return forward_plan(x, layer.weight, layer.adapter) == Plan::dots; });
 }
 
 Shared lora_shared_linear(const Tensor& x, const Layers& layers) {

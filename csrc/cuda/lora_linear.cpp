@@ -150,7 +150,8 @@ Tensors lora_linear_backward(const Gpu& gpu, const Tensor& dy, const std::option
     const Tensor dense = multiplies ? dense_of(kernels, weight, dtype) : Tensor();
     // One sweep masks one adapter's part; DoRA's dropout takes a product of its own.
     const bool masked = any_masked(masks), one_product = !masked || (count == 1 && !scales);
-    const bool fused = needs.x && multiplies && one_product && !onto.defined() && kernels.fuses(dy2, dense.t(), adapters.ranks(), masked);
+    const bool fused = needs.x && multiplies && one_product && !onto.defined() &&
+                       kernels.fuses(dy2, dense.t(), adapters.ranks(), masked);
     const bool need_q = fused || Needs::any(needs.A);
     const Tensor left = need_q ? left_of(dy2, adapters.ranks()) : Tensor();
     const Tensor right = fused ? right_of(dense.t(), adapters.ranks()) : Tensor();
@@ -231,10 +232,9 @@ Tensors lora_shared_linear_backward(const Gpu& gpu, const Tensors& dy, const std
         Kept kept;
         if (u) kept.u = u->narrow(1, rank, adapter.ranks());
         rank += adapter.ranks();
-        const Tensors grads =
-            lora_linear_backward(gpu, dy[i], x, weight, adapter, kept,
-                                 {needs.x, false, false, {needs.A[i]}, {needs.B[i]}, {}},
-                                 dx.empty() ? Tensor() : flat_rows(dx[0]));
+        const Tensors grads = lora_linear_backward(gpu, dy[i], x, weight, adapter, kept,
+                                                   {needs.x, false, false, {needs.A[i]}, {needs.B[i]}, {}},
+                                                   dx.empty() ? Tensor() : flat_rows(dx[0]));
         auto next = grads.begin();
         if (needs.x) dx = {*next++};
         if (needs.A[i]) dA.push_back(*next++);
