@@ -2,8 +2,8 @@
 PEFT in float64.
 
 ``torchrun --nproc_per_node 2 tests/engine_program.py ENGINE/METHOD ...`` prints for each pair, as a line of JSON, the
-loss of each step over all processes for each of the three, how many calls of layers were fused and how many went to
-PEFT, and for which reasons. engines.py starts it and judges.
+loss of each step over all processes for each of the three, how many calls of layers were fused, for how many sets of
+layers at once, and how many went to PEFT, and for which reasons. engines.py starts it and judges.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import fastpeft
+from fastpeft import usual
 from fastpeft.peft.fused_experts import FusedParamWrapper
 from fastpeft.peft.layers import FusedForward, operands_or_reason
 
 STEPS = 20
 COLUMNWISE = ["q_proj", "v_proj", "gate_proj"]  # with those that are sharded by row PEFT 0.21 raises as it trains
-DENSE: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}}  # all else is in 4 bits
+# All else is in 4 bits; "shared" is LoRA whose layers share inputs.
+DENSE: dict[str, dict[str, Any]] = {"lora": {}, "shared": {}, "dora": {"use_dora": True}}
 
 
 def shard(model: Any, **options: Any) -> nn.Module:
@@ -175,6 +177,14 @@ def counted() -> tuple[Counter[str], set[str]]:
             return own(self, *args, **kwargs)
 
         setattr(kind, name, counting)
+    compute = usual.lora_shared_linear
+
+    def counting_shared(*args: Any) -> list[Tensor] | None:
+        found = compute(*args)
+        counts["shared"] += found is not None
+        return found
+
+    usual.lora_shared_linear = counting_shared
     return counts, reasons
 
 
@@ -183,7 +193,7 @@ def results(engine: str, method: str) -> dict[str, Any]:
     for who in ("exact", "stock", "fused"):
         model = made(engine, method, who == "exact")
         if who == "fused":
-            fastpeft.patch(model)
+            fastpeft.patch(model, share_inputs=method == "shared")
         run = ENGINES["ddp" if who == "exact" else engine](model)
         found[who] = train(run, engine != "tensor-parallel")
     return found
@@ -199,6 +209,7 @@ def main(*pairs: str) -> None:
         found = results(*pair.split("/"))
         if dist.get_rank() == 0:
             found |= {"pair": pair, "calls": counts["_run"], "left": counts["_by_peft"], "reasons": sorted(reasons)}
+            found["shared"] = counts["shared"]
             print(json.dumps(found), flush=True)
     dist.destroy_process_group()
 

@@ -38,6 +38,8 @@ def assert_trained_as_by_peft(found: Mapping[str, Any], left_for: str | None) ->
     calls = STEPS * (LAYERS_OF_EXPERTS if found["pair"].endswith("experts") else LAYERS)
     expected = (calls, 0, []) if left_for is None else (0, calls, [left_for])
     assert (found["calls"], found["left"], found["reasons"]) == expected
+    # Of each block q and v, from the second step on: the first one shows that they read the same x.
+    assert found["shared"] == (2 * (STEPS - 1) if found["pair"].endswith("shared") else 0)
     fused, exact, stock = (torch.tensor(found[who], dtype=torch.float64) for who in ("fused", "exact", "stock"))
     assert_close_as_eager(fused.float(), exact, stock, "loss curve")
     assert fused[-4:].mean() < fused[:4].mean()

@@ -15,6 +15,8 @@ LEFT_FOR = {
     "ddp-views/dora": None,
     "fsdp2/lora": None,
     "fsdp2/dora": None,
+    "ddp/shared": None,
+    "fsdp2/shared": None,
     "fsdp2/qlora": None,
     "fsdp2-mixed/lora": None,
     "ddp/experts": None,
