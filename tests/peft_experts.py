@@ -126,6 +126,8 @@ def draw(routing: str = "random", tokens: int = 48, per_token: int = PER_TOKEN) 
         per_token, logits[:, 2] = 1, 2.0
     elif routing == "none to most":
         logits[:, 1:3] += 2
+    elif routing == "to all":
+        per_token = EXPERTS
     weights, index = logits.softmax(1).topk(per_token)
     if routing == "twice to the same":
         index = index[:, :1].expand_as(index)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import one_hot
 from transformers.integrations.moe import _grouped_linear
 
+from ..checks import is_readable
 from ..functional import lora_grouped_linear
 from .experts import Experts, Projection, read_experts
 from .fused import Fused, is_plain_input
@@ -52,6 +53,8 @@ class FusedParamWrapper(Fused, ParamWrapper):
         """A token's weights multiply what goes into the down projection, which is linear, and not what comes out: so
         neither that nor the gate's own tensors are kept for the backward pass."""
         module, up, down, as_grouped = experts
+        if not is_readable(index):
+            index, weights = _of_known_experts(index, weights, len(up.weight))
         routing = _Routing.of(index, len(up.weight))
         tokens = x.to(up.weight.dtype) if as_grouped else x
         y = _ToExperts.apply(tokens, routing.order, routing.places)
@@ -182,6 +185,13 @@ def _activated(module: Any, y: Tensor) -> Tensor:
     return active
 
 
+def _of_known_experts(index: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same, but what chooses none of ``count`` experts weighs nothing: so transformers marks the experts of other
+    processes. Where indices can be read, PEFT runs such calls."""
+    known = index.clamp(0, count - 1)
+    return known, weights.masked_fill(index != known, 0)
+
+
 def _are_tokens(experts: Experts, x: Any, *rest: Any) -> bool:
     """Whether the arguments are tokens, indices and weights as transformers' grouped experts take them."""
     if len(rest) != 2 or not all(isinstance(each, Tensor) for each in rest):
@@ -189,4 +199,9 @@ def _are_tokens(experts: Experts, x: Any, *rest: Any) -> bool:
     index, weights = rest
     if not is_plain_input(x, x if experts.as_grouped else experts.up.weight) or x.dim() != 2:
         return False
-    return index.dim() == 2 and len(index) == len(x) and index.shape == weights.shape and index.shape[1] > 0
+    if index.dim() != 2 or len(index) != len(x) or index.shape != weights.shape or index.dtype != torch.int64:
+        return False
+    if index.numel() == 0 or not is_readable(index):
+        return index.shape[1] > 0
+    least, most = (int(bound) for bound in index.aminmax())
+    return least >= 0 and most < len(experts.up.weight)
