@@ -44,7 +44,11 @@ def command() -> None:
     ):
         console.print(_table(title, rows))
     verdicts = self_check()
-    console.print(_table("Self-check against the equations in float64", [_row(verdict) for verdict in verdicts]))
+    console.print(
+        _table(
+            "Self-check of layers and experts against the equations in float64", [_row(verdict) for verdict in verdicts]
+        )
+    )
     if not all(verdict.passed for verdict in verdicts):
         raise click.ClickException("the self-check failed: a backend computes wrong results on this machine")
 
@@ -117,7 +121,9 @@ def _version(package: str) -> str:
 def _row(verdict: Verdict) -> tuple[str, str]:
     name = f"{verdict.backend}, {str(verdict.dtype).removeprefix('torch.')}"
     mark = "[green]passed[/]" if verdict.passed else "[red]FAILED[/]"
-    return name, f"{mark}: {escape(verdict.failure) or f'{verdict.share:.0%} of the error that is allowed'}"
+    found = verdict.failure or f"{verdict.share:.0%} of the error that is allowed"
+    without = f"; without experts: {verdict.no_experts}" if verdict.no_experts else ""
+    return name, f"{mark}: {escape(found + without)}"
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:

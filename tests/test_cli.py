@@ -17,7 +17,6 @@ from fastpeft.bench.play import LIMITS
 import fastpeft
 from fastpeft import cli, dispatch, extension, info
 from fastpeft.backends.gpu.cuda import CudaBackend
-from fastpeft.ops import Forward
 from fastpeft.selfcheck import DTYPES, self_check
 
 
@@ -143,33 +142,50 @@ def test_a_gpus_backend_is_shown_and_checked_where_it_runs(monkeypatch: pytest.M
     assert output.count("cuda, ") == len(DTYPES)
 
 
-def test_info_fails_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+OPS = pytest.mark.parametrize("op", ["lora_linear", "lora_grouped_linear"])
+
+
+@OPS
+def test_info_fails_when_a_backend_is_wrong(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = dispatch.named("reference")
-    right = reference.lora_linear
+    right = getattr(reference, op)
 
-    def wrong(x: torch.Tensor, *args: object) -> Forward:
-        y, u, z = right(x, *args)  # type: ignore[arg-type]
-        return (y if x.dtype == torch.float64 else y * 1.25), u, z
+    def wrong(x: torch.Tensor, *args: object) -> tuple[torch.Tensor, ...]:
+        y, *kept = right(x, *args)
+        return (y if x.dtype == torch.float64 else y * 1.25), *kept
 
-    monkeypatch.setattr(reference, "lora_linear", wrong)
+    monkeypatch.setattr(reference, op, wrong)
     code, output = run("info")
     assert code == 1
     assert len(re.findall(r"reference, \w+\W+FAILED", output)) == len(DTYPES)
     assert "the self-check failed" in output
 
 
-def test_the_check_reports_a_backend_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+@OPS
+def test_the_check_reports_a_backend_that_breaks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = dispatch.named("reference")
-    right = reference.lora_linear
+    right = getattr(reference, op)
 
-    def breaks(x: torch.Tensor, *args: object) -> Forward:
+    def breaks(x: torch.Tensor, *args: object) -> tuple[torch.Tensor, ...]:
         if x.dtype != torch.float64:
             raise RuntimeError("no luck")
-        return right(x, *args)  # type: ignore[arg-type]
+        return right(x, *args)
 
-    monkeypatch.setattr(reference, "lora_linear", breaks)
+    monkeypatch.setattr(reference, op, breaks)
     verdicts = [verdict for verdict in self_check() if verdict.backend == "reference"]
     assert [(v.passed, v.failure) for v in verdicts] == [(False, "RuntimeError: no luck")] * len(DTYPES)
+
+
+def test_a_backend_that_leaves_experts_to_others_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of GPUs do in float32: that is no failure."""
+
+    def refuses(self: object, x: torch.Tensor, weight: torch.Tensor, factors: object) -> str | None:
+        return "no stacks" if weight.dim() == 3 else None
+
+    monkeypatch.setattr(type(dispatch.named("cpu")), "refuses", refuses)
+    code, output = run("info")
+    assert code == 0
+    assert squeezed(output).count("withoutexperts:nostacks") == len(DTYPES)
 
 
 def test_the_check_leaves_the_generator_alone() -> None:
