@@ -27,7 +27,7 @@ sanitize: setup
 
 # The public functions on a hundred thousand arguments that nobody thought of; the tests try some hundreds.
 fuzz: setup
-	FASTPEFT_FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
+	FASTPEFT_FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest -n $(JOBS) tests/test_fuzz.py tests/test_fuzz_experts.py $(ARGS)
 
 lint: $(VENV)/packages.stamp
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from fastpeft.functional import dora_linear, dora_norm, lora_linear, lora_update
 EXAMPLES = int(os.environ.get("FASTPEFT_FUZZ_EXAMPLES", "400"))
 ERRORS = (TypeError, ValueError, dispatch.BackendRefusal)
 NAMES = ("x", "weight", "bias", "A", "B", "scaling", "dropout_p", "adapter_index", "magnitude", "norm", "training")
-NAMES += ("backend", "shape", "quant_type", "blocksize", "packed", "absmax", "code")
+NAMES += ("offsets", "backend", "shape", "quant_type", "blocksize", "packed", "absmax", "code")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.int32, torch.bool, torch.complex64)
 fuzzed = settings(
