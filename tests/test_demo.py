@@ -118,6 +118,47 @@ def test_demo_in_bfloat16_with_dropout(tmp_path: Path, archive: Path, minilm: No
     assert fused["kept_bytes"] < peft["kept_bytes"]
 
 
+def test_demo_of_a_mixture_of_experts(tmp_path: Path, archive: Path, minilm: None) -> None:
+    code, output = demo(tmp_path, *SMALL, "--model", "qwen3-moe", "--dtype", "float32")
+    assert code == 0
+    said = " ".join(output.split())
+    for text in (
+        "A tiny Qwen3-MoE, random but for MiniLM's word vectors",
+        "its attention and on gate_up_proj and down_proj of all 8 experts of a layer (rank 2, no dropout, as PEFT has",
+        "2 × the fastest backend that accepts the call runs gate_up_proj and down_proj of 8 experts",
+        "Without dropout the losses of the two differ by rounding alone, which training amplifies. A router turns",
+    ):
+        assert text in said
+    assert "× PEFT:" not in said and "left to PEFT" not in said
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert numbers["settings"]["dropout"] == "0.0"
+    peft, fused = numbers["runs"]
+    assert peft["trainable_parameters"] == fused["trainable_parameters"] > 0
+    assert len(peft["losses"]) == len(fused["losses"]) == 3
+    assert fused["kept_bytes"] < peft["kept_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        *(
+            ("--method", method, "PEFT adapts experts, which qwen3-moe has, by lora alone")
+            for method in ("dora", "qlora", "qdora", "adalora")
+        ),
+        ("--dropout", "0.1", "PEFT has no dropout on experts, which qwen3-moe has: it must be 0 there"),
+    ],
+)
+def test_what_peft_refuses_on_experts_is_refused_before_anything_starts(
+    tmp_path: Path, archive: Path, minilm: None, nothing_starts: None, option: str, value: str, why: str
+) -> None:
+    code, output = demo(tmp_path, *SMALL, "--model", "qwen3-moe", option, value)
+    assert code == 2
+    assert f"Invalid value for '{option}'" in output
+    assert why in " ".join(output.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_demo_repeats_itself(tmp_path: Path, archive: Path, minilm: None) -> None:
     losses = []
     for _ in range(2):
@@ -165,7 +206,7 @@ REFUSED = [
     ("--test-size", "60", "test_size must be between 1 and 59, got 60"),
     ("--test-size", "9" * 30, "test_size must be between 1 and 59"),
     ("--test-size", "nan", "'nan' is not a valid integer"),
-    ("--model", "gpt9", "'minilm', 'smollm2'"),
+    ("--model", "gpt9", "'minilm', 'smollm2', 'qwen3-moe'"),
     ("--method", "magic", "'lora', 'dora'"),
     ("--dtype", "int8", "'auto', 'float32', 'bfloat16'"),
 ]

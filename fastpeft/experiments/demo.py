@@ -1,4 +1,4 @@
-"""``fastpeft demo``: a real model is fine-tuned by Hugging Face PEFT and by fastpeft, side by side."""
+"""``fastpeft demo``: a model is fine-tuned by Hugging Face PEFT and by fastpeft, side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import fastpeft
 
 from .batches import data_order
 from .data import Encoded, Review, encode, read_reviews, split_reviews
-from .models import FOUR_BIT_METHODS, METHODS, MODELS, add_adapters, faster_dtype
+from .models import DEMO_MODELS, EXPERTS, FOUR_BIT_METHODS, METHODS, add_adapters, faster_dtype
 from .options import Probability
 from .output import try_out, write_together
 from .pace import TRIAL_STEPS, reason, steps_that_fit
@@ -39,6 +39,7 @@ PLOT, NUMBERS = "loss.png", "results.json"
 _EVALUATION_BATCH = 64
 _TESTING_COST = 1 / 3  # of training on as many sentences: no backward pass, less padding
 _MEMORY_STEPS = 2
+_DROPOUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,18 @@ class Settings:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", type=click.Choice(list(MODELS)), default="minilm", help="What to fine-tune.")
-@click.option("--method", type=click.Choice(list(METHODS)), default="lora", help="What kind of adapters.")
+@click.option(
+    "--model",
+    type=click.Choice(list(DEMO_MODELS)),
+    default="minilm",
+    help="What to fine-tune. qwen3-moe: a mixture of experts, tiny and mostly random.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    default="lora",
+    help="What kind of adapters; of qwen3-moe lora, as PEFT has no other on experts.",
+)
 @click.option(
     "--steps",
     type=click.IntRange(1, 10_000),
@@ -78,7 +89,7 @@ class Settings:
 @click.option(
     "--dropout",
     type=Probability(),
-    default=0.05,
+    show_default=f"{_DROPOUT}; 0 for qwen3-moe, as PEFT has none on experts",
     help="Of the adapters' inputs. With 0 the two losses differ by rounding alone.",
 )
 @click.option(
@@ -110,13 +121,13 @@ def command(**options: Any) -> None:
     plot then compare loss, time and memory.
     """
     started = time.perf_counter()
-    settings = Settings(**options)
+    settings = _settled(options)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it once
     quieten_libraries()
     train, test, model_folder = _checked(settings)
     console = Console(highlight=False)
     dtype = faster_dtype() if settings.dtype == "auto" else DTYPES[settings.dtype]
-    source = MODELS[settings.model]
+    source = DEMO_MODELS[settings.model]
     with console.status("loading the model"):
         torch.manual_seed(settings.seed)
         model, tokenizer = source.load(model_folder)
@@ -154,6 +165,28 @@ def command(**options: Any) -> None:
     )
 
 
+def _settled(options: dict[str, Any]) -> Settings:
+    """With a dropout, where none was asked for, that the model can have.
+
+    Raises:
+        click.BadParameter: PEFT refuses on experts what was asked for.
+    """
+    experts = DEMO_MODELS[options["model"]].experts
+    if experts and options["method"] != "lora":
+        raise click.BadParameter(
+            f"PEFT adapts experts, which {options['model']} has, by lora alone", param_hint="'--method'"
+        )
+    if experts and options["dropout"]:
+        raise click.BadParameter(
+            f"PEFT has no dropout on experts, which {options['model']} has: it must be 0 there. fastpeft has one, by "
+            "fastpeft.patch(model, experts_dropout=p)",
+            param_hint="'--dropout'",
+        )
+    if options["dropout"] is None:
+        options = options | {"dropout": 0.0 if experts else _DROPOUT}
+    return Settings(**options)
+
+
 def _checked(settings: Settings) -> tuple[list[Review], list[Review], Path]:
     """The reviews to train on and to test on, and the folder of the model; the output folder is there afterwards.
 
@@ -166,7 +199,7 @@ def _checked(settings: Settings) -> tuple[list[Review], list[Review], Path]:
             require_package(package, "pip install 'fastpeft[demo]'")
         if settings.method in FOUR_BIT_METHODS:
             require_package("bitsandbytes", "pip install bitsandbytes")
-        model_folder = MODELS[settings.model].find()
+        model_folder = DEMO_MODELS[settings.model].find()
     except MissingPackage as error:
         raise click.ClickException(str(error)) from error
     except ValueError as error:
@@ -183,8 +216,9 @@ def _checked(settings: Settings) -> tuple[list[Review], list[Review], Path]:
 
 def contenders(model: nn.Module, settings: Settings, steps: int) -> list[Run]:
     """``model`` with new adapters, about to be trained for ``steps`` steps by PEFT and by fastpeft."""
-    adapted = add_adapters(model, settings.method, settings.rank, settings.dropout, steps)
-    return side_by_side(adapted, MODELS[settings.model].learning_rate(settings.method))
+    source = DEMO_MODELS[settings.model]
+    adapted = add_adapters(model, settings.method, settings.rank, settings.dropout, steps, source.experts)
+    return side_by_side(adapted, source.learning_rate(settings.method))
 
 
 def trial_paces(model: nn.Module, settings: Settings, data: Encoded) -> dict[str, float]:
@@ -239,11 +273,20 @@ def _introduction(settings: Settings, train: Sequence[Review], test: Sequence[Re
     return (
         f"learns to tell positive from negative movie reviews (SST-2-style: {len(train):,} sentences to train on, "
         f"{len(test):,} to test on, {positive:.0%} positive).\n"
-        f"It is frozen and learns through {METHODS[settings.method]} adapters on its linear layers (rank "
-        f"{settings.rank}, dropout {settings.dropout:g}): once by PEFT {version('peft')}, once by fastpeft "
-        f"{fastpeft.__version__}.\n"
+        f"It is frozen and learns through {METHODS[settings.method]} adapters on {_adapted(settings)}: once by PEFT "
+        f"{version('peft')}, once by fastpeft {fastpeft.__version__}.\n"
         f"Both start from the same weights and take turns on the same batches of "
         f"{settings.batch_size} × {settings.length} tokens (threads: {torch.get_num_threads()})."
+    )
+
+
+def _adapted(settings: Settings) -> str:
+    names = [name.rpartition(".")[2] for name in DEMO_MODELS[settings.model].experts]
+    if not names:
+        return f"its linear layers (rank {settings.rank}, dropout {settings.dropout:g})"
+    return (
+        f"its attention and on {' and '.join(names)} of all {EXPERTS} experts of a layer (rank {settings.rank}, no "
+        "dropout, as PEFT has none on experts)"
     )
 
 
@@ -269,6 +312,8 @@ def _notes(settings: Settings, results: Sequence[Result]) -> str:
         if settings.dropout
         else "Without dropout the losses of the two differ by rounding alone, which training amplifies."
     )
+    if DEMO_MODELS[settings.model].experts:
+        agreement += " A router turns rounding into more where a token stands between two experts."
     repacked = (
         "On some processors bitsandbytes repacks 4-bit weights in an evaluation, and PEFT then takes DoRA's norm from "
         "what it cannot read any more: PEFT's test figures are off there (docs/peft.md).\n"

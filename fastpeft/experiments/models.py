@@ -1,4 +1,5 @@
-"""Real pre-trained models with the head that a task needs, and LoRA adapters of Hugging Face PEFT.
+"""Real pre-trained models with the head that a task needs, a mixture of experts of random weights, and LoRA adapters of
+Hugging Face PEFT.
 
 PEFT and transformers take seconds to import; the functions that need them do it.
 """
@@ -6,7 +7,7 @@ PEFT and transformers take seconds to import; the functions that need them do it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,24 +27,28 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 CLASSES = 2
+EXPERTS = 8
 ATTENTION = "eager"
 """Of short texts. On a CPU in bfloat16, torch's fused one takes ten times as long for its gradient."""
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _TIMED_SIZE = 1024
 _TIMED_ROUNDS = 10
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A pre-trained model: its full name, its folder, how to load it with its tokenizer, LoRA's learning rate on it.
+    """A model: its full name, its folder, how to load it with its tokenizer, LoRA's learning rate on it.
 
     ``find`` raises :class:`MissingPackage` where the folder, or a package that ``load`` needs, is not installed.
-    ``load`` takes the folder and ``labels``, as :func:`load_pretrained` does.
+    ``load`` takes the folder and ``labels``, as :func:`load_pretrained` does. ``experts`` are the names of the
+    parameters in which a mixture stacks its experts' weights.
     """
 
     title: str
     find: Callable[[], Path]
     load: Callable[..., tuple[PreTrainedModel, Any]]
     lora_learning_rate: float
+    experts: tuple[str, ...] = ()
 
     def learning_rate(self, method: str) -> float:
         """Of the adapters of ``method``. AdaLoRA's matrices start so small that it learns nothing with LoRA's."""
@@ -143,6 +148,35 @@ def load_smollm2(folder: Path, labels: int | None = CLASSES) -> tuple[PreTrained
     return llama_classifier(causal, tokenizer.pad_token_id, labels), tokenizer
 
 
+def load_qwen3_moe(folder: Path, labels: int = CLASSES) -> tuple[PreTrainedModel, Any]:
+    """A tiny mixture of experts: the tokenizer and the word vectors of the encoder in ``folder``, so that there is
+    something to learn; all other weights are drawn by torch's generator."""
+    from transformers import AutoModel, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    words = AutoModel.from_pretrained(folder, local_files_only=True).get_input_embeddings().weight
+    count, width = words.shape
+    config = Qwen3MoeConfig(
+        vocab_size=count,
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        max_position_embeddings=512,
+        initializer_range=width**-0.5,  # each layer weighs as much as what goes around it
+        attn_implementation=ATTENTION,
+        pad_token_id=tokenizer.pad_token_id,
+        **_head(labels),
+    )
+    model = Qwen3MoeForSequenceClassification(config)
+    model.get_input_embeddings().weight.data.copy_(words.detach())
+    return model, tokenizer
+
+
 def plain_llama(causal: LlamaForCausalLM, pad_token_id: int) -> LlamaForCausalLM:
     """The same model, which has left its quantized file: it can be trained and saved."""
     from transformers import LlamaForCausalLM
@@ -190,21 +224,36 @@ MODELS = {
     "minilm": ModelSource("MiniLM-L6, a BERT encoder", find_minilm, load_pretrained, 3e-4),
     "smollm2": ModelSource("SmolLM2-135M-Instruct, a Llama", find_smollm2, load_smollm2, 3e-4),
 }
+DEMO_MODELS = MODELS | {
+    "qwen3-moe": ModelSource(
+        "A tiny Qwen3-MoE, random but for MiniLM's word vectors",
+        find_minilm,
+        load_qwen3_moe,
+        1e-3,
+        experts=("experts.gate_up_proj", "experts.down_proj"),
+    )
+}
+"""With one that nobody trained: a comparison of methods would tell nothing by it."""
 
 
-def add_adapters(model: nn.Module, method: str, rank: int, dropout: float, steps: int) -> PeftModel:
+def add_adapters(
+    model: nn.Module, method: str, rank: int, dropout: float, steps: int, experts: Sequence[str] = ()
+) -> PeftModel:
     """``model`` frozen, with an adapter (scaling 2) on every linear layer and a trainable classifier.
 
     Args:
-        method: a key of :data:`METHODS`.
+        method: a key of :data:`METHODS`; of a model with experts LoRA, without dropout, as PEFT has nothing else there.
         rank: of each adapter; of AdaLoRA's the mean that remains of half as many again.
         steps: the length of the training: AdaLoRA withdraws ranks from a tenth of it on, up to four fifths.
+        experts: names of the parameters with the weights of all experts of a layer, which are adapted, too.
     """
     import peft
 
     if method in FOUR_BIT_METHODS:
         to_four_bit(model, lambda name: name not in DENSE)
     settings = {"task_type": peft.TaskType.SEQ_CLS, "target_modules": "all-linear", "lora_dropout": dropout}
+    if experts:  # of all-linear PEFT would make the router as well, which is no linear layer
+        settings |= {"target_modules": list(_ATTENTION), "target_parameters": list(experts)}
     adalora = {"init_r": (3 * rank + 1) // 2, "tinit": steps // 10, "tfinal": steps // 5, "total_step": steps}
     return peft.get_peft_model(model, adapter_config(method, rank, adalora, **settings))
 
