@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,19 @@ def test_parity_with_each_implementation(kind: str, implementation: str, monkeyp
 def test_one_of_both_parameters_alone(kind: str, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moe(kind, **EXPERTS_ONLY, target_parameters=[parameters_of(kind)[alone]])
     assert_parity(model, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_leaves_at_most_routers_to_peft(kind: str) -> None:
+    """Newer ones of PEFT take it for the experts of some models, too, and for their routers, which have no dropout."""
+    model = peft.get_peft_model(moe_base(kind), peft.LoraConfig(r=2, target_modules="all-linear"))
+    report, ids = fastpeft.patch(model), tokens()
+    assert report.fused and all(re.match(r"its base layer is a \S+Router, no", r) for r in report.left_to_peft.values())
+    if set(report.fused) & set(fused_experts(model)):
+        assert fastpeft.patch(model, experts_dropout=0.5) == report
+        first, second = (model.train()(input_ids=ids).logits for _ in range(2))
+        assert torch.equal(first, second)  # B is 0 still
+        first.sum().backward()
 
 
 def test_several_adapters_of_different_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,12 @@ def wrappers_inside(layer: object) -> Iterator[ParamWrapper]:
             yield layer
 
 
+def is_matrix(wrapper: Any) -> bool:
+    """Whether it adapts one matrix, as a router's is; experts have a stack of them."""
+    parameter = wrapper.get_param()
+    return isinstance(parameter, Tensor) and parameter.dim() == 2
+
+
 def read_experts(wrapper: Any) -> Experts | str:
     """What a call of the outermost wrapper computes with, or why PEFT has to run it."""
     wrappers: list[Any] = [wrapper, *wrappers_inside(wrapper)]

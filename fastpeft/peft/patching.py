@@ -16,7 +16,7 @@ from torch import nn
 from ..checks import check_dropout_p
 from ..dispatch import BackendRefusal, check_backend_name, named
 from ..verdicts import backend_refusals, grouped
-from .experts import Experts
+from .experts import Experts, is_matrix
 from .fused import Fused
 from .fused_experts import FusedParamWrapper
 from .layers import FusedForward, fuse, operands_or_reason, peft_layers, unfuse
@@ -86,7 +86,7 @@ def patch(
     for layer in layers.values():
         fuse(layer, backend)
         if isinstance(layer, FusedParamWrapper):
-            layer.fastpeft_dropout = float(experts_dropout)
+            layer.fastpeft_dropout = 0.0 if is_matrix(layer) else float(experts_dropout)
         if isinstance(layer, FusedForward):
             layer.fastpeft_shares_input = share_inputs
     return report
