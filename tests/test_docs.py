@@ -11,6 +11,7 @@ import pytest
 import torch
 from fastpeft.bench import gains, readme
 from fastpeft.bench import page as machine_page
+from peft_experts import moe_base
 from test_bench_pages import fits_a_page
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,11 +86,13 @@ def test_the_snippets_of_usage_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "peft_model": peft.get_peft_model(tiny_model(), adapters()),
         "base_model": tiny_model(),
         "another_base_model": tiny_model(),
+        "mixture_of_experts": moe_base(),
         "dataset": [{"input_ids": tokens, "labels": tokens}] * 2,
     }
     for snippet in snippets(ROOT / "docs/usage.md"):
         exec(compile(snippet, "usage.md", "exec"), names)
-    assert names["report"].fused and not names["report"].left_to_peft
+    for report in (names["report"], names["experts_report"]):
+        assert report.fused and not report.left_to_peft
     assert (tmp_path / "runs/lora/adapter/adapter_model.safetensors").is_file()
 
 

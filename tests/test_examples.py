@@ -1,4 +1,4 @@
-"""Each script of examples/ on a tiny BERT: it ends well, and what it prints is what it promises."""
+"""Each script of examples/ on a tiny model: it ends well, and what it prints is what it promises."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from peft_experts import moe_base
 from peft_layers import tiny_llama_base
 from test_demo import tiny_bert
 from test_tasks import word_tokenizer
-from transformers import BertModel
+from transformers import AutoModelForCausalLM, BertModel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROUNDING = 2**7 * torch.finfo(torch.float32).eps  # of a few layers' outputs, which are about 1
@@ -33,6 +35,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     tiny_llama_base(64, 128).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("mixture")
+    moe_base().save_pretrained(folder)
     return folder
 
 
@@ -73,6 +83,14 @@ def test_qlora(llama: Path) -> None:
     said = output("qlora.py", llama)
     first, last = numbers(said.partition("step 1:")[2])
     assert "fused: 14, left to PEFT: 0" in said and first > last
+
+
+def test_experts(mixture: Path, tmp_path: Path) -> None:
+    said = output("experts.py", mixture, "--out", tmp_path / "adapter")
+    first, last = numbers(said.partition("step 1:")[2])[:2]
+    assert "fused: 10, left to PEFT: 0" in said and first > last
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(mixture), tmp_path / "adapter")
+    assert all(B.any() for name, B in loaded.named_parameters() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
