@@ -185,8 +185,8 @@ def assert_trains_as_peft(stock: peft.PeftModel, steps: int, monkeypatch: pytest
 
 def train(model: Any, batches: list[Tensor]) -> dict[str, Tensor]:
     """The loss of each step, in float64 whatever the model's dtype, as transformers' own is float32 at most; and the
-    gradients of the last. With AdamW's own ``eps`` an element whose gradient is nothing but rounding takes steps as long
-    as any other's, and after some of them one of a thousand elements decides how two errors compare."""
+    gradients of the last. With AdamW's own ``eps`` an element whose gradient is nothing but rounding would take steps
+    as long as any other's, and after some of them a single one would decide how two errors compare."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, eps=1e-3)
     losses = []
     for ids in batches:

@@ -272,6 +272,37 @@ def test_a_wrapper_around_a_fused_one_is_pefts_until_it_is_patched() -> None:
     assert fastpeft.patch(model).fused == fused_experts(model)
 
 
+def doubled_result(result: Any) -> Any:
+    if isinstance(result, tuple):  # the factors of an update
+        return 2 * result[0], *result[1:]
+    return 2 * result
+
+
+@pytest.mark.parametrize("when", ["before the patch", "after it"])
+@pytest.mark.parametrize("name", ["forward", "get_delta_weight", "get_delta_factors", "get_param"])
+def test_a_function_of_pefts_that_another_library_replaced_runs(
+    name: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = getattr(ParamWrapper, name, None)
+    if own is None:
+        assert name == "get_delta_factors"  # PEFT 0.18 has none
+        return
+    model, call = moe(**EXPERTS_ONLY), draw()
+    stock = copy.deepcopy(model)
+    if when == "after it":
+        fastpeft.patch(model)
+    with monkeypatch.context() as patch:
+        if name == "get_param":
+            patch.setattr(ParamWrapper, name, lambda self: own(self))
+        else:
+            patch.setattr(ParamWrapper, name, lambda self, *args, **kwargs: doubled_result(own(self, *args, **kwargs)))
+        (reason,) = set(fastpeft.patch(model).left_to_peft.values())
+        assert reason == f"peft.tuners.lora.layer.ParamWrapper.{name} was replaced"
+        expected, found = run(stock, call), run(model, call)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert fastpeft.patch(model).left_to_peft == {}  # put back: fused again
+
+
 def test_experts_without_kernels_on_a_gpu_are_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose backends say what they take; the CPU's stands in for the GPU here."""
     stock = moe(**EXPERTS_ONLY)

@@ -20,13 +20,15 @@ from .experts import Experts, Projection, read_experts
 from .fused import Fused, is_plain_input
 from .stock import Stock
 
+_STOCK = ("forward", "get_delta_weight", "get_delta_factors", "get_param")  # PEFT 0.18 has no factors
+
 
 class FusedParamWrapper(Fused, ParamWrapper):
     """``peft.tuners.lora.layer.ParamWrapper`` around experts of transformers', fused with the wrappers inside it."""
 
     fastpeft_dropout: float = 0.0
     peft_class = ParamWrapper
-    stock = Stock((ParamWrapper, "forward"), (ParamWrapper, "get_delta_weight"), (ParamWrapper, "get_param"))
+    stock = Stock(*((ParamWrapper, name) for name in _STOCK if hasattr(ParamWrapper, name)))
 
     @classmethod
     def read(cls, layer: Any) -> Experts | str:
