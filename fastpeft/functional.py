@@ -204,9 +204,16 @@ def dora_norm(
     checks.check_weight(weight)
     dtype = compute_dtype(weight)
     like = torch.empty(0, dtype=dtype, device=weight.device)
-    adapters = Adapters([A], [B], [], [scaling], [0.0])
-    checks.check_adapters(like, weight.shape, adapters)
-    _, (B,), _, (factor,), *_ = with_constant_scaling(adapters, like)
+    checks.check_adapters(like, weight.shape, Adapters([A], [B], [], [scaling], [0.0]))
+    return norm_in(dtype, weight, A, B, scaling, backend)
+
+
+def norm_in(
+    dtype: torch.dtype, weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float | Tensor, backend: str | None
+) -> Tensor:
+    """:func:`dora_norm` with ``B A`` computed in ``dtype``."""
+    like = torch.empty(0, dtype=dtype, device=weight.device)
+    _, (B,), _, (factor,), *_ = with_constant_scaling(Adapters([A], [B], [], [scaling], [0.0]), like)
     return _norm(weight, A, B, factor, dtype, backend)
 
 

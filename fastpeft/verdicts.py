@@ -40,6 +40,11 @@ def backend_verdict(weight: Tensor | FourBit | None, adapters: Adapters, request
     return f"{text}; {how}" if how else text
 
 
+def runner(requested: str | None) -> str:
+    """Who runs what has more than one call of a backend, in words."""
+    return "the fastest backend that accepts the call" if requested is None else f"{requested}, asked for by name,"
+
+
 def grouped(texts: Mapping[str, str]) -> str:
     """The texts, each once, under the number and the names of the layers that it is about."""
     names: dict[str, list[str]] = {}

@@ -10,9 +10,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes of two threads each
 
 import random
 import zlib
+from typing import Any
 
 import pytest
 import torch
+
+from fastpeft import ops
 
 if not torch.cuda.is_available():  # Triton's kernels are made for its interpreter; nobody else's are
     os.environ["TRITON_INTERPRET"] = "1"
@@ -38,3 +41,17 @@ def seed(request: pytest.FixtureRequest) -> int:
     random.seed(seed)
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each of DoRA's norms that is computed."""
+    calls: list[None] = []
+    compute = ops.call_dora_norm
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(None)
+        return compute(*args)
+
+    monkeypatch.setattr(ops, "call_dora_norm", counted)
+    return calls

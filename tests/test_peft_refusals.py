@@ -350,11 +350,6 @@ def test_mixed_batch_raises_what_peft_raises() -> None:
 
 _LORA = "peft.tuners.lora.layer"
 OTHER_LAYERS = {
-    "Embedding": (
-        nn.Embedding(10, 8),
-        {},
-        f"{_LORA}.Embedding looks rows of its adapter up, and has no input to multiply",
-    ),
     "MultiheadAttention": (
         nn.MultiheadAttention(8, 2),
         {},
@@ -376,16 +371,6 @@ def test_other_lora_layers(kind: str) -> None:
     report = fastpeft.patch(model)
     assert report.left_to_peft["base_model.model.0"] == reason
     assert report.fused == []
-
-
-def test_an_embedding_keeps_what_it_looked_up_and_no_more() -> None:
-    """Of each token its number and its column of A: a fused layer would keep the same."""
-    model = peft.get_peft_model(nn.Sequential(nn.Embedding(99, 16)), peft.LoraConfig(r=2, target_modules=["0"]))
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        model(torch.arange(7))
-    assert [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in own] == [(7,), (7, 2)]
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,21 @@ def unread_weight(layer: Any) -> Tensor | FourBit | str:
             dense = _dequantized(base, weight)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         return f"its base layer's weight cannot be dequantized: {error}"
-    if not is_plain(dense):
-        return f"its base layer's weight is a {type(dense).__qualname__}"
-    if dense.is_meta:
-        return _ON_META
-    if dense.dtype not in BASE_DTYPES:
-        return f"its base layer's weight is {dense.dtype}"
+    reason = dense_reason(dense)
+    if reason is not None:
+        return reason
     return dense.t() if getattr(layer, "fan_in_fan_out", False) else dense
+
+
+def dense_reason(weight: Any) -> str | None:
+    """What is wrong with a weight that is to be read as a dense matrix."""
+    if not is_plain(weight):
+        return f"its base layer's weight is a {type(weight).__qualname__}"
+    if weight.is_meta:
+        return _ON_META
+    if weight.dtype not in BASE_DTYPES:
+        return f"its base layer's weight is {weight.dtype}"
+    return None
 
 
 def _statistics(base: Any) -> Tensor | None:

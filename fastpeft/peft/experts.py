@@ -23,6 +23,7 @@ from transformers.integrations.moe import (
 from ..checks import BASE_DTYPES
 from ..dispatch import BackendRefusal, refusals
 from ..functional import compute_dtype, lora_grouped_linear
+from ..verdicts import runner
 from .base_layers import class_name, is_hooked, is_plain
 from .fused import Fused
 from .operands import state_reason
@@ -78,9 +79,8 @@ class Experts(NamedTuple):
 
     def verdict(self, backend: str | None) -> str:
         """What runs it, in words."""
-        who = "the fastest backend that accepts the call" if backend is None else f"{backend}, asked for by name,"
         names = " and ".join(projection.name for projection in self.adapted)
-        return f"{who} runs {names} of {len(self.up.weight)} experts, each in one step over sorted tokens"
+        return f"{runner(backend)} runs {names} of {len(self.up.weight)} experts, each in one step over sorted tokens"
 
 
 class _Kind(NamedTuple):

@@ -33,6 +33,9 @@ class Fused:
         result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return result
 
+    def _get_name(self) -> str:
+        return self.peft_class.__name__  # repr shows PEFT's name, as state_dict keys and parameters are PEFT's
+
     def extra_repr(self) -> str:
         """Whether the layer is fused as it stands, or why not."""
         operands = self.operands_or_reason(self)

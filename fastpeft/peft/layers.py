@@ -18,10 +18,11 @@ from ..four_bit import FourBit
 from ..functional import adapted_linear, update
 from ..verdicts import backend_verdict
 from .base_layers import class_name, is_plain
+from .embeddings import FusedEmbedding, Lookup
 from .experts import Experts, wrappers_inside
 from .fused import Fused, is_plain_input
 from .fused_experts import FusedParamWrapper
-from .methods import LEFT_TO_PEFT, METHODS, Method, method_of, stock_of
+from .methods import METHODS, Method, method_of, stock_of
 from .operands import Operands, read_operands, tokens_of
 from .plain import plain_layers, read_plain
 from .shared import note_on, shared_linear
@@ -143,9 +144,6 @@ class FusedForward(Fused, _Layer):
         own = [self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else nothing for name in adapters]
         return torch.stack([nothing, *own])
 
-    def _get_name(self) -> str:
-        return self.peft_class.__name__  # repr shows PEFT's name, as state_dict keys and parameters are PEFT's
-
 
 @lru_cache
 def _fused_class(method: Method) -> type[Any]:
@@ -179,13 +177,12 @@ def read_layer(layer: Any, adapters: Sequence[str], x: Any) -> Operands | str:
     return read_operands(layer, adapters, layer.method, tokens_of(x))
 
 
-def operands_or_reason(layer: BaseTunerLayer) -> Operands | Experts | str:
+def operands_or_reason(layer: BaseTunerLayer) -> Operands | Experts | Lookup | str:
     """The operands of a call with the active adapters, or why PEFT runs it and would even if ``layer`` were patched."""
     fused = type(layer) if isinstance(layer, Fused) else fused_class(type(layer))
     if fused is None:
-        name = class_name(layer)
-        return f"{name} {LEFT_TO_PEFT.get(name, 'is no class that fastpeft fuses')}"
-    found: Operands | Experts | str = fused.operands_or_reason(layer)
+        return f"{class_name(layer)} is no class that fastpeft fuses"
+    found: Operands | Experts | Lookup | str = fused.operands_or_reason(layer)
     return found
 
 
@@ -196,7 +193,7 @@ def verdict_on(layer: BaseTunerLayer) -> str:
         return f"PEFT: {operands}"
     if not isinstance(layer, Fused):
         return "PEFT: the layer is not patched; fastpeft.patch(model) would fuse it"
-    if isinstance(operands, Experts):
+    if not isinstance(operands, Operands):
         return operands.verdict(layer.fastpeft_backend)
     verdict = backend_verdict(operands.weight, operands.adapters, layer.fastpeft_backend)
     shares = isinstance(layer, FusedForward) and layer.fastpeft_shares_input
@@ -213,8 +210,9 @@ def peft_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 def fused_class(peft_class: type[Any]) -> type[Any] | None:
     """What a layer of PEFT's class becomes; None where fastpeft has nothing for it."""
-    if peft_class is FusedParamWrapper.peft_class:
-        return FusedParamWrapper
+    for fused in (FusedParamWrapper, FusedEmbedding):
+        if peft_class is fused.peft_class:
+            return fused
     method = method_of(peft_class)
     return None if method is None else _fused_class(method)
 

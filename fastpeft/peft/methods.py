@@ -87,9 +87,6 @@ METHODS = (
     *_rows("vblora", "Linear", "VBLoRAModel", read_vblora),
 )
 
-LEFT_TO_PEFT = {f"{_LORA}.layer.Embedding": "looks rows of its adapter up, and has no input to multiply"}
-"""Classes of PEFT's with nothing to fuse, and what a reason says of them."""
-
 
 def method_of(peft_class: type[Any]) -> Method | None:
     """The row of exactly this class."""

@@ -16,6 +16,7 @@ from torch import nn
 from ..checks import check_dropout_p
 from ..dispatch import BackendRefusal, check_backend_name, named
 from ..verdicts import backend_refusals, grouped
+from .embeddings import Lookup
 from .experts import Experts, is_matrix
 from .fused import Fused
 from .fused_experts import FusedParamWrapper
@@ -186,12 +187,12 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _check_backend(name: str, operands: Operands | Experts, backend: str | None) -> None:
+def _check_backend(name: str, operands: Operands | Experts | Lookup, backend: str | None) -> None:
     if backend is None:
         return
-    if isinstance(operands, Experts):
-        reason = operands.refusal(backend)
-    else:
+    if isinstance(operands, Operands):
         reason = backend_refusals(operands.weight, operands.adapters)[named(backend).name]
+    else:
+        reason = operands.refusal(backend)
     if reason is not None:
         raise BackendRefusal(f"backend={backend!r} cannot run {name}: {reason}")

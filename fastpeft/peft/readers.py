@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import is_finite, is_readable
 from ..four_bit import FourBit
-from ..functional import compute_dtype, dora_norm
+from ..functional import compute_dtype, norm_in
 from ..norm_cache import NormCache
 from ..reference import wide_dtype
 from . import variants
@@ -184,21 +184,31 @@ def factors_reason(layer: Any, factors: Sequence[Tensor], dtype: torch.dtype | N
 
 def _dora_factor(layer: Any, name: str, base: Base, adapter: Adapter, tokens: int) -> Tensor | str:
     """``c = m / ‖W + s B A‖``, or why PEFT has to run the adapter."""
-    module = layer.lora_magnitude_vector._modules.get(name)
-    if type(module) is not DoraLinearLayer or is_hooked(module):
-        return f"keeps its magnitude in a {class_name(module)}, or in a module with a hook or a forward of its own"
-    replaced = DORA.replaced()
-    if replaced is not None:
-        return f"has DoRA, and {replaced}"
     weight = unread_weight(layer) if base.weight is None else base.weight
     if isinstance(weight, str):
         return f"has DoRA, and {weight}"
-    magnitude: Any = _weight_of(module)
-    if not is_plain(magnitude) or magnitude.device != weight.device:
-        return f"has a magnitude that is a {type(magnitude).__qualname__} on {getattr(magnitude, 'device', None)}"
+    magnitude = magnitude_of(layer, name, weight, DoraLinearLayer, DORA)
+    if isinstance(magnitude, str):
+        return magnitude
     return dora_factor(
         layer, name, weight, adapter, magnitude, tokens, lasts=base.weight is not None or _lasts(layer, weight)
     )
+
+
+def magnitude_of(layer: Any, name: str, weight: Tensor | FourBit, kind: type[Any], stock: Stock) -> Tensor | str:
+    """DoRA's ``m``, held by a module of exactly this ``kind`` beside the ``weight``, or why PEFT has to run the
+    adapter."""
+    module = layer.lora_magnitude_vector._modules.get(name)
+    if type(module) is not kind or is_hooked(module):
+        return f"keeps its magnitude in a {class_name(module)}, or in a module with a hook or a forward of its own"
+    replaced = stock.replaced()
+    if replaced is not None:
+        return f"has DoRA, and {replaced}"
+    magnitude: Any = _weight_of(module)
+    if not is_plain(magnitude) or magnitude.device != weight.device:
+        return f"has a magnitude that is a {type(magnitude).__qualname__} on {getattr(magnitude, 'device', None)}"
+    found: Tensor = magnitude
+    return found
 
 
 def _lasts(layer: Any, weight: Tensor | FourBit) -> bool:
@@ -214,18 +224,20 @@ def dora_factor(
     adapter: Adapter,
     magnitude: Tensor,
     tokens: int,
+    *,
     lasts: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | str:
     """``c = m / ‖W + s B A‖`` of an adapter that is read, for a call with so many tokens; a reason where it is not
-    finite. The norm is kept of a weight that lasts."""
+    finite. The norm is kept of a weight that lasts. ``B A`` is computed in ``dtype``, by default the layer's own."""
     A, B, scaling = adapter.A, adapter.B, adapter.scaling
     backend = layer.__dict__.get("fastpeft_backend")
     stays_tensor = isinstance(scaling, Tensor) and not is_readable(scaling)
+    dtype = compute_dtype(weight) if dtype is None else dtype
     if not lasts or stays_tensor or torch.compiler.is_compiling():  # a graph would depend on what is kept
-        norm = dora_norm(weight, A, B, scaling, backend)
+        norm = norm_in(dtype, weight, A, B, scaling, backend)
     else:
-        caches = layer.__dict__.setdefault("_fastpeft_norms", {})
-        cache, dtype = caches.setdefault(name, NormCache()), compute_dtype(weight)
+        cache = layer.__dict__.setdefault("_fastpeft_norms", {}).setdefault(name, NormCache())
         norm = cache.get(weight, A, B, float(scaling), dtype, backend, tokens=tokens)
     c = magnitude.to(norm.dtype) / norm
     if is_readable(c) and not is_finite(c):

@@ -39,6 +39,7 @@ def _kasa(layer: Any, name: str, A: Tensor) -> Tensor | str:
 
 _MAKERS: dict[str, Maker] = {
     "MiCALinearVariant": _mica,
+    "MiCAEmbeddingVariant": _mica,
     "KasaLinearVariant": _kasa,
 }
 _stocks: dict[type[Any], Stock] = {}
