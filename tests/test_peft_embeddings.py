@@ -423,16 +423,22 @@ def test_merged_and_unmerged_by_peft(config: dict[str, Any]) -> None:
 
 
 @lora_and_dora
-def test_one_graph(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_whatever_the_scaling(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one turns the number into a symbol, as in PEFT's own layers."""
     torch.compiler.reset()
     model = embedding_model(BF16, F32, **config)
+    stock, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     fastpeft.patch(model)
-    eager, ids, dy = copy.deepcopy(model), drawn(), signed(3, 11, D)
     layer_of(model).compile(fullgraph=True, backend="aot_eager")
-    with no_peft_forward(monkeypatch):
-        compiled, expected = results(model, ids, dy), results(eager, ids, dy)
-    for name, like in expected.items():
-        torch.testing.assert_close(compiled[name], like)
+    for i, scale in enumerate((1.0, 3.0, 0.5, -1.1)):
+        for each in (model, stock, exact):
+            layer_of(each).set_scale("default", scale)
+        ids, dy = drawn(), signed(3, 11, D)
+        with no_peft_forward(monkeypatch), torch._dynamo.config.patch(error_on_recompile=i > 1):
+            compiled = results(model, ids, dy)
+        oracle, eager = results(exact, ids, dy.double()), results(stock, ids, dy)
+        for name in eager:
+            assert_close_as_eager(compiled[name], oracle[name], eager[name], name)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -66,9 +66,11 @@ class FusedEmbedding(Fused, Embedding):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's result, ``[...]`` to ``[..., D]``; from PEFT's own ``forward`` where the call cannot be fused."""
-        lookup = self.stock.replaced() or self.read(self)
-        if isinstance(lookup, str) or args or kwargs:
+        if args or kwargs:
             return self._by_peft(x, *args, **kwargs)
+        lookup = self.stock.replaced() or self.read(self)
+        if isinstance(lookup, str):
+            return self._by_peft(x)
         result: Tensor = self.base_layer(x)
         y = result
         for A, B, scaling, _, _, c in lookup.adapters:
