@@ -57,6 +57,16 @@ class GpuSuite:
         exact = eager_norm(made.weight.double(), made.A[0].double(), made.B[0].double(), 0.75)
         assert_close_as_eager(norm, exact, eager_norm(made.weight, made.A[0], made.B[0], 0.75))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_norm_of_an_embedding_is_as_close_as_eager(self, dtype: torch.dtype) -> None:
+        """Of a transposed W with wider adapters, in their dtype."""
+        made = make_inputs((1, 600), 70, (16,), dtype, torch.float32)
+        W, A, B = made.weight.float(), made.A[0], made.B[0]
+        operands = moved_to(DEVICE, (in_layout(made.weight, "transposed"), A, B))
+        norm = ops.dora_norm(*Weight.of(operands[0]), *operands[1:], 0.75, torch.float32, self.name).cpu()
+        exact = eager_norm(W.double(), A.double(), B.double(), 0.75)
+        assert_close_as_eager(norm, exact, eager_norm(W, A, B, 0.75))
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("form", [("nf4", 64, True), ("fp4", 32, False), ("nf4", 4096, False), ("fp4", 128, True)])
     @pytest.mark.parametrize("shape", [(1, 1), (63, 101), (96, 130)], ids=str)

@@ -61,6 +61,20 @@ def test_reference_is_as_close_as_eager(dtype: torch.dtype) -> None:
     assert_as_close_as_eager("reference", 63, 100, 8, dtype, "transposed")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K", "r"), [*SHAPES, (40, 9000, 8)])
+def test_an_embeddings_is_as_close_as_eager(isa: str, N: int, K: int, r: int, dtype: torch.dtype) -> None:
+    """Of a transposed W with wider adapters, in their dtype."""
+    torch.manual_seed(0)
+    draws = []
+    for _ in range(max(1, POOL // N)):
+        W, *adapter = draw(N, K, r, dtype, torch.float32)
+        draws.append((in_layout(W, "transposed"), *adapter))
+    norms = [ops.dora_norm(W, [], 0, A, B, 0.75, torch.float32, "cpu") for W, A, B in draws]
+    exact = [eager(W.double(), A.double(), B.double(), 0.75) for W, A, B in draws]
+    assert_close_as_eager(norms, exact, [eager(W.float(), A, B, 0.75) for W, A, B in draws])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K", "r"), SHAPES)

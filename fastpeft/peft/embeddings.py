@@ -44,8 +44,8 @@ class Lookup(NamedTuple):
         """Why the backend of this name cannot take DoRA's norm, the one part that is a backend's."""
         if self.weight is None:
             return None
-        A, B = ([getattr(adapter, name) for adapter in self.adapters] for name in "AB")
-        return backend_refusals(self.weight, Adapters(A, B, [], [], []))[named(backend).name]
+        adapters = Adapters([each.A for each in self.adapters], [each.B for each in self.adapters], [], [], [])
+        return backend_refusals(self.weight, adapters)[named(backend).name]
 
     def verdict(self, backend: str | None) -> str:
         """What runs it, in words."""
