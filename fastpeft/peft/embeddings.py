@@ -14,6 +14,7 @@ from peft.tuners.lora.dora import DoraEmbeddingLayer
 from peft.tuners.lora.layer import Embedding
 from peft.tuners.lora.variants import DoraEmbeddingVariant
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from ..call import Adapters
 from ..dispatch import named
@@ -33,9 +34,10 @@ _DORA = Stock(
 
 
 class Lookup(NamedTuple):
-    """What one call computes with: the active adapters, in PEFT's order, and what the base layer multiplies its rows by
-    (``embed_scale``), if anything."""
+    """What one call computes with: the layer with the rows, the active adapters, in PEFT's order, and what that layer
+    multiplies its rows by (``embed_scale``), if anything."""
 
+    base: Any
     adapters: Sequence[Adapter]
     scale: Tensor | None
     weight: Tensor | None  # Wᵀ, where DoRA's norm is taken of it
@@ -71,10 +73,12 @@ class FusedEmbedding(Fused, Embedding):
         lookup = self.stock.replaced() or self.read(self)
         if isinstance(lookup, str):
             return self._by_peft(x)
-        result: Tensor = self.base_layer(x)
+        base = lookup.base
+        result: Tensor = self._modules["base_layer"](x)
         y = result
         for A, B, scaling, _, _, c in lookup.adapters:
-            u = self._embed(x, A.T).to(wide_dtype(A.dtype)) * scaling  # [..., r]
+            columns = embedding(x, A.T, base.padding_idx, None, 2.0, base.scale_grad_by_freq, base.sparse)
+            u = columns.to(wide_dtype(A.dtype)) * scaling  # [..., r]
             if lookup.scale is not None:
                 u = u * lookup.scale.to(u.dtype)
             if c is not None:  # c (y + u Bᵀ), by way of c B, which is small
@@ -89,12 +93,12 @@ def read_lookup(layer: Any) -> Lookup | str:
     reason = state_reason(layer)
     if reason is not None:
         return reason
-    if getattr(layer, "tp_layer", None) is not None:  # not every PEFT has it
+    if layer.__dict__.get("tp_layer") is not None:  # not every PEFT has it
         return "a tensor-parallel plan shares its rows out"
     base = layer.get_base_layer()
     if getattr(base, "max_norm", None) is not None:
         return "its base layer has a max_norm, by which each call changes the weights"
-    scale = layer._get_embed_scale()
+    scale = layer._get_embed_scale() if hasattr(base, "embed_scale") else None
     if scale is not None and not is_constant(scale):
         return "its base layer has an embed_scale that is not one constant number"
     found: list[Adapter] = []
@@ -107,7 +111,7 @@ def read_lookup(layer: Any) -> Lookup | str:
     if not found:
         return "none of the active adapters is in this layer"
     is_dora = any(adapter.c is not None for adapter in found)
-    return Lookup(found, scale, base.weight.t() if is_dora else None)
+    return Lookup(base, found, scale, base.weight.t() if is_dora else None)
 
 
 def _read_adapter(layer: Any, name: str, base: Any) -> Adapter | str | None:
