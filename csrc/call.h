@@ -12,15 +12,17 @@
 
 namespace fastpeft {
 
-// W [N, K]: a dense tensor, 4 bits an element, or absent: then the low-rank part is all. Of experts a dense stack.
+// W [N, K]: a dense tensor, 4 bits an element, or absent: then the low-rank part is all. Of experts a stack, dense or
+// of 4 bits.
 struct Weight {
-    at::Tensor data;                // [N, K] or [E, N, K], any strides; or uint8, flat
+    at::Tensor data;                // [N, K] or [E, N, K], any strides; or uint8, flat, see lies_transposed
     std::vector<at::Tensor> quant;  // empty; or code [16], absmax; or code, absmax in uint8, code2, absmax2, offset
     int64_t blocksize;              // negative: W is absent
     int64_t N, K;
 
     bool four_bit() const { return !quant.empty(); }
     bool absent() const { return blocksize < 0; }
+    bool lies_transposed() const { return data.dim() == 2; }  // of 4-bit experts [1, bytes]: each lies as [K, N]
 };
 
 // The adapters, with dropout's factor 1 / (1 - p) made part of `scaling` and p turned into the mask's threshold.

@@ -30,6 +30,13 @@ void check_stack(const char* name, const Tensor& t, int64_t experts, int64_t row
     check_memory(name, t);
 }
 
+void check_four_bit(const Weight& weight, int64_t elements) {
+    TORCH_CHECK(weight.data.numel() >= (elements + 1) / 2, "weight must hold ", elements, " elements of 4 bits, got ",
+                weight.data.numel(), " bytes");
+    check_memory("weight", weight.data);
+    for (const Tensor& statistics : weight.quant) check_memory("what describes weight", statistics);
+}
+
 }  // namespace
 
 void check_memory(const char* name, const Tensor& t) {
@@ -45,10 +52,7 @@ void check_operands(const std::optional<Tensor>& x, const Weight& weight, const 
     const int64_t N = weight.N, K = weight.K;
     if (x) check_rows("x", *x, tokens, K);
     if (weight.four_bit()) {
-        TORCH_CHECK(weight.data.numel() >= (N * K + 1) / 2, "weight must hold ", N * K, " elements of 4 bits, got ",
-                    weight.data.numel(), " bytes");
-        check_memory("weight", weight.data);
-        for (const Tensor& statistics : weight.quant) check_memory("what describes weight", statistics);
+        check_four_bit(weight, N * K);
     } else if (weight.absent()) {
         TORCH_CHECK(!adapters.dora(), "DoRA scales a product with a weight, and there is none");
     } else {
@@ -84,10 +88,13 @@ void check_kept(const Tensors& dy, const Layers& layers, const std::optional<Ten
 
 std::vector<int64_t> check_experts(const std::optional<Tensor>& x, const Tensor& offsets, const Weight& weight,
                                    const std::optional<Tensor>& bias, const Adapters& adapters, int64_t tokens) {
-    TORCH_CHECK(!weight.four_bit() && !weight.absent() && !adapters.dora() && !adapters.index,
-                "stacked experts have dense weights, no DoRA and no mixed batches");
-    const int64_t E = weight.data.dim() ? weight.data.size(0) : 0, N = weight.N, K = weight.K;
-    check_stack("weight", weight.data, E, N, K);
+    TORCH_CHECK(!weight.absent() && !adapters.dora() && !adapters.index,
+                "stacked experts have weights, no DoRA and no mixed batches");
+    const int64_t E = adapters.A[0].size(0), N = weight.N, K = weight.K;
+    if (weight.four_bit())
+        check_four_bit(weight, E * N * K);
+    else
+        check_stack("weight", weight.data, E, N, K);
     if (x) check_rows("x", *x, tokens, K);
     if (bias) check_matrix("bias", *bias, E, N);
     for (size_t i = 0; i < adapters.count(); ++i) {

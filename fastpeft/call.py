@@ -47,11 +47,11 @@ def _all(some: Sequence[Tensor] | None) -> Sequence[Tensor]:
 
 class Weight(NamedTuple):
     """``W [N, K]``, dense, in 4 bits, or absent: then the adapters' low-rank part is all that is computed. Of experts a
-    dense stack ``[E, N, K]``.
+    stack ``[E, N, K]``, dense or in 4 bits.
 
     Attributes:
-        data: ``[N, K]`` or the stack, any strides; of 4 bits the packed bytes, flat; of an absent weight an element
-            nobody reads.
+        data: ``[N, K]`` or the stack, any strides; of 4 bits the packed bytes, flat, or ``[1, bytes]`` where experts
+            lie as ``[K, N]`` each; of an absent weight an element nobody reads.
         quant: empty; of 4 bits what :attr:`fastpeft.four_bit.FourBit.quant` says.
         blocksize: of 4 bits, elements that share a scale; :data:`ABSENT` of an absent weight.
     """
@@ -64,7 +64,8 @@ class Weight(NamedTuple):
     def of(cls, weight: Tensor | FourBit) -> Weight:
         """What users give, as the ops take it."""
         if isinstance(weight, FourBit):
-            return cls(weight.packed, weight.quant, weight.blocksize)
+            packed = weight.packed.flatten()
+            return cls(packed.unsqueeze(0) if weight.transposed else packed, weight.quant, weight.blocksize)
         return cls(weight, [], 0)
 
     @classmethod
@@ -76,6 +77,11 @@ class Weight(NamedTuple):
     def is_absent(self) -> bool:
         """Whether there is no product with ``x``."""
         return self.blocksize == ABSENT
+
+    @property
+    def lies_transposed(self) -> bool:
+        """Of experts in 4 bits, whether each lies as ``[K, N]``."""
+        return self.data.dim() == 2
 
 
 class Adapters(NamedTuple):

@@ -39,28 +39,25 @@ def check_call(x: Tensor, weight: Tensor | FourBit, bias: Tensor | None, adapter
     check_adapters(x, weight.shape, adapters)
     check_index(x, adapters)
     check_training(training)
-    if not isinstance(weight, FourBit) and x.dtype != weight.dtype and not is_autocast(x):
-        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
+    check_dtype(x, weight)
 
 
 def check_grouped(
     x: Tensor, offsets: Tensor, weight: Tensor | FourBit, bias: Tensor | None, adapters: Adapters, training: object
 ) -> None:
     """The same of experts whose weights are stacked; on a GPU what the offsets hold is not looked at."""
-    if isinstance(weight, FourBit):
-        raise TypeError("weight must be a Tensor [E, N, K]: experts in 4 bits are not supported")
     check_weight(weight, "E, N, K")
     check_input(x, bias, tuple(weight.shape))
     if x.dim() != 2:
         raise ValueError(f"x must have shape [T, K={weight.shape[2]}], got {list(x.shape)}")
-    if len(weight) == 0:
+    experts = weight.shape[0]
+    if experts == 0:
         raise ValueError("weight holds no expert; at least one is expected")
     check_device("weight", weight, x)
     check_adapters(x, weight.shape, adapters)
-    check_offsets(offsets, x, len(weight))
+    check_offsets(offsets, x, experts)
     check_training(training)
-    if x.dtype != weight.dtype and not is_autocast(x):
-        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
+    check_dtype(x, weight)
 
 
 def check_offsets(offsets: Tensor, x: Tensor, experts: int) -> None:
@@ -95,13 +92,18 @@ def check_training(training: object) -> None:
 
 
 def check_weight(weight: Tensor | FourBit, shape: str = "N, K") -> None:
-    if isinstance(weight, FourBit):
-        return
-    check_tensor("weight", weight)
-    if weight.dtype not in BASE_DTYPES:
-        raise TypeError(f"weight must be float64, float32, float16 or bfloat16, got {weight.dtype}")
-    if weight.dim() != len(shape.split()):
+    if not isinstance(weight, FourBit):
+        check_tensor("weight", weight)
+        if weight.dtype not in BASE_DTYPES:
+            raise TypeError(f"weight must be float64, float32, float16 or bfloat16, got {weight.dtype}")
+    if len(weight.shape) != len(shape.split()):
         raise ValueError(f"weight must have shape [{shape}], got {list(weight.shape)}")
+
+
+def check_dtype(x: Tensor, weight: Tensor | FourBit) -> None:
+    """A weight in 4 bits takes an input in any of the dtypes."""
+    if not isinstance(weight, FourBit) and x.dtype != weight.dtype and not is_autocast(x):
+        raise TypeError(f"x must have the dtype of weight, {weight.dtype}, got {x.dtype} (and autocast casts neither)")
 
 
 def check_input(x: Tensor, bias: Tensor | None, shape: Sequence[int]) -> None:

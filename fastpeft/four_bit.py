@@ -1,12 +1,14 @@
 """4-bit weights as bitsandbytes stores them (Dettmers et al., "QLoRA", 2023): code tables, packing, statistics.
 
-The weight ``[N, K]`` lies flat, row after row: two codes a byte, the even element in the high nibble. Each block of
-``blocksize`` elements (blocks go on across rows) is its codes' table values times its ``absmax``, the largest magnitude
-in it. With nested statistics ``absmax`` itself is 8 bits a block: ``code2[q] * absmax2[block // 256] + offset``.
+The weight ``[N, K]`` lies flat, row after row, a stack ``[E, N, K]`` expert after expert: two codes a byte, the even
+element in the high nibble. Each block of ``blocksize`` elements (blocks go on across rows and experts) is its codes'
+table values times its ``absmax``, the largest magnitude in it. With nested statistics ``absmax`` itself is 8 bits a
+block: ``code2[q] * absmax2[block // 256] + offset``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,23 +53,27 @@ class FourBit:
         packed: uint8, ``[ceil(N K / 2)]``.
         absmax: float32, one a block; with ``nested`` uint8 codes of them.
         nested: None, or ``(code2, absmax2, offset)``: float32 ``[256]``, one for each 256 blocks, and one number.
-        shape: ``(N, K)``.
+        shape: ``(N, K)``, of experts ``(E, N, K)``.
         blocksize: elements that share an ``absmax``.
         code: float32 ``[16]``, the values that the codes stand for.
+        transposed: of experts, whether each lies as ``[K, N]``; see :attr:`mT`.
     """
 
     packed: Tensor
     code: Tensor
     absmax: Tensor
     nested: tuple[Tensor, Tensor, Tensor] | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     blocksize: int
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where sizes do not fit each other; TypeError where a dtype is another one."""
-        if len(self.shape) != 2:
-            raise ValueError(f"shape must be (N, K), got {self.shape}")
-        elements = self.shape[0] * self.shape[1]
+        if len(self.shape) not in (2, 3):
+            raise ValueError(f"shape must be (N, K), or (E, N, K) of experts, got {self.shape}")
+        if self.transposed and len(self.shape) == 2:
+            raise ValueError(f"transposed must be False for a single weight, of shape {self.shape}")
+        elements = math.prod(self.shape)
         if self.code.dtype != torch.float32 or self.code.numel() != 16:
             raise ValueError(f"code must hold 16 float32 numbers, got {self.code.numel()} of {self.code.dtype}")
         if self.blocksize not in BLOCKSIZES:
@@ -105,39 +111,54 @@ class FourBit:
         """Where it lies."""
         return self.packed.device
 
+    @property
+    def mT(self) -> FourBit:
+        """Of experts each one transposed, not copied: what is stored as ``[E, K, N]``, read as ``[E, N, K]``."""
+        *experts, N, K = self.shape
+        return replace(self, shape=(*experts, K, N), transposed=not self.transposed)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight ``[N, K]``; the product of value and absmax is rounded once, from float32."""
+        """The dense weight, of :attr:`shape`; the product of value and absmax is rounded once, from float32."""
+        if self.transposed:
+            return self.mT.dequantize(dtype).mT
         return dequantize(self.packed, self.quant, self.blocksize, self.shape, dtype)
 
 
 def dequantize(
-    packed: Tensor, quant: Sequence[Tensor], blocksize: int, shape: Sequence[int], dtype: torch.dtype
+    packed: Tensor, quant: Sequence[Tensor], blocksize: int, shape: Sequence[int], dtype: torch.dtype, first: int = 0
 ) -> Tensor:
-    """See :meth:`FourBit.dequantize`; the arguments are its attributes."""
+    """See :meth:`FourBit.dequantize`; the arguments are its attributes. ``first``: the element to begin with, where
+    ``shape`` is that of a part, as one expert is."""
     code, absmax, *nested = (tensor.flatten() for tensor in quant)
-    elements = shape[0] * shape[1]
-    codes = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:elements]
+    elements = math.prod(shape)
+    end = first + elements
+    halves = packed.flatten()[first // 2 : (end + 1) // 2]
+    codes = torch.stack((halves >> 4, halves & 15), dim=1).flatten()[first % 2 :][:elements]
+    blocks = torch.arange(first // blocksize, -(-end // blocksize), device=packed.device)
+    scales = absmax[blocks]
     if nested:
         code2, absmax2, offset = nested
-        absmax = code2[absmax.int()] * absmax2.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()] + offset
-    return (code[codes.int()] * absmax.repeat_interleave(blocksize)[:elements]).view(*shape).to(dtype)
+        scales = code2[scales.int()] * absmax2[blocks // NESTED_BLOCKSIZE] + offset
+    scales = scales.repeat_interleave(blocksize)[first % blocksize :][:elements]
+    return (code[codes.int()] * scales).view(*shape).to(dtype)
 
 
 def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True) -> FourBit:
-    """``weight [N, K]`` (float32, float16 or bfloat16) in 4 bits: for each element the nearest value of its block.
+    """``weight [N, K]``, or experts' ``[E, N, K]`` (float32, float16 or bfloat16), in 4 bits: for each element the
+    nearest value of its block.
 
     Args:
         nested: whether the blocks' absmax are quantized to 8 bits too, as QLoRA does.
 
     Raises:
-        TypeError: another dtype. ValueError: ``weight`` is no matrix, or a setting is unknown.
+        TypeError: another dtype. ValueError: ``weight`` is no matrix and no stack, or a setting is unknown.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must have shape [N, K], got {list(weight.shape)}")
+    if weight.dim() not in (2, 3):
+        raise ValueError(f"weight must have shape [N, K] or [E, N, K], got {list(weight.shape)}")
     if not isinstance(blocksize, int):
         raise TypeError(f"blocksize must be an integer, got {blocksize!r}")
     if blocksize not in BLOCKSIZES:
@@ -147,7 +168,7 @@ def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, neste
     if codes.numel() % 2:
         codes = torch.cat((codes, _nearest(code.new_zeros(1), code, 1)[0]))
     packed = codes[::2] << 4 | codes[1::2]
-    plain = FourBit(packed, code, absmax, None, (weight.shape[0], weight.shape[1]), blocksize)
+    plain = FourBit(packed, code, absmax, None, tuple(weight.shape), blocksize)
     if not nested:
         return plain
     offset, code2 = absmax.mean(), _dynamic_table(weight.device)
@@ -206,9 +227,7 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> FourBit:
         if state2.blocksize != NESTED_BLOCKSIZE:
             raise ValueError(f"nested statistics must be in blocks of {NESTED_BLOCKSIZE}, got {state2.blocksize}")
         nested = state2.code, state2.absmax, quant_state.offset
-    shape = tuple(quant_state.shape)
-    if len(shape) != 2:
-        raise ValueError(f"quant_state.shape must be (N, K), got {shape}")
     with torch._C.DisableTorchFunctionSubclass():  # a plain tensor of bitsandbytes' Parameter
         packed = weight.detach().contiguous().view(torch.uint8).flatten()
+    shape = tuple(quant_state.shape)
     return FourBit(packed, quant_state.code, quant_state.absmax, nested, shape, quant_state.blocksize)

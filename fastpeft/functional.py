@@ -63,7 +63,7 @@ def lora_linear(
 def lora_grouped_linear(
     x: Tensor,
     offsets: Tensor,
-    weight: Tensor,
+    weight: Tensor | FourBit,
     bias: Tensor | None,
     A: Tensor | Sequence[Tensor],
     B: Tensor | Sequence[Tensor],
@@ -81,18 +81,19 @@ def lora_grouped_linear(
     ``A`` and ``B`` have the layout of ``A`` and ``B``, and zeros for experts without rows. Differentiable once.
 
     Args:
-        x: ``[T, K]``, rows sorted by expert; the dtype of ``weight`` unless autocast is on.
+        x: ``[T, K]``, rows sorted by expert; the dtype of a dense ``weight`` unless autocast is on.
         offsets: int32 or int64 ``[E + 1]``, ascending from 0 to ``T``: expert ``e`` has rows
             ``offsets[e]:offsets[e + 1]``, or none. What they hold is checked at once on a CPU; on a GPU, or in a
             compiled graph, by the backend when it computes.
-        weight: ``[E, N, K]``, float64, float32, float16 or bfloat16, any strides (a stack ``[E, K, N]`` is passed as
-            ``weight.transpose(1, 2)``).
+        weight: ``[E, N, K]``, float64, float32, float16 or bfloat16, any strides; or a
+            :class:`fastpeft.four_bit.FourBit` of this shape, of which the experts that have rows are decoded tile by
+            tile, with ``x`` in any of these dtypes. A stack ``[E, K, N]`` of either kind is passed as ``weight.mT``.
         bias: ``[E, N]`` or None.
         A: ``[E, r, K]``, or a list with one for each adapter. Any floating dtype and strides.
         B: ``[E, N, r]``, or a list alike.
         scaling, dropout_p, training: as in :func:`lora_linear`; the mask counts rows of the sorted ``x``.
-        backend: as in :func:`lora_linear`. The GPU's take bfloat16; ``"reference"``, which takes the rest there, waits
-            for the offsets in each pass.
+        backend: as in :func:`lora_linear`. The GPU's take dense stacks in bfloat16; ``"reference"``, which takes the
+            rest there, waits for the offsets in each pass.
 
     Returns:
         ``[T, N]``, in the dtype of ``x`` or of autocast.

@@ -141,7 +141,7 @@ def _grouped_backward_fake(*flat: Any) -> list[Tensor]:
     like = [
         dy.new_empty((dy.shape[0], K)) if needs.x else None,
         torch.empty_like(weight.data) if needs.weight else None,
-        dy.new_empty((weight.data.shape[0], N)) if needs.bias else None,
+        dy.new_empty((adapters.A[0].shape[0], N)) if needs.bias else None,
         *(torch.empty_like(t) if need else None for t, need in zip(adapters.factors, needs.flat[3:], strict=True)),
     ]
     return [grad for grad in like if grad is not None]

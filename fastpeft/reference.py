@@ -151,10 +151,10 @@ def lora_linear_backward_reference(
 
 
 def lora_grouped_linear_reference(
-    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
+    x: Tensor, offsets: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None, adapters: Sequence[Adapter]
 ) -> tuple[Tensor, Tensor]:
     """:func:`lora_linear_reference` of each expert on its own rows of ``x [T, K]``: ``W [E, N, K]``, ``b [E, N]``,
-    ``A [E, r, K]`` and ``B [E, N, r]`` are stacks, ``keep [T, K]`` is of all rows.
+    ``A [E, r, K]`` and ``B [E, N, r]`` are stacks, W one of tensors or a tensor; ``keep [T, K]`` is of all rows.
 
     Returns:
         ``y [T, N]`` in the dtype of ``x``, ``u [T, Σ r]``.
@@ -173,7 +173,7 @@ def lora_grouped_linear_backward_reference(
     dy: Tensor,
     x: Tensor | None,
     offsets: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     u: Tensor | None,
     adapters: Sequence[Adapter],
     needs: Sequence[bool],

@@ -64,6 +64,6 @@ def _extension() -> ModuleType | None:
 
 def _arguments(x: Any, weight: Any, bias: Any, adapters: Adapters, training: Any) -> tuple[Any, ...]:
     rest = bias, adapters, training, dropout.dropout_seeds
-    if isinstance(weight, FourBit):
+    if isinstance(weight, FourBit) and len(weight.shape) == 2:
         return x, weight.packed, weight.quant, weight.blocksize, weight.shape, *rest
     return x, weight, [], 0, None, *rest

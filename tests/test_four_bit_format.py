@@ -11,7 +11,7 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
 from fastpeft import four_bit
 
-SHAPES = [(64, 64), (3, 100), (1, 1), (5, 7), (33, 257), (300, 130), (1, 4097), (2, 2)]
+SHAPES = [(64, 64), (3, 100), (1, 1), (5, 7), (33, 257), (300, 130), (1, 4097), (2, 2), (3, 5, 7), (2, 33, 64)]
 every_format = pytest.mark.parametrize(("quant_type", "nested"), [(t, n) for t in four_bit.QUANT_TYPES for n in (0, 1)])
 
 
@@ -39,7 +39,7 @@ def exact(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("blocksize", four_bit.BLOCKSIZES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_quantize_and_dequantize_are_bitsandbytes(
-    shape: tuple[int, int], blocksize: int, quant_type: str, nested: int
+    shape: tuple[int, ...], blocksize: int, quant_type: str, nested: int
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = torch.randn(shape).to(dtype)
@@ -85,6 +85,7 @@ def test_a_block_of_zeros_and_of_ties() -> None:
         ({"absmax": torch.zeros(64)}, "absmax must be torch.uint8"),
         ({"code": torch.zeros(16, device="meta")}, "code and statistics must be on cpu with packed, got meta"),
         ({"blocksize": 48}, "blocksize must be one of"),
+        ({"shape": (4096,)}, r"shape must be \(N, K\), or \(E, N, K\) of experts, got \(4096,\)"),
         ({"code": torch.zeros(15)}, "code must hold 16 float32 numbers, got 15"),
         ({"nested": (torch.zeros(255), torch.zeros(1), torch.zeros(()))}, "code2 must hold 256 float32 numbers"),
     ],
@@ -107,6 +108,17 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
 def test_quantize_refuses(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         four_bit.quantize(*arguments)
+
+
+def test_a_stack_read_the_other_way_and_its_parts() -> None:
+    stack = four_bit.quantize(torch.randn(3, 7, 9))
+    assert stack.mT.shape == (3, 9, 7) and torch.equal(stack.mT.dequantize(), stack.dequantize().mT)
+    assert torch.equal(stack.mT.mT.dequantize(), stack.dequantize())
+    for e, expert in enumerate(stack.dequantize()):
+        part = four_bit.dequantize(stack.packed, stack.quant, 64, (7, 9), torch.float32, first=e * 63)
+        assert torch.equal(part, expert)
+    with pytest.raises(ValueError, match="transposed must be False for a single weight, of shape"):
+        _ = four_bit.quantize(torch.randn(7, 9)).mT
 
 
 def test_a_repacked_weight_is_refused() -> None:

@@ -18,7 +18,6 @@ from fastpeft import dispatch, extension, ops
 from fastpeft import functional as F
 from fastpeft.call import Adapters, GroupedBackwardCall, GroupedCall, Needs, Weight
 from fastpeft.dropout import dropout_keep, dropout_scale, dropout_seeds
-from fastpeft.four_bit import quantize
 from fastpeft.reference import Adapter, lora_grouped_linear_backward_reference, lora_grouped_linear_reference
 
 BACKENDS = ("reference", "cpu")
@@ -46,6 +45,11 @@ class Experts:
         """Another one each."""
         return [1.5, -0.625, 2.0][: len(self.A)]
 
+    @property
+    def given(self) -> Any:
+        """What is passed as the weight."""
+        return self.weight
+
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, in the order of the op's gradients."""
         named = {"x": self.x, "weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
@@ -57,12 +61,13 @@ class Experts:
         for name in names or leaves:
             leaves[name].requires_grad_()
         A, B = ([leaves[f"{s}[{i}]"] for i in range(len(self.A))] for s in "AB")
-        return replace(self, x=leaves["x"], weight=leaves["weight"], bias=leaves.get("bias"), A=A, B=B), leaves
+        weight = leaves.get("weight", self.weight)
+        return replace(self, x=leaves["x"], weight=weight, bias=leaves.get("bias"), A=A, B=B), leaves
 
     def call(self) -> GroupedCall:
         """The op's arguments but the backend."""
         adapters = Adapters(self.A, self.B, [], self.scaling, self.dropout_p, self.seed)
-        return GroupedCall(self.x, self.offsets, Weight.of(self.weight), self.bias, adapters)
+        return GroupedCall(self.x, self.offsets, Weight.of(self.given), self.bias, adapters)
 
     def keep(self) -> list[Tensor | None]:
         """Each adapter's mask over all rows."""
@@ -77,8 +82,8 @@ class Experts:
         """In another dtype."""
         moved = {name: t.to(dtype) for name, t in self.differentiable().items()}
         A, B = ([moved[f"{s}[{i}]"] for i in range(len(self.A))] for s in "AB")
-        x, weight, bias = moved["x"], moved["weight"], moved.get("bias")
-        return replace(self, x=x, weight=weight, bias=bias, A=A, B=B, dy=self.dy.to(dtype))
+        x, bias = moved["x"], moved.get("bias")
+        return replace(self, x=x, weight=self.weight.to(dtype), bias=bias, A=A, B=B, dy=self.dy.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -324,7 +329,7 @@ def test_only_what_is_asked_for_is_kept_and_computed(backend: str, names: tuple[
 
 def by_functional(i: Experts, backend: str | None = None) -> Tensor:
     return F.lora_grouped_linear(
-        i.x, i.offsets, i.weight, i.bias, i.A, i.B, i.scaling, i.dropout_p, training=i.seed is not None, backend=backend
+        i.x, i.offsets, i.given, i.bias, i.A, i.B, i.scaling, i.dropout_p, training=i.seed is not None, backend=backend
     )
 
 
@@ -440,7 +445,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dtype": ({"x": torch.ones(8, 6, dtype=torch.bfloat16)}, TypeError, "x must have the dtype of weight"),
     "matrix": ({"weight": torch.ones(5, 6)}, ValueError, r"weight must have shape \[E, N, K\], got"),
     "none": ({"weight": torch.ones(0, 5, 6), "bias": None}, ValueError, "weight holds no expert"),
-    "four bits": ({"weight": quantize(torch.randn(6, 64))}, TypeError, "weight must be a Tensor .* 4 bits"),
     "bias": ({"bias": torch.ones(5)}, ValueError, r"bias must have shape \[E=3, N=5\], got \[5\]"),
     "A's experts": ({"A": torch.ones(2, 2, 6)}, ValueError, r"A must have shape \[E=3, r, K=6\]"),
     "A flat": ({"A": torch.ones(6, 6)}, ValueError, r"A must have shape \[E=3, r, K=6\]"),

@@ -172,11 +172,11 @@ class Task {
             if (right.transposed) {
                 tile.row_stride = 1;
                 tile.column_stride = kColumns;
-                k_.decode(*right.packed, column * length + row + i, length, columns, rows, s.dtype, decoded_,
-                          decoded_dtype_, kColumns);
+                k_.decode(*right.packed, right.first + column * length + row + i, length, columns, rows, s.dtype,
+                          decoded_, decoded_dtype_, kColumns);
             } else {
-                k_.decode(*right.packed, (row + i) * length + column, length, rows, columns, s.dtype, decoded_,
-                          decoded_dtype_, kStripe);
+                k_.decode(*right.packed, right.first + (row + i) * length + column, length, rows, columns, s.dtype,
+                          decoded_, decoded_dtype_, kStripe);
             }
             pack_tile(tile, 0, rows, 0, d + i, stripe);
         }

@@ -9,11 +9,12 @@ namespace fastpeft::cpu {
 // false without oneDNN. Otherwise it is computed in float32, by the kernels' own `product`.
 bool multiplies_pairs(const Kernels& kernels, DType dtype, int64_t depth);
 
-// S, or Wᵀ or W for a 4-bit W [N, K]: what `packed` holds is decoded stripe by stripe.
+// S, or Wᵀ or W for a 4-bit W [N, K]: what `packed` holds, from element `first` on, is decoded stripe by stripe.
 struct RightOperand {
     Matrix s;  // dense; its sizes and its dtype alone count where `packed` is given
     const FourBit* packed = nullptr;
     bool transposed = false;  // S = Wᵀ
+    int64_t first = 0;        // where W begins, in a stack
 };
 
 struct Operand {

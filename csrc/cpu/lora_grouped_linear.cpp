@@ -50,11 +50,21 @@ std::vector<Sweep> split(const Kernels& kernels, const Sweep& all, const Experts
     return sweeps;
 }
 
-// y = x Wᵀ, or x W, of each expert, with the output of its sweep.
+// y = x Wᵀ, or x W, of each expert, with the output of its sweep. Of a 4-bit W, experts without rows are not decoded.
 void multiply(const Kernels& kernels, const std::vector<Sweep>& sweeps, const Experts& experts, const Tensor& x,
-              const Tensor& weight, bool transposed) {
-    const Tensor right = transposed ? weight.transpose(1, 2) : weight;  // [E, depth, columns]
-    const bool pairs = x.scalar_type() == weight.scalar_type() && multiplies_pairs(kernels, dtype_of(x), right.size(1));
+              const Weight& weight, bool transposed) {
+    const bool decodes = weight.four_bit();
+    const FourBit packed = decodes ? four_bit(weight) : FourBit{};
+    const Tensor right = transposed && !decodes ? weight.data.transpose(1, 2) : weight.data;  // [E, depth, columns]
+    const auto right_operand = [&](int64_t e) -> RightOperand {
+        if (!decodes) return {.s = matrix(right, e)};
+        return {.s = {nullptr, dtype_of(x), x.size(1), transposed ? weight.N : weight.K, 0, 0},
+                .packed = &packed,
+                .transposed = transposed != weight.lies_transposed(),
+                .first = e * weight.N * weight.K};
+    };
+    const bool of_one_dtype = decodes || x.scalar_type() == weight.data.scalar_type();
+    const bool pairs = of_one_dtype && multiplies_pairs(kernels, dtype_of(x), x.size(1));
     const Tensor wide = pairs ? x : x.to(at::kFloat);
     const bool in_place = wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0)));
     const Tensor rows = in_place ? wide : wide.contiguous();
@@ -64,7 +74,7 @@ void multiply(const Kernels& kernels, const std::vector<Sweep>& sweeps, const Ex
     for (int64_t e = 0; e < experts.count(); ++e)
         if (experts.busy[e])
             products.push_back(
-                {sweeps[e], {{{{data + experts.first(e) * ld * rows.element_size(), ld}}, {.s = matrix(right, e)}}}});
+                {sweeps[e], {{{{data + experts.first(e) * ld * rows.element_size(), ld}}, right_operand(e)}}});
     base_products(kernels, products, pairs);
 }
 
@@ -97,7 +107,7 @@ Grouped lora_grouped_linear(const Tensor& x, const std::vector<int64_t>& offsets
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
     up.output = y.mutable_data_ptr();
     up.ld_output = y.stride(0);
-    multiply(kernels, split(kernels, up, experts), experts, x2, weight.data, true);
+    multiply(kernels, split(kernels, up, experts), experts, x2, weight, true);
     return {y, u};
 }
 
@@ -143,7 +153,7 @@ std::vector<Tensor> lora_grouped_linear_backward(const Tensor& dy, const std::op
         sweep.panel_out = panels_A.const_data_ptr();
         sweep.output = dx.mutable_data_ptr();
         sweep.ld_output = dx.stride(0);
-        multiply(kernels, split(kernels, sweep, experts), experts, dy2, weight.data, false);
+        multiply(kernels, split(kernels, sweep, experts), experts, dy2, weight, false);
     }
     if (need_A) {
         Sweep sweep = sweep_over(x2, layout);

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,7 +83,8 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) 
 
 def grouped(x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) -> Grouped:
     """``y`` and ``u`` of stacked experts, alike."""
-    return lora_grouped_linear_reference(x, offsets, weight.data, bias, _terms(adapters, *x.shape))
+    experts = _experts(weight, adapters, x.dtype)
+    return lora_grouped_linear_reference(x, offsets, experts, bias, _terms(adapters, *x.shape))
 
 
 def grouped_backward(
@@ -93,8 +97,8 @@ def grouped_backward(
     needs: Needs,
 ) -> list[Tensor]:
     """The gradients of stacked experts, each contiguous: operations that torch can batch."""
-    terms = _terms(adapters, dy.shape[0], adapters.shape[1])
-    return lora_grouped_linear_backward_reference(dy, x, offsets, weight.data, u, terms, needs.flat)
+    experts, terms = _experts(weight, adapters, dy.dtype), _terms(adapters, dy.shape[0], adapters.shape[1])
+    return lora_grouped_linear_backward_reference(dy, x, offsets, experts, u, terms, needs.flat)
 
 
 def _dense(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:
@@ -102,6 +106,26 @@ def _dense(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor | N
     if weight.is_absent:
         return None
     return dequantize(data, quant, blocksize, adapters.shape, dtype) if quant else data
+
+
+class _Decoded(Sequence[Tensor]):
+    """Experts in 4 bits, each decoded when it is asked for, and by itself."""
+
+    def __init__(self, weight: Weight, adapters: Adapters, dtype: torch.dtype) -> None:
+        self._weight, self._count, self._shape, self._dtype = weight, len(adapters.A[0]), adapters.shape, dtype
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, e: Any) -> Any:
+        (data, quant, blocksize), (N, K) = self._weight, self._shape
+        shape = (K, N) if self._weight.lies_transposed else (N, K)
+        expert = dequantize(data, quant, blocksize, shape, self._dtype, e * N * K)
+        return expert.t() if self._weight.lies_transposed else expert
+
+
+def _experts(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor | Sequence[Tensor]:
+    return _Decoded(weight, adapters, dtype) if weight.quant else weight.data
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def refusal(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
     """Why these ops cannot take a call, whatever the kernels; None when they can."""
     if torch.version.hip is not None:
         return "it was never tried on AMD GPUs"
-    if weight.dim() == STACKED:
+    if any(factor.dim() == STACKED for factor in factors):
         return grouped.refusal(x, weight)
     return operand_refusal(x, weight, factors)
 
