@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +11,14 @@ import peft
 import pytest
 import torch
 import transformers
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from oracle import Results
 from peft.tuners.lora.layer import ParamWrapper
 from peft_layers import no_peft_forward, signed
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from fastpeft.four_bit import from_bitsandbytes
 from fastpeft.peft.fused_experts import FusedParamWrapper
 
 HIDDEN = 32
@@ -90,6 +93,24 @@ def scaled(model: Any) -> Any:
         for name, parameter in module.named_parameters():
             nn.init.normal_(parameter, std=0.3 if name.endswith("_bias") else HIDDEN**-0.5)
     return model
+
+
+def in_four_bits(
+    model: Any, parameters: Sequence[str] = ("gate_up_proj", "down_proj"), **settings: Any
+) -> tuple[Any, Any]:
+    """A copy whose experts bitsandbytes has packed, and one with the dense weights that the 4 bits stand for."""
+    packed, dense = copy.deepcopy(model), copy.deepcopy(model)
+    for with_bits, without in zip(experts_of(packed), experts_of(dense), strict=True):
+        for name in parameters:
+            replace_parameter_4bit(with_bits, name, **settings)
+            making, weight = with_bits.parametrizations[name], getattr(without, name)
+            weight.data = from_bitsandbytes(making.original, making[0].quant_state).dequantize(weight.dtype)
+    return packed, dense
+
+
+def experts_of(model: nn.Module) -> list[Any]:
+    """Transformers' own modules, in PEFT's wrappers or without."""
+    return [module for module in model.modules() if hasattr(module, "is_transposed")]
 
 
 def wrappers(model: nn.Module) -> list[Any]:

@@ -69,9 +69,11 @@ def assert_parity(
     monkeypatch: pytest.MonkeyPatch,
     make: Callable[[], Call] = draw,
     autocast: torch.dtype | None = None,
+    other: peft.PeftModel | None = None,
 ) -> None:
-    """Calls of the first block's experts, forward and backward: fused, they are as close to float64 as PEFT's."""
-    double, fused = in_float64(stock), copy.deepcopy(stock)
+    """Calls of the first block's experts, forward and backward: fused, they are as close to float64 as PEFT's. It is a
+    copy that is fused, or an ``other`` model that stands for the same numbers."""
+    double, fused = in_float64(stock), copy.deepcopy(stock) if other is None else other
     assert fastpeft.patch(fused).left_to_peft == {}
     calls = [make() for _ in range(DRAWS)]
     with fused_calls(monkeypatch) as seen:
@@ -168,9 +170,11 @@ def test_twenty_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses[-4:].mean() < losses[:4].mean()
 
 
-def assert_trains_as_peft(stock: peft.PeftModel, steps: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def assert_trains_as_peft(
+    stock: peft.PeftModel, steps: int, monkeypatch: pytest.MonkeyPatch, other: peft.PeftModel | None = None
+) -> Tensor:
     """The losses, and the last step's gradients."""
-    double, fused = in_float64(stock), copy.deepcopy(stock)
+    double, fused = in_float64(stock), copy.deepcopy(stock) if other is None else other
     assert fastpeft.patch(fused).left_to_peft == {}
     assert len(fused_experts(fused)) == len(wrappers(stock))
     batches = ([tokens() for _ in range(4)] * 5)[:steps]

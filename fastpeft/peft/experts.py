@@ -2,7 +2,8 @@
 computes with, read from PEFT's wrappers and the module inside them, or the reason why PEFT has to run it.
 
 Such a module has, in one parameter each, the matrices of all experts: ``gate_up_proj`` (``up_proj`` where there is no
-gate) and ``down_proj``. PEFT puts a ``ParamWrapper`` around it for each that is adapted, one around the other.
+gate) and ``down_proj``. PEFT puts a ``ParamWrapper`` around it for each that is adapted, one around the other. Where
+bitsandbytes' ``replace_parameter_4bit`` has packed one, its bits are read, and nothing dense is made.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers.integrations.moe import (
 
 from ..checks import BASE_DTYPES
 from ..dispatch import BackendRefusal, refusals
+from ..four_bit import FourBit, from_bitsandbytes
 from ..functional import compute_dtype, lora_grouped_linear
 from ..verdicts import runner
 from .base_layers import class_name, is_hooked, is_plain
@@ -33,16 +35,22 @@ from .readers import is_constant
 class Projection(NamedTuple):
     """One matrix of every expert and the adapters on it, if any; ``name`` is its parameter's.
 
-    ``weight [E, N, K]``, ``bias [E, N]`` or None, and of each adapter ``A [E, r, K]``, ``B [E, N, r]`` and a scaling:
-    views of what transformers and PEFT hold.
+    ``weight [E, N, K]``, its ``dtype`` (of 4 bits what they stand for), ``bias [E, N]`` or None, and of each adapter
+    ``A [E, r, K]``, ``B [E, N, r]`` and a scaling: views of what transformers and PEFT hold.
     """
 
     name: str
-    weight: Tensor
+    weight: Tensor | FourBit
+    dtype: torch.dtype
     bias: Tensor | None
     A: Sequence[Tensor] = ()
     B: Sequence[Tensor] = ()
     scaling: Sequence[float | Tensor] = ()
+
+    @property
+    def no_tokens(self) -> Tensor:
+        """An input without rows."""
+        return torch.empty(0, self.weight.shape[2], dtype=self.dtype, device=self.weight.device)
 
 
 class Experts(NamedTuple):
@@ -67,12 +75,12 @@ class Experts(NamedTuple):
 
     def refusal(self, backend: str) -> str | None:
         """Why the backend of this name cannot run it: what it says to a call without tokens."""
-        for _, weight, bias, A, B, scaling in self.adapted:
-            x = weight.new_empty(0, weight.shape[2])
-            offsets = torch.zeros(len(weight) + 1, dtype=torch.int64, device=weight.device)
+        for projection in self.adapted:
+            _, weight, _, bias, A, B, scaling = projection
+            offsets = torch.zeros(weight.shape[0] + 1, dtype=torch.int64, device=weight.device)
             try:
                 with torch.no_grad():
-                    lora_grouped_linear(x, offsets, weight, bias, A, B, scaling, backend=backend)
+                    lora_grouped_linear(projection.no_tokens, offsets, weight, bias, A, B, scaling, backend=backend)
             except BackendRefusal as refusal:
                 return str(refusal)
         return None
@@ -80,7 +88,8 @@ class Experts(NamedTuple):
     def verdict(self, backend: str | None) -> str:
         """What runs it, in words."""
         names = " and ".join(projection.name for projection in self.adapted)
-        return f"{runner(backend)} runs {names} of {len(self.up.weight)} experts, each in one step over sorted tokens"
+        count = self.up.weight.shape[0]
+        return f"{runner(backend)} runs {names} of {count} experts, each in one step over sorted tokens"
 
 
 class _Kind(NamedTuple):
@@ -97,6 +106,7 @@ class _Example(nn.Module):
 
 _CHOOSING = _Example.forward.__code__  # the same code in every class that transformers' decorator was put on
 _kinds: dict[type[Any], _Kind | None] = {}
+_PARAMETRIZE = "bitsandbytes.nn.parametrize"  # the module that puts 4 bits into a parameter's place
 
 
 def wrappers_inside(layer: object) -> Iterator[ParamWrapper]:
@@ -117,9 +127,10 @@ def read_experts(wrapper: Any) -> Experts | str:
     """What a call of the outermost wrapper computes with, or why PEFT has to run it."""
     wrappers: list[Any] = [wrapper, *wrappers_inside(wrapper)]
     module: Any = wrappers[-1]._modules["base_layer"]
-    kind = _kind(type(module))
+    own = class_of(module)
+    kind = _kind(own)
     if kind is None:
-        return f"its base layer is a {class_name(module)}, no experts of transformers'"
+        return f"its base layer is a {own.__module__}.{own.__qualname__}, no experts of transformers'"
     run = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation, kind.own)
     reason = _wrappers_reason(wrappers) or _module_reason(module, kind, run)
     if reason is not None:
@@ -138,18 +149,20 @@ def read_experts(wrapper: Any) -> Experts | str:
     if not up.A and not down.A:
         return "none of the active adapters is in this layer"
     for projection in (up, down):
-        if not projection.A and projection.weight.dtype == torch.float64:
+        if not projection.A and projection.dtype == torch.float64:
             return f"its experts' {projection.name} has no adapter, and torch no grouped products in float64"
     experts = Experts(module, up, down, run is grouped_mm_experts_forward)
     return _kernels_reason(experts) or experts
 
 
 def _kernels_reason(experts: Experts) -> str | None:
-    """On a GPU the reference would go expert by expert and wait for the offsets, which PEFT does not."""
-    for name, weight, _, A, B, _ in experts.adapted:
-        if not _is_waited_for(weight):
+    """On a GPU the reference would go expert by expert and wait for the offsets, which PEFT does not. In 4 bits it may:
+    PEFT cannot run these at all."""
+    for projection in experts.adapted:
+        name, weight, dtype, _, A, B, _ = projection
+        if isinstance(weight, FourBit) or not _is_waited_for(weight):
             continue
-        x = weight.new_empty(0, weight.shape[2], dtype=weight.dtype if experts.as_grouped else compute_dtype(weight))
+        x = projection.no_tokens.to(dtype if experts.as_grouped else compute_dtype(weight))
         refused = refusals(x, weight, [*A, *B])
         if all(reason for backend, reason in refused.items() if backend != "reference"):
             return f"its experts' {name} has no kernels on a GPU ({refused['cuda']})"
@@ -177,7 +190,7 @@ def _wrappers_reason(wrappers: Sequence[Any]) -> str | None:
 
 
 def _module_reason(module: Any, kind: _Kind, run: object) -> str | None:
-    if is_hooked(module):
+    if _is_hooked(module):
         return "its experts have a hook or a forward of their own"
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over processes"
@@ -188,10 +201,11 @@ def _module_reason(module: Any, kind: _Kind, run: object) -> str | None:
     name = module.config._experts_implementation
     if run is not kind.own:
         return f"its experts run as {name!r}, not as one of 'eager', 'grouped_mm' and 'batched_mm'"
-    if not type(module).__module__.startswith("transformers.models."):
-        return f"its experts run {class_name(module)}'s own forward"
+    own = class_of(module)
+    if not own.__module__.startswith("transformers.models."):
+        return f"its experts run {own.__module__}.{own.__qualname__}'s own forward"
     if "float" in kind.own.__code__.co_names:
-        return f"{class_name(module)}'s own forward computes in float32"
+        return f"{own.__module__}.{own.__qualname__}'s own forward computes in float32"
     return None
 
 
@@ -217,8 +231,12 @@ def _read_kind(forward: Any) -> _Kind | None:
 def _read_base(module: Any, name: str) -> Projection | str:
     weight = module._parameters.get(name)
     bias = module._parameters.get(f"{name}_bias") if module.has_bias else None
-    if weight is None or (module.has_bias and bias is None):
+    packed = _packed(module, name)
+    if isinstance(packed, str):
+        return f"its experts' {name} in 4 bits cannot be read: {packed}"
+    if (weight is None and packed is None) or (module.has_bias and bias is None):
         return f"its experts' {name} is no Parameter: it is parametrized, a replica or a shard"
+    bits, dtype = packed or (weight, weight.dtype)
     for each in (weight, bias):
         if each is None:
             continue
@@ -226,11 +244,56 @@ def _read_base(module: Any, name: str) -> Projection | str:
             return f"its experts' {name} is a {type(each).__qualname__}"
         if each.is_meta:
             return f"its experts' {name} is on the meta device, where nothing is computed"
-        if each.dtype not in BASE_DTYPES or each.dtype != weight.dtype:
+        if each.dtype not in BASE_DTYPES or each.dtype != dtype:
             return f"its experts' {name} is {each.dtype}"
         if each.requires_grad:
             return f"its experts' {name} is trained itself"
-    return Projection(name, weight.transpose(1, 2) if module.is_transposed else weight, bias)
+    return Projection(name, bits.mT if module.is_transposed else bits, dtype, bias)
+
+
+def _packed(module: Any, name: str) -> tuple[FourBit, torch.dtype] | str | None:
+    """The 4 bits that bitsandbytes has put in a parameter's place, and the dtype that it decodes them to; or what is
+    wrong with them."""
+    making = _parametrizations(module).get(name)
+    if making is None or len(making) != 1 or not _decodes(making[0]):
+        return None
+    state = making[0].quant_state
+    try:
+        packed = from_bitsandbytes(making.original, state)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    *experts, _, _ = packed.shape
+    return (packed, state.dtype) if experts else f"their shape is {packed.shape}, of no stack"
+
+
+def _parametrizations(module: Any) -> dict[str, Any]:
+    found = module._modules.get("parametrizations")
+    return {} if found is None else found._modules
+
+
+def _decodes(making: nn.Module) -> bool:
+    """Whether it is exactly bitsandbytes' parametrization of 4 bits."""
+    kind = type(making)
+    return kind.__module__ == _PARAMETRIZE and kind.__qualname__ == "Bnb4bitParametrization" and not is_hooked(making)
+
+
+def holds_four_bits(module: Any) -> bool:
+    """Whether bitsandbytes has packed a parameter of the experts."""
+    return any(_decodes(each) for making in _parametrizations(module).values() for each in making)
+
+
+def class_of(module: Any) -> type[Any]:
+    """The experts' own, of which a parametrized one is a subclass that torch made."""
+    kind = type(module)
+    return kind.__bases__[0] if holds_four_bits(module) else kind
+
+
+def _is_hooked(module: Any) -> bool:
+    """Hooks of bitsandbytes' keep what it decodes as long as a call lasts, and do nothing else."""
+    hooks = module._forward_pre_hooks, module._forward_hooks
+    if not all(getattr(hook, "__module__", None) == _PARAMETRIZE for some in hooks for hook in some.values()):
+        return True
+    return bool(module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__)
 
 
 def _with_adapters(wrapper: Any, projection: Projection, is_transposed: bool) -> Projection | str:
@@ -240,7 +303,7 @@ def _with_adapters(wrapper: Any, projection: Projection, is_transposed: bool) ->
     lora_A, lora_B = modules["lora_A"], modules["lora_B"]
     if not type(lora_A) is type(lora_B) is nn.ModuleDict:
         return "its adapters lie in containers that are wrapped"
-    E = len(projection.weight)
+    E = projection.weight.shape[0]
     As, Bs, scalings = [], [], []
     for name in wrapper.active_adapters:
         if name not in lora_A._modules:

@@ -1,5 +1,6 @@
 """The forward of experts that PEFT adapts: tokens are sorted by expert once, go through both projections with the
-adapters' factors as they are, and come back. No matrix of the adapted weights is made."""
+adapters' factors as they are, and come back. No matrix of the adapted weights is made; experts in 4 bits are decoded
+tile by tile."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from torch.nn.functional import one_hot
 from transformers.integrations.moe import _grouped_linear
 
 from ..checks import is_readable
+from ..four_bit import FourBit
 from ..functional import lora_grouped_linear
-from .experts import Experts, Projection, read_experts
+from .experts import Experts, Projection, holds_four_bits, read_experts, wrappers_inside
 from .fused import Fused, is_plain_input
 from .stock import Stock
 
@@ -44,21 +46,33 @@ class FusedParamWrapper(Fused, ParamWrapper):
         return self._run(experts, x, *args)
 
     def _by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapts = not (self.disable_adapters or self.merged)
-        if self.training and self.fastpeft_dropout and adapts:
+        cannot = ""
+        if self.training and self.fastpeft_dropout and not (self.disable_adapters or self.merged):
+            cannot = f"experts_dropout={self.fastpeft_dropout} cannot be: PEFT has to run a call"
+        elif holds_four_bits(self.get_base_layer()) and any(map(_adapts, (self, *wrappers_inside(self)))):
+            cannot = "PEFT cannot run LoRA on experts in 4 bits, and has to run a call"
+        if cannot:
             reason = self.operands_or_reason(self)
-            why = reason if isinstance(reason, str) else "its arguments are others"
-            raise RuntimeError(f"experts_dropout={self.fastpeft_dropout} cannot be: PEFT has to run a call, as {why}")
+            raise RuntimeError(f"{cannot}, as {reason if isinstance(reason, str) else 'its arguments are others'}")
         return super()._by_peft(x, *args, **kwargs)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, which would add to a copy that 4 bits are decoded to, and lose what it added."""
+        if holds_four_bits(self.get_base_layer()):
+            raise RuntimeError(
+                "LoRA on experts in 4 bits cannot be merged: load it onto the dense model, and merge there"
+            )
+        super().merge(*args, **kwargs)
 
     def _run(self, experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A token's weights multiply what goes into the down projection, which is linear, and not what comes out: so
         neither that nor the gate's own tensors are kept for the backward pass."""
         module, up, down, as_grouped = experts
+        count = up.weight.shape[0]
         if not is_readable(index):
-            index, weights = _of_known_experts(index, weights, len(up.weight))
-        routing = _Routing.of(index, len(up.weight))
-        tokens = x.to(up.weight.dtype) if as_grouped else x
+            index, weights = _of_known_experts(index, weights, count)
+        routing = _Routing.of(index, count)
+        tokens = x.to(up.dtype) if as_grouped else x
         y = _ToExperts.apply(tokens, routing.order, routing.places)
         y = self._project(experts, up, y, routing)
         y = _weighted(module, y, weights.reshape(-1)[routing.order])
@@ -71,7 +85,7 @@ class FusedParamWrapper(Fused, ParamWrapper):
         return result.to(x.dtype)
 
     def _project(self, experts: Experts, projection: Projection, x: Tensor, routing: _Routing) -> Tensor:
-        _, weight, bias, A, B, scaling = projection
+        _, weight, _, bias, A, B, scaling = projection
         if not experts.as_grouped:
             autocast: AbstractContextManager[Any] = nullcontext()
         else:
@@ -81,6 +95,10 @@ class FusedParamWrapper(Fused, ParamWrapper):
                 settings = {"training": self.training, "backend": self.fastpeft_backend}
                 ps = [self.fastpeft_dropout] * len(A)
                 return lora_grouped_linear(x, routing.offsets, weight, bias, A, B, scaling, ps, **settings)
+            if isinstance(weight, FourBit):  # torch's products would want it dense
+                (E, N, K), zero = weight.shape, x.new_zeros(())
+                zeros = zero.expand(E, 1, K), zero.expand(E, N, 1)
+                return lora_grouped_linear(x, routing.offsets, weight, bias, *zeros, 0.0, backend=self.fastpeft_backend)
             ends = routing.offsets[1:].to(torch.int32)
             biases = None if bias is None else bias[routing.experts]
             y: Tensor = _grouped_linear(x, weight.transpose(1, 2), offs=ends, bias=biases, is_transposed=True)
@@ -194,16 +212,22 @@ def _of_known_experts(index: Tensor, weights: Tensor, count: int) -> tuple[Tenso
     return known, weights.masked_fill(index != known, 0)
 
 
+def _adapts(wrapper: Any) -> bool:
+    """Whether PEFT's forward would add an adapter to the parameter."""
+    active = any(name in wrapper.lora_A for name in wrapper.active_adapters)
+    return active and not (wrapper.disable_adapters or wrapper.merged)
+
+
 def _are_tokens(experts: Experts, x: Any, *rest: Any) -> bool:
     """Whether the arguments are tokens, indices and weights as transformers' grouped experts take them."""
     if len(rest) != 2 or not all(isinstance(each, Tensor) for each in rest):
         return False
     index, weights = rest
-    if not is_plain_input(x, x if experts.as_grouped else experts.up.weight) or x.dim() != 2:
+    if not is_plain_input(x, x if experts.as_grouped else experts.up.no_tokens) or x.dim() != 2:
         return False
     if index.dim() != 2 or len(index) != len(x) or index.shape != weights.shape or index.dtype != torch.int64:
         return False
     if index.numel() == 0 or not is_readable(index):
         return index.shape[1] > 0
     least, most = (int(bound) for bound in index.aminmax())
-    return least >= 0 and most < len(experts.up.weight)
+    return least >= 0 and most < experts.up.weight.shape[0]
