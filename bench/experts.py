@@ -2,7 +2,7 @@
 
 The frozen experts of transformers, PEFT as it comes (``target_parameters``) and fastpeft, on the same tokens sent to
 the same experts. Rows are appended to ``bench/results/<machine>-experts.jsonl``, the table beside them is drawn from
-the newest.
+the newest. With ``--four-bit`` bitsandbytes has packed the experts of all but PEFT's, which cannot train these.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ SHAPES = {"small": Shape(32, 4, 512, 256), "qwen3-30b": Shape(128, 8, 2048, 768)
 class Block:
     """One contestant's experts on one case's tokens. Its phases are what the clock times."""
 
-    def __init__(self, who: str, shape: Shape, tokens: int, dtype: str, device: str) -> None:
+    def __init__(self, who: str, shape: Shape, tokens: int, dtype: str, device: str, four_bit: bool) -> None:
         torch.manual_seed(SEED)
         kind = DTYPES[dtype]
-        self.model = _adapted(who, _frozen(shape).to(device=device, dtype=kind))
+        self.model = _adapted(who, _frozen(shape).to(device=device, dtype=kind), four_bit)
         self.experts: Any = next(m for name, m in self.model.named_modules() if name.rpartition(".")[2] == "experts")
         generator = torch.Generator(device).manual_seed(SEED)
         x, dy = (torch.randn(tokens, shape.hidden, generator=generator, device=device) for _ in range(2))
@@ -88,15 +88,19 @@ def _frozen(shape: Shape) -> nn.Module:
     return nn.ModuleDict({"experts": experts}).requires_grad_(False)
 
 
-def _adapted(who: str, base: nn.Module) -> nn.Module:
+def _adapted(who: str, base: nn.Module, four_bit: bool) -> nn.Module:
     import peft
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
     import fastpeft
 
-    if who == BASE.name:
-        return base
-    config = peft.LoraConfig(r=RANK, target_modules=[], target_parameters=list(PARAMETERS), init_lora_weights=False)
-    model: nn.Module = peft.get_peft_model(base, config)
+    model, experts = base, base.get_submodule("experts")
+    if who != BASE.name:
+        config = peft.LoraConfig(r=RANK, target_modules=[], target_parameters=list(PARAMETERS), init_lora_weights=False)
+        model = peft.get_peft_model(base, config)
+    if four_bit and who != PEFT.name:
+        for name in PARAMETERS:
+            replace_parameter_4bit(experts, name.rpartition(".")[2], compress_statistics=True)
     if who == FASTPEFT.name:
         report = fastpeft.patch(model)
         if report.left_to_peft:
@@ -105,13 +109,14 @@ def _adapted(who: str, base: nn.Module) -> nn.Module:
 
 
 def measure(
-    shape: Shape, tokens: Sequence[int], dtypes: Sequence[str], device: str, rounds: int, run: Run
+    shape: Shape, tokens: Sequence[int], dtypes: Sequence[str], four_bit: bool, device: str, rounds: int, run: Run
 ) -> Iterator[dict[str, Any]]:
     """A row for every dtype, number of tokens and phase."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for dtype in dtypes:
         for count in tokens:
-            blocks = {who.name: Block(who.name, shape, count, dtype, device) for who in (BASE, PEFT, FASTPEFT)}
+            names = [who.name for who in (BASE, PEFT, FASTPEFT)]
+            blocks = {name: Block(name, shape, count, dtype, device, four_bit) for name in names}
             memory = {name: block.memory() for name, block in blocks.items()}
             for phase in PHASES:
                 samples = interleave({name: getattr(block, phase) for name, block in blocks.items()}, rounds, wait)
@@ -120,6 +125,7 @@ def measure(
                     **run.facts(),
                     "shape": shape._asdict(),
                     "rank": RANK,
+                    "four_bit": four_bit,
                     "dtype": dtype,
                     "tokens": count,
                     "phase": phase,
@@ -135,11 +141,12 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     """Milliseconds of each and fastpeft's over both, with quartiles; MiB kept for the backward pass and at the most."""
     first = found[0]
     where = first["machine"].get("gpu") or f"{first['machine']['cpu']}, {first['threads']} threads"
+    packed = " Base and fastpeft hold the weights in NF4, PEFT in the dtype." if first.get("four_bit") else ""
     lines = [
         f"{where}, {first['run'][:10]}, commit {str(first['commit'])[:9]}, PEFT {first['versions']['peft']}. "
         f"{Shape(**first['shape'])}; LoRA of rank {first['rank']} on both stacks of weights; medians over "
         f"{first['rounds']} rounds, in ms. Kept: MiB for the backward pass; peak: the most MiB in a step, weights "
-        "included; base / PEFT / fastpeft.",
+        f"included; base / PEFT / fastpeft.{packed}",
         "",
         "| dtype | tokens | | base | PEFT | fastpeft | / base | / PEFT | kept | peak |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -163,14 +170,17 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     "--tokens", type=click.IntRange(min=1), multiple=True, help=f"Repeatable.  [{', '.join(map(str, TOKENS))}]"
 )
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Repeatable.  [fp32, bf16]")
+@click.option("--four-bit", is_flag=True, help="Experts in 4 bits; PEFT's stay dense.")
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
-def command(rounds: int, out: Path, shape: str, tokens: Sequence[int], dtypes: Sequence[str], device: str) -> None:
+def command(
+    rounds: int, out: Path, shape: str, tokens: Sequence[int], dtypes: Sequence[str], four_bit: bool, device: str
+) -> None:
     """Times experts with adapters against PEFT's and against the frozen ones."""
 
     def rows(run: Run) -> Iterator[dict[str, Any]]:
-        return measure(SHAPES[shape], tokens or TOKENS, dtypes or ("fp32", "bf16"), device, rounds, run)
+        return measure(SHAPES[shape], tokens or TOKENS, dtypes or ("fp32", "bf16"), four_bit, device, rounds, run)
 
-    record_kernels("experts", rows, markdown, out, device)
+    record_kernels("experts-four-bit" if four_bit else "experts", rows, markdown, out, device)
 
 
 if __name__ == "__main__":

@@ -24,4 +24,17 @@ def test_a_row_for_each_size_and_phase(tmp_path: Path, monkeypatch: pytest.Monke
         kept = {name: each["kept"] for name, each in row["bytes"].items()}
         assert kept["fastpeft"] < kept["peft"]  # which keeps the adapted weights of all experts
     table = path.with_suffix(".md").read_text()
+    assert "NF4" not in table
     assert table in result.output and table.count("\n| fp32 | ") == 4
+
+
+def test_experts_in_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(experts.SHAPES, "small", experts.Shape(experts=4, chosen=2, hidden=64, intermediate=64))
+    options = ["--rounds", "2", "--tokens", "5", "--dtype", "bf16", "--four-bit", "--out", str(tmp_path)]
+    result = CliRunner().invoke(experts.command, options)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*-experts-four-bit.jsonl")
+    for row in map(json.loads, path.read_text().splitlines()):
+        peak = {name: each["peak"] for name, each in row["bytes"].items()}
+        assert row["four_bit"] and peak["fastpeft"] < peak["peft"]
+    assert "hold the weights in NF4, PEFT in the dtype" in path.with_suffix(".md").read_text()
