@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastpeft.bench import gains, readme
 from fastpeft.bench import page as machine_page
-from peft_experts import moe_base
+from peft_experts import fused_experts, moe_base
 from test_bench_pages import fits_a_page
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,12 +87,15 @@ def test_the_snippets_of_usage_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "base_model": tiny_model(),
         "another_base_model": tiny_model(),
         "mixture_of_experts": moe_base(),
+        "another_mixture": moe_base(),
         "dataset": [{"input_ids": tokens, "labels": tokens}] * 2,
     }
     for snippet in snippets(ROOT / "docs/usage.md"):
         exec(compile(snippet, "usage.md", "exec"), names)
     for report in (names["report"], names["experts_report"]):
         assert report.fused and not report.left_to_peft
+    packed = names["packed_mixture"]
+    assert "left to PEFT" not in repr(packed) and len(fused_experts(packed)) == 2
     assert (tmp_path / "runs/lora/adapter/adapter_model.safetensors").is_file()
 
 
