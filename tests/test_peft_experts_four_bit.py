@@ -182,6 +182,11 @@ def hook(wrapper: Any) -> None:
     experts_of(wrapper)[0].register_forward_hook(lambda *args: None)
 
 
+def forward_of_the_class(wrapper: Any) -> None:
+    experts = experts_of(wrapper)[0]
+    type(experts).forward = lambda self, *call: call[0]
+
+
 def second_parametrization(wrapper: Any) -> None:
     nn.utils.parametrize.register_parametrization(experts_of(wrapper)[0], "down_proj", nn.Identity())
 
@@ -201,6 +206,7 @@ def flat(wrapper: Any) -> None:
 
 STATES: dict[str, tuple[Callable[[Any], None], str]] = {
     "hook": (hook, "its experts have a hook or a forward of their own"),
+    "forward": (forward_of_the_class, "its experts have a hook or a forward of their own"),
     "another": (second_parametrization, "its experts' down_proj is no Parameter: it is parametrized"),
     "hooked": (hooked_parametrization, "its experts' down_proj is no Parameter: it is parametrized"),
     "repacked": (repacked, "its experts' down_proj in 4 bits cannot be read: weight was repacked in place"),
@@ -218,6 +224,16 @@ def test_what_cannot_be_fused_raises_and_says_why(state: str) -> None:
     assert report.fused == [] and all(re.match(reason, stated) for stated in report.left_to_peft.values())
     with pytest.raises(RuntimeError, match=f"PEFT cannot run LoRA on experts in 4 bits, .*, as {reason}"):
         wrappers(packed)[0](*draw()[:3])
+
+
+def test_a_backend_that_refuses_is_named() -> None:
+    for targets in (parameters_of("Qwen3Moe"), ["experts.down_proj"]):
+        packed, _ = in_four_bits(moe(**EXPERTS_ONLY, target_parameters=targets), ["gate_up_proj"])
+        with pytest.raises(fastpeft.BackendRefusal, match=r"'cuda' cannot run .*experts"):
+            fastpeft.patch(packed, backend="cuda")
+        assert fused_experts(packed) == []
+        fastpeft.patch(packed, backend="reference")
+        assert "reference, asked for by name, runs gate_up_proj and down_proj of 4" in str(fastpeft.explain(packed))
 
 
 def test_a_call_with_other_arguments_raises() -> None:

@@ -151,8 +151,17 @@ def read_experts(wrapper: Any) -> Experts | str:
     for projection in (up, down):
         if not projection.A and projection.dtype == torch.float64:
             return f"its experts' {projection.name} has no adapter, and torch no grouped products in float64"
-    experts = Experts(module, up, down, run is grouped_mm_experts_forward)
+    experts = Experts(module, _decoded_by_us(up), _decoded_by_us(down), run is grouped_mm_experts_forward)
     return _kernels_reason(experts) or experts
+
+
+def _decoded_by_us(projection: Projection) -> Projection:
+    """In 4 bits without an adapter, with one of zeros: torch's grouped products would want the stack dense."""
+    weight = projection.weight
+    if projection.A or not isinstance(weight, FourBit):
+        return projection
+    (E, N, K), zero = weight.shape, projection.no_tokens.new_zeros(())
+    return projection._replace(A=[zero.expand(E, 1, K)], B=[zero.expand(E, N, 1)], scaling=[0.0])
 
 
 def _kernels_reason(experts: Experts) -> str | None:
@@ -289,7 +298,10 @@ def class_of(module: Any) -> type[Any]:
 
 
 def _is_hooked(module: Any) -> bool:
-    """Hooks of bitsandbytes' keep what it decodes as long as a call lasts, and do nothing else."""
+    """Whether calling the experts does more than their class's forward. Hooks of bitsandbytes' keep what it decodes as
+    long as a call lasts, and do nothing else."""
+    if type(module).forward is not class_of(module).forward:
+        return True
     hooks = module._forward_pre_hooks, module._forward_hooks
     if not all(getattr(hook, "__module__", None) == _PARAMETRIZE for some in hooks for hook in some.values()):
         return True

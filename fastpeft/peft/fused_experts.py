@@ -16,7 +16,6 @@ from torch.nn.functional import one_hot
 from transformers.integrations.moe import _grouped_linear
 
 from ..checks import is_readable
-from ..four_bit import FourBit
 from ..functional import lora_grouped_linear
 from .experts import Experts, Projection, holds_four_bits, read_experts, wrappers_inside
 from .fused import Fused, is_plain_input
@@ -95,13 +94,9 @@ class FusedParamWrapper(Fused, ParamWrapper):
                 settings = {"training": self.training, "backend": self.fastpeft_backend}
                 ps = [self.fastpeft_dropout] * len(A)
                 return lora_grouped_linear(x, routing.offsets, weight, bias, A, B, scaling, ps, **settings)
-            if isinstance(weight, FourBit):  # torch's products would want it dense
-                (E, N, K), zero = weight.shape, x.new_zeros(())
-                zeros = zero.expand(E, 1, K), zero.expand(E, N, 1)
-                return lora_grouped_linear(x, routing.offsets, weight, bias, *zeros, 0.0, backend=self.fastpeft_backend)
             ends = routing.offsets[1:].to(torch.int32)
             biases = None if bias is None else bias[routing.experts]
-            y: Tensor = _grouped_linear(x, weight.transpose(1, 2), offs=ends, bias=biases, is_transposed=True)
+            y: Tensor = _grouped_linear(x, weight.mT, offs=ends, bias=biases, is_transposed=True)
             return y
 
 
