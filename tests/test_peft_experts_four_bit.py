@@ -37,8 +37,10 @@ from test_peft_experts import (
     logits,
     seeded,
     set_implementation,
+    train,
 )
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastpeft
 
@@ -95,6 +97,31 @@ def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses[-4:].mean() < losses[:4].mean()
 
 
+def test_a_model_loaded_in_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers packs the linear layers and leaves the experts; PEFT turns all that is not packed into float32."""
+    moe_base().bfloat16().save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.bfloat16)
+    assert {type(p) for module in experts_of(base) for p in module.parameters()} == {nn.Parameter}
+    targets = packed_in_place(base)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], target_parameters=targets, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(base), config).train()
+    report = fastpeft.patch(model)
+    assert len(report.fused) == 4 and report.left_to_peft == {}
+    with fused_calls(monkeypatch):
+        losses = train(model, [tokens()] * 6)["losses"]
+    assert losses.diff().max() < 0
+
+
+def packed_in_place(base: nn.Module) -> list[str]:
+    """The whole names of the experts' parameters, which bitsandbytes packs."""
+    names = [name for name, module in base.named_modules() if module in experts_of(base)]
+    for name in names:
+        for parameter in ("gate_up_proj", "down_proj"):
+            replace_parameter_4bit(base.get_submodule(name), parameter, compress_statistics=True)
+    return [f"{name}.{parameter}" for name in names for parameter in ("gate_up_proj", "down_proj")]
+
+
 def test_nothing_dense_is_made() -> None:
     packed, _ = in_four_bits(moe(**EXPERTS_ONLY))
     fastpeft.patch(packed)
@@ -118,12 +145,7 @@ def test_peft_itself_cannot_train_them() -> None:
 def test_experts_that_are_packed_before_their_adapters_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT then finds them by their whole names alone."""
     base = moe_base()
-    for module in experts_of(base):
-        for name in ("gate_up_proj", "down_proj"):
-            replace_parameter_4bit(module, name)
-    names = [name for name, module in base.named_modules() if module in experts_of(base)]
-    targets = [f"{name}.{each}" for name in names for each in ("gate_up_proj", "down_proj")]
-    config = peft.LoraConfig(r=3, init_lora_weights=False, target_modules=[], target_parameters=targets)
+    config = peft.LoraConfig(r=3, init_lora_weights=False, target_modules=[], target_parameters=packed_in_place(base))
     model = peft.get_peft_model(base, config)
     assert len(fastpeft.patch(model).fused) == len(fused_experts(model)) == 2
     with fused_calls(monkeypatch) as seen:
