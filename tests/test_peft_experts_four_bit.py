@@ -186,9 +186,20 @@ def test_a_merge_is_refused_before_anything_is_changed() -> None:
     call = draw()
     before = run(packed, call)
     for merge in (packed.merge_adapter, packed.merge_and_unload):
-        with pytest.raises(RuntimeError, match="LoRA on experts in 4 bits cannot be merged: load it onto the dense"):
+        with pytest.raises(RuntimeError, match="LoRA is neither merged into experts in 4 bits nor taken out"):
             merge()
     assert all(torch.equal(result, before[name]) for name, result in run(packed, call).items())
+
+
+def test_what_was_merged_before_is_not_taken_out() -> None:
+    model = moe(**EXPERTS_ONLY)
+    model.merge_adapter()
+    packed, _ = in_four_bits(model)
+    assert set(fastpeft.patch(packed).left_to_peft.values()) == {"its adapters are merged into the base weight"}
+    call = draw()[:3]
+    assert torch.equal(wrappers(packed)[0](*call), experts_of(packed)[0](*call))
+    with pytest.raises(RuntimeError, match="LoRA is neither merged into experts in 4 bits nor taken out"):
+        packed.unmerge_adapter()
 
 
 def test_without_adapters_they_are_transformers() -> None:

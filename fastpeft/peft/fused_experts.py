@@ -57,11 +57,18 @@ class FusedParamWrapper(Fused, ParamWrapper):
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's, which would add to a copy that 4 bits are decoded to, and lose what it added."""
-        if holds_four_bits(self.get_base_layer()):
-            raise RuntimeError(
-                "LoRA on experts in 4 bits cannot be merged: load it onto the dense model, and merge there"
-            )
+        self._check_is_dense()
         super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """PEFT's, likewise: of what was merged before it was packed."""
+        if self.merged:
+            self._check_is_dense()
+        super().unmerge()
+
+    def _check_is_dense(self) -> None:
+        if holds_four_bits(self.get_base_layer()):
+            raise RuntimeError("LoRA is neither merged into experts in 4 bits nor taken out: do so on the dense model")
 
     def _run(self, experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A token's weights multiply what goes into the down projection, which is linear, and not what comes out: so
