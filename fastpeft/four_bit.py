@@ -30,6 +30,7 @@ _NF4 = (
 _FP4 = tuple(sign * value for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 QUANT_TYPES = ("nf4", "fp4")
 _SMALLEST_ABSMAX = 1e-38
+_AT_ONCE = 2**24  # elements that are quantized together, whole blocks: several times their bytes are made of them
 _STATISTICS_GRID = 2**16  # bitsandbytes looks the statistics' codes up in a table of so many ratios
 
 
@@ -164,7 +165,8 @@ def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, neste
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
     code = code_table(quant_type, weight.device)
-    codes, absmax = _nearest(weight.detach().flatten(), code, blocksize)
+    parts = [_nearest(part, code, blocksize) for part in weight.detach().flatten().split(_AT_ONCE)]
+    codes, absmax = (torch.cat(some) for some in zip(*parts, strict=True))
     if codes.numel() % 2:
         codes = torch.cat((codes, _nearest(code.new_zeros(1), code, 1)[0]))
     packed = codes[::2] << 4 | codes[1::2]

@@ -110,6 +110,15 @@ def test_quantize_refuses(arguments: tuple[Any, ...], message: str) -> None:
         four_bit.quantize(*arguments)
 
 
+@pytest.mark.parametrize("blocksize", [64, 4096])
+def test_a_large_weight_is_quantized_part_by_part(blocksize: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(3, 33, 129)
+    whole = four_bit.quantize(weight, "nf4", blocksize)
+    monkeypatch.setattr(four_bit, "_AT_ONCE", 4096)
+    parts = four_bit.quantize(weight, "nf4", blocksize)
+    assert torch.equal(parts.packed, whole.packed) and torch.equal(parts.dequantize(), whole.dequantize())
+
+
 def test_a_stack_read_the_other_way_and_its_parts() -> None:
     stack = four_bit.quantize(torch.randn(3, 7, 9))
     assert stack.mT.shape == (3, 9, 7) and torch.equal(stack.mT.dequantize(), stack.dequantize().mT)
