@@ -71,8 +71,8 @@ void check_kept(const Tensor& dy, const Weight& weight, const Adapters& adapters
 
 std::vector<int64_t> check_experts(const std::optional<Tensor>& x, const Tensor& offsets, const Weight& weight,
                                    const std::optional<Tensor>& bias, const Adapters& adapters, int64_t tokens) {
-    TORCH_CHECK(!weight.four_bit() && !weight.absent() && !adapters.dora() && !adapters.index,
-                "stacked experts have dense weights, no DoRA and no mixed batches");
+    TORCH_CHECK(!weight.four_bit() && !weight.absent() && !adapters.index,
+                "stacked experts have dense weights and no mixed batches");
     const int64_t E = weight.data.dim() ? weight.data.size(0) : 0, N = weight.N, K = weight.K;
     check_stack("weight", weight.data, E, N, K);
     if (x) check_rows("x", *x, tokens, K);
@@ -81,6 +81,7 @@ std::vector<int64_t> check_experts(const std::optional<Tensor>& x, const Tensor&
         check_stack("A", adapters.A[i], E, adapters.A[i].size(-2), K);
         check_stack("B", adapters.B[i], E, N, adapters.A[i].size(-2));
     }
+    for (const Tensor& c : adapters.c) check_matrix("c", c, E, N);
     check_rows("offsets", offsets, 1, E + 1);
     const Tensor wide = offsets.to(at::kLong).contiguous();
     const int64_t* bounds = wide.const_data_ptr<int64_t>();

@@ -28,12 +28,12 @@ LORA_LINEAR_BACKWARD_SCHEMA = (
     "str? backend) -> Tensor[]"
 )
 LORA_GROUPED_LINEAR_SCHEMA = (
-    f"lora_grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? bias, {_ADAPTERS}, str? backend) "
-    "-> (Tensor, Tensor)"
+    f"lora_grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? bias, {_ADAPTERS}, bool keep_z, str? backend) "
+    "-> (Tensor, Tensor, Tensor[])"
 )
 LORA_GROUPED_LINEAR_BACKWARD_SCHEMA = (
     f"lora_grouped_linear_backward(Tensor dy, Tensor? x, Tensor offsets, {_WEIGHT}, {_ADAPTERS}, Tensor? u, "
-    "bool[] needs, str? backend) -> Tensor[]"
+    "Tensor[] z, bool[] needs, str? backend) -> Tensor[]"
 )
 DORA_NORM_SCHEMA = f"dora_norm({_WEIGHT}, Tensor A, Tensor B, float scaling, ScalarType dtype, str? backend) -> Tensor"
 
@@ -83,7 +83,7 @@ class Adapters(NamedTuple):
 
     Attributes:
         A, B: ``[r, K]`` and ``[N, r]``; of experts stacks, ``[E, r, K]`` and ``[E, N, r]``.
-        c: DoRA's factors ``m / norm``, ``[N]`` in float32 (float64 for float64); empty for LoRA.
+        c: DoRA's factors ``m / norm``, ``[N]`` in float32 (float64 for float64), of experts ``[E, N]``; empty for LoRA.
         scaling, dropout_p: numbers. Until functional.py has settled them, a scaling may be a tensor.
         seed: int64, one entry an adapter; None when nothing is dropped.
         adapter_index: integers ``[...]``, the adapter that serves each token, -1 for none; None: every one serves all.
@@ -177,6 +177,16 @@ class NormCall(NamedTuple):
     scaling: float
     dtype: torch.dtype
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is of experts."""
+        return bool(self.A.shape[:-2])
+
+    def experts(self) -> list[NormCall]:
+        """Of stacked experts, each by itself."""
+        stacks = zip(self.weight.data, self.A, self.B, strict=True)
+        return [self._replace(weight=Weight.of(weight), A=A, B=B) for weight, A, B in stacks]
+
     def flat(self) -> tuple[Any, ...]:
         """As torch's dispatcher takes it."""
         return *self.weight, self.A, self.B, self.scaling, self.dtype
@@ -218,41 +228,43 @@ class GroupedCall(NamedTuple):
     weight: Weight
     bias: Tensor | None
     adapters: Adapters
+    keep_z: bool
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """What may ask for a gradient: ``x, weight, bias, *A, *B``."""
-        return self.x, self.weight.data, self.bias, *self.adapters.factors
+        """As :attr:`ForwardCall.differentiable`."""
+        adapters = self.adapters
+        return self.x, self.weight.data, self.bias, *adapters.A, *adapters.B, *adapters.c
 
     def flat(self) -> tuple[Any, ...]:
         """As torch's dispatcher takes it."""
-        return self.x, self.offsets, *self.weight, self.bias, *self.adapters
+        return self.x, self.offsets, *self.weight, self.bias, *self.adapters, self.keep_z
 
     @classmethod
     def of(cls, flat: Sequence[Any]) -> GroupedCall:
         """The way back from :meth:`flat`."""
-        x, offsets, data, quant, blocksize, bias, A, B, c, *rest = flat
-        return cls(x, offsets, Weight(data, _all(quant), blocksize), bias, Adapters(A, B, _all(c), *rest))
+        x, offsets, data, quant, blocksize, bias, A, B, c, *rest, keep_z = flat
+        return cls(x, offsets, Weight(data, _all(quant), blocksize), bias, Adapters(A, B, _all(c), *rest), keep_z)
 
 
 class GroupedBackwardCall(NamedTuple):
-    """The arguments of ``lora_grouped_linear_backward`` but the backend; ``u`` as in :class:`Kept`."""
+    """The arguments of ``lora_grouped_linear_backward`` but the backend."""
 
     dy: Tensor
     x: Tensor | None
     offsets: Tensor
     weight: Weight
     adapters: Adapters
-    u: Tensor | None
+    kept: Kept
     needs: Needs
 
     def flat(self) -> tuple[Any, ...]:
         """As torch's dispatcher takes it."""
-        return self.dy, self.x, self.offsets, *self.weight, *self.adapters, self.u, self.needs.flat
+        return self.dy, self.x, self.offsets, *self.weight, *self.adapters, *self.kept, self.needs.flat
 
     @classmethod
     def of(cls, flat: Sequence[Any]) -> GroupedBackwardCall:
         """The way back from :meth:`flat`."""
-        dy, x, offsets, data, quant, blocksize, A, B, c, *rest, u, needs = flat
-        call = Adapters(A, B, _all(c), *rest)
-        return cls(dy, x, offsets, Weight(data, _all(quant), blocksize), call, u, Needs.of(needs, len(A)))
+        dy, x, offsets, data, quant, blocksize, A, B, c, *rest, u, z, needs = flat
+        weight, call = Weight(data, _all(quant), blocksize), Adapters(A, B, _all(c), *rest)
+        return cls(dy, x, offsets, weight, call, Kept(u, _all(z)), Needs.of(needs, len(A)))

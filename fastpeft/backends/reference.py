@@ -17,7 +17,7 @@ from ..reference import (
     lora_linear_reference,
     wide_dtype,
 )
-from .base import Backend, Forward, Grouped
+from .base import Backend, Forward
 
 
 class ReferenceBackend(Backend):
@@ -42,10 +42,11 @@ class ReferenceBackend(Backend):
         return grads
 
     def lora_grouped_linear(
-        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
-    ) -> Grouped:
+        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters, keep_z: bool
+    ) -> Forward:
         """On a GPU it waits once, for the offsets."""
-        return grouped(x, offsets, weight, bias, adapters)
+        y, u, z = grouped(x, offsets, weight, bias, adapters)
+        return y, u, z if keep_z else []
 
     def lora_grouped_linear_backward(
         self,
@@ -54,12 +55,12 @@ class ReferenceBackend(Backend):
         offsets: Tensor,
         weight: Weight,
         adapters: Adapters,
-        u: Tensor | None,
+        kept: Kept,
         needs: Needs,
     ) -> list[Tensor]:
-        grads = iter(grouped_backward(dy, x, offsets, weight, adapters, u, needs))
+        grads = iter(grouped_backward(dy, x, offsets, weight, adapters, kept, needs))
         first = [next(grads)] if needs.x else []
-        like = [weight.data, None, *adapters.factors]
+        like = [weight.data, None, *adapters.factors, *(None for _ in adapters.c)]
         wanted = [t for t, need in zip(like, needs.flat[1:], strict=True) if need]
         return first + [g if t is None else torch.empty_like(t).copy_(g) for t, g in zip(wanted, grads, strict=True)]
 
@@ -78,8 +79,8 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) 
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]), u, z
 
 
-def grouped(x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) -> Grouped:
-    """``y`` and ``u`` of stacked experts, alike."""
+def grouped(x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) -> Forward:
+    """The same of stacked experts."""
     return lora_grouped_linear_reference(x, offsets, weight.data, bias, _terms(adapters, *x.shape))
 
 
@@ -89,12 +90,12 @@ def grouped_backward(
     offsets: Tensor,
     weight: Weight,
     adapters: Adapters,
-    u: Tensor | None,
+    kept: Kept,
     needs: Needs,
 ) -> list[Tensor]:
     """The gradients of stacked experts, each contiguous: operations that torch can batch."""
     terms = _terms(adapters, dy.shape[0], adapters.shape[1])
-    return lora_grouped_linear_backward_reference(dy, x, offsets, weight.data, u, terms, needs.flat)
+    return lora_grouped_linear_backward_reference(dy, x, offsets, weight.data, *kept, terms, needs.flat)
 
 
 def _dense(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:
