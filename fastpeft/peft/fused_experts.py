@@ -14,13 +14,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import one_hot
 from transformers.integrations.moe import _grouped_linear
 
-from ..functional import lora_grouped_linear
-from .experts import Experts, Projection, read_experts
+from ..functional import dora_grouped_linear, lora_grouped_linear
+from .experts import Experts, Projection, read_experts, wrappers_inside
+from .experts_dora import GuardedParamWrapper, active_magnitudes
 from .fused import Fused, is_plain_input
+from .readers import dora_norm_of
 from .stock import Stock
 
 
-class FusedParamWrapper(Fused, ParamWrapper):
+class FusedParamWrapper(Fused, GuardedParamWrapper):
     """``peft.tuners.lora.layer.ParamWrapper`` around experts of transformers', fused with the wrappers inside it."""
 
     fastpeft_dropout: float = 0.0
@@ -41,12 +43,18 @@ class FusedParamWrapper(Fused, ParamWrapper):
         return self._run(experts, x, *args)
 
     def _by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapts = not (self.disable_adapters or self.merged)
-        if self.training and self.fastpeft_dropout and adapts:
+        option = None if self.disable_adapters or self.merged else self._option()
+        if option is not None:
             reason = self.operands_or_reason(self)
             why = reason if isinstance(reason, str) else "its arguments are others"
-            raise RuntimeError(f"experts_dropout={self.fastpeft_dropout} cannot be: PEFT has to run a call, as {why}")
+            raise RuntimeError(f"{option} cannot be: PEFT has to run a call, as {why}")
         return super()._by_peft(x, *args, **kwargs)
+
+    def _option(self) -> str | None:
+        """What is asked for that PEFT does not have."""
+        if any(map(active_magnitudes, (self, *wrappers_inside(self)))):
+            return "experts_dora"
+        return f"experts_dropout={self.fastpeft_dropout}" if self.training and self.fastpeft_dropout else None
 
     def _run(self, experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A token's weights multiply what goes into the down projection, which is linear, and not what comes out: so
@@ -66,16 +74,23 @@ class FusedParamWrapper(Fused, ParamWrapper):
         return result.to(x.dtype)
 
     def _project(self, experts: Experts, projection: Projection, x: Tensor, routing: _Routing) -> Tensor:
-        _, weight, bias, A, B, scaling = projection
+        name, weight, bias, A, B, scaling, magnitude, adapters = projection
         if not experts.as_grouped:
             autocast: AbstractContextManager[Any] = nullcontext()
         else:
             autocast = torch.autocast(x.device.type, enabled=False)
         with autocast:
             if A:
-                settings = {"training": self.training, "backend": self.fastpeft_backend}
-                ps = [self.fastpeft_dropout] * len(A)
-                return lora_grouped_linear(x, routing.offsets, weight, bias, A, B, scaling, ps, **settings)
+                settings: dict[str, Any] = {"training": self.training, "backend": self.fastpeft_backend}
+                settings["dropout_p"] = [self.fastpeft_dropout] * len(A)
+                operands = x, routing.offsets, weight, bias, A, B
+                if not magnitude:
+                    return lora_grouped_linear(*operands, scaling, **settings)
+                norm = [
+                    dora_norm_of(self, f"{name}.{adapter}", weight, factors, len(x))
+                    for adapter, factors in zip(adapters, zip(A, B, scaling, strict=True), strict=True)
+                ]
+                return dora_grouped_linear(*operands, magnitude, scaling, norm=norm, **settings)
             ends = routing.offsets[1:].to(torch.int32)
             biases = None if bias is None else bias[routing.experts]
             y: Tensor = _grouped_linear(x, weight.transpose(1, 2), offs=ends, bias=biases, is_transposed=True)

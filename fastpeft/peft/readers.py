@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import is_finite, is_readable
 from ..four_bit import FourBit
-from ..functional import compute_dtype, dora_norm
+from ..functional import compute_dtype, dora_grouped_norm, dora_norm
 from ..norm_cache import NormCache
 from ..reference import wide_dtype
 from . import variants
@@ -184,21 +184,29 @@ def factors_reason(layer: Any, factors: Sequence[Tensor], dtype: torch.dtype | N
 
 def _dora_factor(layer: Any, name: str, base: Base, adapter: Adapter, tokens: int) -> Tensor | str:
     """``c = m / ‖W + s B A‖``, or why PEFT has to run the adapter."""
-    module = layer.lora_magnitude_vector._modules.get(name)
-    if type(module) is not DoraLinearLayer or is_hooked(module):
-        return f"keeps its magnitude in a {class_name(module)}, or in a module with a hook or a forward of its own"
     replaced = DORA.replaced()
     if replaced is not None:
         return f"has DoRA, and {replaced}"
     weight = unread_weight(layer) if base.weight is None else base.weight
     if isinstance(weight, str):
         return f"has DoRA, and {weight}"
-    magnitude: Any = _weight_of(module)
-    if not is_plain(magnitude) or magnitude.device != weight.device:
-        return f"has a magnitude that is a {type(magnitude).__qualname__} on {getattr(magnitude, 'device', None)}"
+    magnitude = read_magnitude(layer, name, weight.device)
+    if isinstance(magnitude, str):
+        return magnitude
     return dora_factor(
         layer, name, weight, adapter, magnitude, tokens, lasts=base.weight is not None or _lasts(layer, weight)
     )
+
+
+def read_magnitude(layer: Any, name: str, device: torch.device) -> Tensor | str:
+    """An adapter's ``m``, to be used on this device, or why PEFT has to run the adapter."""
+    module = layer.lora_magnitude_vector._modules.get(name)
+    if type(module) is not DoraLinearLayer or is_hooked(module):
+        return f"keeps its magnitude in a {class_name(module)}, or in a module with a hook or a forward of its own"
+    magnitude: Any = _weight_of(module)
+    if not is_plain(magnitude) or magnitude.device != device:
+        return f"has a magnitude that is a {type(magnitude).__qualname__} on {getattr(magnitude, 'device', None)}"
+    return magnitude
 
 
 def _lasts(layer: Any, weight: Tensor | FourBit) -> bool:
@@ -218,19 +226,33 @@ def dora_factor(
 ) -> Tensor | str:
     """``c = m / ‖W + s B A‖`` of an adapter that is read, for a call with so many tokens; a reason where it is not
     finite. The norm is kept of a weight that lasts."""
-    A, B, scaling = adapter.A, adapter.B, adapter.scaling
-    backend = layer.__dict__.get("fastpeft_backend")
-    stays_tensor = isinstance(scaling, Tensor) and not is_readable(scaling)
-    if not lasts or stays_tensor or torch.compiler.is_compiling():  # a graph would depend on what is kept
-        norm = dora_norm(weight, A, B, scaling, backend)
-    else:
-        caches = layer.__dict__.setdefault("_fastpeft_norms", {})
-        cache, dtype = caches.setdefault(name, NormCache()), compute_dtype(weight)
-        norm = cache.get(weight, A, B, float(scaling), dtype, backend, tokens=tokens)
+    norm = dora_norm_of(layer, name, weight, (adapter.A, adapter.B, adapter.scaling), tokens, lasts)
     c = magnitude.to(norm.dtype) / norm
     if is_readable(c) and not is_finite(c):
         return "has a row whose norm is 0, or a magnitude that is not finite"
     return c
+
+
+def dora_norm_of(
+    layer: Any,
+    name: str,
+    weight: Tensor | FourBit,
+    factors: tuple[Tensor, Tensor, float | Tensor],
+    tokens: int,
+    lasts: bool = True,
+) -> Tensor:
+    """``‖W + s B A‖`` with an adapter's ``A, B, s``, of a layer or of stacked experts, kept under this name."""
+    A, B, scaling = factors
+    backend = layer.__dict__.get("fastpeft_backend")
+    stays_tensor = isinstance(scaling, Tensor) and not is_readable(scaling)
+    if not lasts or stays_tensor or torch.compiler.is_compiling():  # a graph would depend on what is kept
+        if isinstance(weight, Tensor) and A.shape[:-2]:
+            return dora_grouped_norm(weight, A, B, scaling, backend)
+        return dora_norm(weight, A, B, scaling, backend)
+    caches = layer.__dict__.setdefault("_fastpeft_norms", {})
+    cache, dtype = caches.setdefault(name, NormCache()), compute_dtype(weight)
+    norm: Tensor = cache.get(weight, A, B, float(scaling), dtype, backend, tokens=tokens)
+    return norm
 
 
 def is_constant(scaling: float | Tensor | None) -> bool:
