@@ -1,8 +1,9 @@
 """A mixture of experts with LoRA on the stacked weights, shaped like Qwen3-MoE's: ``python -m fastpeft.bench.experts``.
 
 The frozen experts of transformers, PEFT as it comes (``target_parameters``) and fastpeft, on the same tokens sent to
-the same experts. Rows are appended to ``bench/results/<machine>-experts.jsonl``, the table beside them is drawn from
-the newest.
+the same experts; with ``--dora`` the frozen ones and fastpeft's DoRA, which PEFT does not have there. Rows are appended
+to ``bench/results/<machine>-experts.jsonl``, those of DoRA to ``<machine>-experts-dora.jsonl``, the table beside them is
+drawn from the newest.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ SHAPES = {"small": Shape(32, 4, 512, 256), "qwen3-30b": Shape(128, 8, 2048, 768)
 class Block:
     """One contestant's experts on one case's tokens. Its phases are what the clock times."""
 
-    def __init__(self, who: str, shape: Shape, tokens: int, dtype: str, device: str) -> None:
+    def __init__(self, who: str, shape: Shape, tokens: int, dtype: str, device: str, dora: bool = False) -> None:
         torch.manual_seed(SEED)
         kind = DTYPES[dtype]
-        self.model = _adapted(who, _frozen(shape).to(device=device, dtype=kind))
+        self.model = _adapted(who, _frozen(shape).to(device=device, dtype=kind), dora)
         self.experts: Any = next(m for name, m in self.model.named_modules() if name.rpartition(".")[2] == "experts")
         generator = torch.Generator(device).manual_seed(SEED)
         x, dy = (torch.randn(tokens, shape.hidden, generator=generator, device=device) for _ in range(2))
@@ -88,7 +89,7 @@ def _frozen(shape: Shape) -> nn.Module:
     return nn.ModuleDict({"experts": experts}).requires_grad_(False)
 
 
-def _adapted(who: str, base: nn.Module) -> nn.Module:
+def _adapted(who: str, base: nn.Module, dora: bool) -> nn.Module:
     import peft
 
     import fastpeft
@@ -98,20 +99,21 @@ def _adapted(who: str, base: nn.Module) -> nn.Module:
     config = peft.LoraConfig(r=RANK, target_modules=[], target_parameters=list(PARAMETERS), init_lora_weights=False)
     model: nn.Module = peft.get_peft_model(base, config)
     if who == FASTPEFT.name:
-        report = fastpeft.patch(model)
+        report = fastpeft.patch(model, experts_dora=dora)
         if report.left_to_peft:
             raise RuntimeError(f"fastpeft did not fuse the experts:\n{report}")
     return model
 
 
 def measure(
-    shape: Shape, tokens: Sequence[int], dtypes: Sequence[str], device: str, rounds: int, run: Run
+    shape: Shape, tokens: Sequence[int], dtypes: Sequence[str], device: str, rounds: int, run: Run, *, dora: bool
 ) -> Iterator[dict[str, Any]]:
     """A row for every dtype, number of tokens and phase."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    names = [who.name for who in ((BASE, FASTPEFT) if dora else (BASE, PEFT, FASTPEFT))]
     for dtype in dtypes:
         for count in tokens:
-            blocks = {who.name: Block(who.name, shape, count, dtype, device) for who in (BASE, PEFT, FASTPEFT)}
+            blocks = {name: Block(name, shape, count, dtype, device, dora) for name in names}
             memory = {name: block.memory() for name, block in blocks.items()}
             for phase in PHASES:
                 samples = interleave({name: getattr(block, phase) for name, block in blocks.items()}, rounds, wait)
@@ -125,29 +127,32 @@ def measure(
                     "phase": phase,
                     "rounds": len(ours),
                     "seconds": {name: summary(each.wall) for name, each in samples.items()},
-                    "over_base": summary(ratios(ours, samples[BASE.name].wall)),
-                    "over_peft": summary(ratios(ours, samples[PEFT.name].wall)),
+                    **{f"over_{name}": summary(ratios(ours, samples[name].wall)) for name in names[:-1]},
                     "bytes": memory,
                 }
 
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds of each and fastpeft's over both, with quartiles; MiB kept for the backward pass and at the most."""
-    first = found[0]
+    """Milliseconds of each and fastpeft's over the others', with quartiles; MiB kept for the backward pass and at the
+    most."""
+    first, labels = found[0], {BASE.name: "base", PEFT.name: "PEFT", FASTPEFT.name: "fastpeft"}
+    who = [name for name in labels if name in first["seconds"]]
+    others = who[:-1]
+    adapter = "LoRA" if PEFT.name in who else "DoRA"
     where = first["machine"].get("gpu") or f"{first['machine']['cpu']}, {first['threads']} threads"
     lines = [
         f"{where}, {first['run'][:10]}, commit {str(first['commit'])[:9]}, PEFT {first['versions']['peft']}. "
-        f"{Shape(**first['shape'])}; LoRA of rank {first['rank']} on both stacks of weights; medians over "
+        f"{Shape(**first['shape'])}; {adapter} of rank {first['rank']} on both stacks of weights; medians over "
         f"{first['rounds']} rounds, in ms. Kept: MiB for the backward pass; peak: the most MiB in a step, weights "
-        "included; base / PEFT / fastpeft.",
+        f"included; {' / '.join(labels[name] for name in who)}.",
         "",
-        "| dtype | tokens | | base | PEFT | fastpeft | / base | / PEFT | kept | peak |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| dtype | tokens | | {' | '.join(labels[name] for name in who)} | "
+        f"{' | '.join(f'/ {labels[name]}' for name in others)} | kept | peak |",
+        f"|---|---:|---|{'---:|' * (len(who) + len(others) + 2)}",
     ]
     for row in found:
-        who = [each.name for each in (BASE, PEFT, FASTPEFT)]
         times = " | ".join(f"{row['seconds'][name]['median'] * 1e3:.2f}" for name in who)
-        over = " | ".join(spread(row[name]) for name in ("over_base", "over_peft"))
+        over = " | ".join(spread(row[f"over_{name}"]) for name in others)
         memory = " | ".join(
             " / ".join(f"{row['bytes'][name][kind] / 2**20:.1f}" for name in who) for kind in ("kept", "peak")
         )
@@ -164,13 +169,16 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 )
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Repeatable.  [fp32, bf16]")
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
-def command(rounds: int, out: Path, shape: str, tokens: Sequence[int], dtypes: Sequence[str], device: str) -> None:
+@click.option("--dora", is_flag=True, help="DoRA, against the frozen experts alone.")
+def command(
+    rounds: int, out: Path, shape: str, tokens: Sequence[int], dtypes: Sequence[str], device: str, dora: bool
+) -> None:
     """Times experts with adapters against PEFT's and against the frozen ones."""
 
     def rows(run: Run) -> Iterator[dict[str, Any]]:
-        return measure(SHAPES[shape], tokens or TOKENS, dtypes or ("fp32", "bf16"), device, rounds, run)
+        return measure(SHAPES[shape], tokens or TOKENS, dtypes or ("fp32", "bf16"), device, rounds, run, dora=dora)
 
-    record_kernels("experts", rows, markdown, out, device)
+    record_kernels("experts-dora" if dora else "experts", rows, markdown, out, device)
 
 
 if __name__ == "__main__":

@@ -25,3 +25,18 @@ def test_a_row_for_each_size_and_phase(tmp_path: Path, monkeypatch: pytest.Monke
         assert kept["fastpeft"] < kept["peft"]  # which keeps the adapted weights of all experts
     table = path.with_suffix(".md").read_text()
     assert table in result.output and table.count("\n| fp32 | ") == 4
+
+
+def test_dora_against_the_frozen_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(experts.SHAPES, "small", experts.Shape(experts=4, chosen=2, hidden=16, intermediate=8))
+    options = ["--dora", "--rounds", "2", "--tokens", "5", "--dtype", "fp32", "--out", str(tmp_path)]
+    result = CliRunner().invoke(experts.command, options)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*-experts-dora.jsonl")
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["phase"] for row in found] == list(experts.PHASES)
+    for row in found:
+        assert set(row["seconds"]) == set(row["bytes"]) == {"base", "fastpeft"}
+        assert row["over_base"]["q1"] <= row["over_base"]["q3"] and "over_peft" not in row
+    assert "; DoRA of rank 16 on both stacks" in result.output
+    assert "| base | fastpeft | / base | kept | peak |" in path.with_suffix(".md").read_text()

@@ -301,19 +301,30 @@ def test_saved_and_loaded(kind: str, low_cpu_mem_usage: bool, tmp_path: Path) ->
     settings: dict[str, Any] = {"low_cpu_mem_usage": low_cpu_mem_usage}
     with fastpeft.enabled(experts_dora=True):
         loaded = peft.PeftModel.from_pretrained(base, tmp_path, **settings)
-        assert torch.equal(logits(loaded, ids), expected)
-        loaded.load_adapter(tmp_path, "second", **settings)
+    assert torch.equal(logits(loaded, ids), expected)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
     state = {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(model).items()}
     assert sum(name.endswith("lora_magnitude_vector") for name in state) == (4 if kind == "patched" else 6)
     for name, parameter in loaded.named_parameters():
         if ".default." in name:
             parameter.data.zero_()
-    loaded.set_adapter("second")
+    assert not peft.set_peft_model_state_dict(loaded, state).unexpected_keys
     assert torch.equal(logits(loaded, ids), expected)
-    result = peft.set_peft_model_state_dict(loaded, state, adapter_name="default")
-    assert not result.unexpected_keys
-    loaded.set_adapter("default")
-    assert torch.equal(logits(loaded, ids), expected)
+
+
+def test_of_several_adapters_each_is_loaded(tmp_path: Path) -> None:
+    model, ids = dora(moe(**EXPERTS_ONLY)).eval(), tokens()
+    model.save_pretrained(tmp_path)
+    expected = logits(model, ids)
+    with pytest.raises(ValueError, match="use_dora"):
+        copy.deepcopy(model).load_adapter(tmp_path, "second")
+    with fastpeft.enabled(experts_dora=True):
+        model.load_adapter(tmp_path, "second")
+    with_trained_magnitudes(model)
+    model.load_adapter(tmp_path, "second")
+    assert not torch.equal(logits(model, ids), expected)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, ids), expected)
 
 
 def test_a_file_of_a_patched_model_is_loaded_into_another_patched_model(tmp_path: Path) -> None:
@@ -352,15 +363,23 @@ def test_merged_weights_are_doras(kind: str, safe_merge: bool) -> None:
     assert all_wrappers(unloaded) == []
 
 
-def test_merges_that_would_not_be_doras_are_refused() -> None:
+def test_several_adapters_are_not_merged() -> None:
     model = moe(**EXPERTS_ONLY)
     add(model, "second", target_modules=[], r=2)
     dora(model)
     before = [w.get_param().clone() for w in all_wrappers(model)]
-    with pytest.raises(RuntimeError, match="experts_dora is merged by itself"):
-        model.merge_adapter(adapter_names=["default", "second"])
-    with pytest.raises(RuntimeError, match="experts_dora is merged by itself"):
-        model.merge_and_unload(adapter_names=["default", "second"])
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(RuntimeError, match="experts_dora is merged by itself"):
+            merge(adapter_names=["default", "second"])
+    assert all(torch.equal(w.get_param(), b) for w, b in zip(all_wrappers(model), before, strict=True))
+    model.merge_adapter(adapter_names=["second"])
+    with pytest.raises(RuntimeError, match=r"experts_dora is merged by itself.*\['second', 'default'\]"):
+        model.merge_adapter(adapter_names=["default"])
+
+
+def test_merges_that_would_not_be_doras_are_refused() -> None:
+    model = dora(moe(**EXPERTS_ONLY))
+    before = [w.get_param().clone() for w in all_wrappers(model)]
     for wrapper in all_wrappers(model):
         for read in (wrapper.get_delta_weight, wrapper.get_delta_factors):
             with pytest.raises(RuntimeError, match="'default' has experts_dora: PEFT would compute"):
@@ -396,7 +415,7 @@ def test_what_peft_would_have_to_run_raises() -> None:
     run(model, call)
 
 
-def test_lora_and_dora_are_not_active_together() -> None:
+def test_of_several_adapters_all_are_dora_or_none() -> None:
     model = dora(moe(**EXPERTS_ONLY))
     add(model, "second", target_modules=[], r=2)
     run(model, draw())
@@ -454,22 +473,13 @@ def test_other_parameters_are_refused_while_enabled() -> None:
 
 
 def test_unpatched_once_no_magnitude_is_left() -> None:
-    model, call = moe(**EXPERTS_ONLY), draw()
-    stock = copy.deepcopy(model)
-    add(model, "second", target_modules=[], r=2)
-    dora(model)
+    model = dora(moe(**EXPERTS_ONLY))
     with pytest.raises(ValueError, match=r"model must have no DoRA on experts .* delete them before"):
         fastpeft.unpatch(model)
     assert len(fused_experts(model)) == 2
-    model.delete_adapter("second")
-    with pytest.raises(ValueError, match="model must have no DoRA on experts"):
-        fastpeft.unpatch(model)
-    expected = run(model, call)
-    model.load_state_dict(stock.state_dict(), strict=False)
-    assert torch.equal(run(model, call)["y"], expected["y"])
-    model.add_adapter("third", peft.LoraConfig(**_experts_only(r=2)))
     model.delete_adapter("default")
-    model.set_adapter("third")
     fastpeft.unpatch(model)
     assert {type(w) for w in all_wrappers(model)} == {ParamWrapper}
-    run(model, call)
+    x, index, weights, _ = draw()
+    found = wrappers(model)[0](x, index, weights)
+    assert torch.equal(found, wrappers(model)[0].get_base_layer()(x, index, weights))
