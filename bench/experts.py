@@ -2,8 +2,8 @@
 
 The frozen experts of transformers, PEFT as it comes (``target_parameters``) and fastpeft, on the same tokens sent to
 the same experts; with ``--dora`` the frozen ones and fastpeft's DoRA, which PEFT does not have there. Rows are appended
-to ``bench/results/<machine>-experts.jsonl``, those of DoRA to ``<machine>-experts-dora.jsonl``, the table beside them is
-drawn from the newest.
+to ``bench/results/<machine>-experts.jsonl``, those of DoRA to ``<machine>-experts-dora.jsonl``, and the table beside
+them is drawn from the newest.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -74,17 +74,18 @@ class GuardedParamWrapper(ParamWrapper):
         Raises:
             RuntimeError: a row's magnitude was 0 when it was merged: nothing of it is left.
         """
-        for name in [name for name in self.merged_adapters if name in self.lora_magnitude_vector]:
-            stack, (A, B, s) = _stack_and_factors(self, name)
-            c = self._fastpeft_merged_by
-            if not c.all():
-                raise RuntimeError(f"adapter {name!r} with experts_dora cannot be unmerged: a magnitude is 0")
-            for weight, a, b, factor in zip(stack.weight.data, A, B, c, strict=True):
-                weight.copy_((weight / factor.unsqueeze(1)).sub_(s * b.to(c.dtype) @ a.to(c.dtype)))
-            self.merged_adapters.remove(name)
-            del self._fastpeft_merged_by
+        if not any(name in self.lora_magnitude_vector for name in self.merged_adapters):
+            super().unmerge()
             return
-        super().unmerge()
+        (name,) = self.merged_adapters
+        stack, (A, B, s) = _stack_and_factors(self, name)
+        c = self._fastpeft_merged_by.to(stack.weight.device)
+        if not c.all():
+            raise RuntimeError(f"adapter {name!r} with experts_dora cannot be unmerged: a magnitude is 0")
+        for weight, a, b, factor in zip(stack.weight.data, A, B, c, strict=True):
+            weight.copy_((weight / factor.unsqueeze(1)).sub_(s * b.to(c.dtype) @ a.to(c.dtype)))
+        self.merged_adapters.clear()
+        del self._fastpeft_merged_by
 
     @torch.no_grad()
     def _merge(self, name: str, safe_merge: bool) -> None:
@@ -190,28 +191,29 @@ def add_magnitudes(model: Any, found: Sequence[_New]) -> None:
         model.peft_config[new.adapter].use_dora = True
 
 
-def with_magnitudes(create: Callable[..., None], is_wanted: Callable[[], bool]) -> Callable[..., None]:
-    """PEFT's ``LoraModel._create_and_replace``, through which every wrapper comes to each of its adapters, for
-    configurations that want DoRA on parameters, too."""
+class WithMagnitudes:
+    """Stands for PEFT's ``LoraModel._create_and_replace``, through which every wrapper comes to each of its adapters,
+    and takes configurations with DoRA on parameters while it is wanted."""
 
-    @wraps(create)
-    def create_with(
-        tuner: Any, config: Any, name: str, *place: Any, parameter_name: str | None = None, **kw: Any
+    def __init__(self, create: Callable[..., None], is_wanted: Callable[[], bool]) -> None:
+        self.create, self.is_wanted = create, is_wanted
+
+    def __get__(self, tuner: Any, kind: object = None) -> Any:
+        return self if tuner is None else MethodType(self, tuner)
+
+    def __call__(
+        self, tuner: Any, config: Any, name: str, *place: Any, parameter_name: str | None = None, **others: Any
     ) -> None:
-        if parameter_name is None or not config.use_dora or not is_wanted():
-            create(tuner, config, name, *place, parameter_name=parameter_name, **kw)
-            return
-        plain = copy.copy(config)
-        plain.use_dora = False
-        create(tuner, plain, name, *place, parameter_name=parameter_name, **kw)
+        dora = parameter_name is not None and config.use_dora and self.is_wanted()
+        if dora:
+            config = copy.copy(config)
+            config.use_dora = False
+        self.create(tuner, config, name, *place, parameter_name=parameter_name, **others)
         target, target_name, parent, *_ = place
-        for wrapper in (target, getattr(parent, target_name)):  # one that was there, or a new one
+        for wrapper in (target, getattr(parent, target_name)) if dora else ():  # one that was there, or a new one
             if isinstance(wrapper, ParamWrapper) and wrapper.parameter_name == parameter_name:
                 for new in _missing(wrapper, [name]):
                     new.add()
-
-    create_with.without_magnitudes = create  # type: ignore[attr-defined]
-    return create_with
 
 
 def _all(layer: Any) -> Iterator[Any]:

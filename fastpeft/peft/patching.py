@@ -18,7 +18,7 @@ from ..checks import check_dropout_p, check_flag
 from ..dispatch import BackendRefusal, check_backend_name, named
 from ..verdicts import backend_refusals, grouped
 from .experts import Experts
-from .experts_dora import GuardedParamWrapper, add_magnitudes, has_magnitudes, new_magnitudes, with_magnitudes
+from .experts_dora import GuardedParamWrapper, WithMagnitudes, add_magnitudes, has_magnitudes, new_magnitudes
 from .fused import Fused
 from .fused_experts import FusedParamWrapper
 from .layers import fuse, operands_or_reason, peft_layers, unfuse
@@ -173,11 +173,11 @@ def _switch(change: Callable[[], object]) -> None:
                 model._create_new_module = staticmethod(_Fusing(create))
             elif not _wanted_by and isinstance(create, _Fusing):
                 model._create_new_module = staticmethod(create.create)
-        replace = LoraModel._create_and_replace
-        if _wants_experts_dora() and not hasattr(replace, "without_magnitudes"):
-            LoraModel._create_and_replace = with_magnitudes(replace, _wants_experts_dora)
-        elif not _wants_experts_dora() and hasattr(replace, "without_magnitudes"):
-            LoraModel._create_and_replace = replace.without_magnitudes
+        create = LoraModel._create_and_replace
+        if _wants_experts_dora() and not isinstance(create, WithMagnitudes):
+            LoraModel._create_and_replace = WithMagnitudes(create, _wants_experts_dora)
+        elif not _wants_experts_dora() and isinstance(create, WithMagnitudes):
+            LoraModel._create_and_replace = create.create
 
 
 def enable(*, experts_dora: bool = False) -> None:
