@@ -59,7 +59,8 @@ class Block:
         weights, self.index = scores.topk(shape.chosen)
         self.dy = dy.to(kind)
         self.learned = [x.to(kind).requires_grad_(), (weights / weights.sum(1, keepdim=True)).to(kind).requires_grad_()]
-        self.learned += [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.adapters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.learned += self.adapters
 
     def forward(self) -> Tensor:
         x, weights, *_ = self.learned
@@ -70,6 +71,7 @@ class Block:
         for tensor in self.learned:
             tensor.grad = None
         self.forward().backward(self.dy)
+        torch.autograd.graph.increment_version(self.adapters)  # as an optimizer does: DoRA's norm is stale
 
     def memory(self) -> dict[str, int]:
         """Bytes that the forward pass keeps, and the most that there are in a step, weights included."""

@@ -207,7 +207,7 @@ def fuse(layer: nn.Module, backend: str | None) -> None:
     for wrapper in wrappers_inside(layer):
         if isinstance(wrapper, Fused):
             unfuse(wrapper)
-        if wrapper.lora_magnitude_vector:
+        if wrapper.lora_magnitude_vector and type(wrapper) is GuardedParamWrapper.peft_class:
             _give_class(wrapper, GuardedParamWrapper)
 
 
