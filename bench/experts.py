@@ -1,8 +1,10 @@
 """A mixture of experts with LoRA on the stacked weights, shaped like Qwen3-MoE's: ``python -m fastpeft.bench.experts``.
 
 The frozen experts of transformers, PEFT as it comes (``target_parameters``) and fastpeft, on the same tokens sent to
-the same experts. Rows are appended to ``bench/results/<machine>-experts.jsonl``, the table beside them is drawn from
-the newest. With ``--four-bit`` bitsandbytes has packed the experts of all but PEFT's, which cannot train these.
+the same experts. ``--method qlora``: bitsandbytes has packed the experts of all but PEFT's, which cannot train these.
+``--method dora`` and ``qdora``: without PEFT, which has no DoRA there. Rows are appended to
+``bench/results/<machine>-experts.jsonl``, those of other methods than LoRA to ``<machine>-experts-<method>.jsonl``, and
+the table beside them is drawn from the newest.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.experiments.memory import kept_bytes, peak_bytes
+from fastpeft.experiments.models import FOUR_BIT_METHODS, METHODS
 from fastpeft.experiments.timing import interleave, ratios, summary
 
 from .cases import DEVICES, DTYPES, RANK, SEED
@@ -27,6 +30,8 @@ TOKENS = (64, 256, 1024, 2048, 4096)
 ROUNDS = 20
 PHASES = {"forward": "forward, with autograd", "step": "forward and backward"}
 PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+DORA_METHODS = ("dora", "qdora")
+EXPERTS_METHODS = ("lora", "qlora", *DORA_METHODS)
 
 
 class Shape(NamedTuple):
@@ -47,10 +52,10 @@ SHAPES = {"small": Shape(32, 4, 512, 256), "qwen3-30b": Shape(128, 8, 2048, 768)
 class Block:
     """One contestant's experts on one case's tokens. Its phases are what the clock times."""
 
-    def __init__(self, who: str, shape: Shape, tokens: int, dtype: str, device: str, four_bit: bool) -> None:
+    def __init__(self, who: str, shape: Shape, tokens: int, dtype: str, device: str, method: str) -> None:
         torch.manual_seed(SEED)
         kind = DTYPES[dtype]
-        self.model = _adapted(who, _frozen(shape).to(device=device, dtype=kind), four_bit)
+        self.model = _adapted(who, _frozen(shape).to(device=device, dtype=kind), method)
         self.experts: Any = next(m for name, m in self.model.named_modules() if name.rpartition(".")[2] == "experts")
         generator = torch.Generator(device).manual_seed(SEED)
         x, dy = (torch.randn(tokens, shape.hidden, generator=generator, device=device) for _ in range(2))
@@ -58,7 +63,8 @@ class Block:
         weights, self.index = scores.topk(shape.chosen)
         self.dy = dy.to(kind)
         self.learned = [x.to(kind).requires_grad_(), (weights / weights.sum(1, keepdim=True)).to(kind).requires_grad_()]
-        self.learned += [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.adapters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.learned += self.adapters
 
     def forward(self) -> Tensor:
         x, weights, *_ = self.learned
@@ -69,6 +75,7 @@ class Block:
         for tensor in self.learned:
             tensor.grad = None
         self.forward().backward(self.dy)
+        torch.autograd.graph.increment_version(self.adapters)  # as an optimizer does: DoRA's norm is stale
 
     def memory(self) -> dict[str, int]:
         """Bytes that the forward pass keeps, and the most that there are in a step, weights included."""
@@ -88,7 +95,7 @@ def _frozen(shape: Shape) -> nn.Module:
     return nn.ModuleDict({"experts": experts}).requires_grad_(False)
 
 
-def _adapted(who: str, base: nn.Module, four_bit: bool) -> nn.Module:
+def _adapted(who: str, base: nn.Module, method: str) -> nn.Module:
     import peft
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
@@ -98,25 +105,25 @@ def _adapted(who: str, base: nn.Module, four_bit: bool) -> nn.Module:
     if who != BASE.name:
         config = peft.LoraConfig(r=RANK, target_modules=[], target_parameters=list(PARAMETERS), init_lora_weights=False)
         model = peft.get_peft_model(base, config)
-    if four_bit and who != PEFT.name:
+    if method in FOUR_BIT_METHODS and who != PEFT.name:
         for name in PARAMETERS:
             replace_parameter_4bit(experts, name.rpartition(".")[2], compress_statistics=True)
     if who == FASTPEFT.name:
-        report = fastpeft.patch(model)
+        report = fastpeft.patch(model, experts_dora=method in DORA_METHODS)
         if report.left_to_peft:
             raise RuntimeError(f"fastpeft did not fuse the experts:\n{report}")
     return model
 
 
 def measure(
-    shape: Shape, tokens: Sequence[int], dtypes: Sequence[str], four_bit: bool, device: str, rounds: int, run: Run
+    shape: Shape, tokens: Sequence[int], dtypes: Sequence[str], method: str, device: str, rounds: int, run: Run
 ) -> Iterator[dict[str, Any]]:
     """A row for every dtype, number of tokens and phase."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    names = [who.name for who in ((BASE, FASTPEFT) if method in DORA_METHODS else (BASE, PEFT, FASTPEFT))]
     for dtype in dtypes:
         for count in tokens:
-            names = [who.name for who in (BASE, PEFT, FASTPEFT)]
-            blocks = {name: Block(name, shape, count, dtype, device, four_bit) for name in names}
+            blocks = {name: Block(name, shape, count, dtype, device, method) for name in names}
             memory = {name: block.memory() for name, block in blocks.items()}
             for phase in PHASES:
                 samples = interleave({name: getattr(block, phase) for name, block in blocks.items()}, rounds, wait)
@@ -125,36 +132,39 @@ def measure(
                     **run.facts(),
                     "shape": shape._asdict(),
                     "rank": RANK,
-                    "four_bit": four_bit,
+                    "method": method,
                     "dtype": dtype,
                     "tokens": count,
                     "phase": phase,
                     "rounds": len(ours),
                     "seconds": {name: summary(each.wall) for name, each in samples.items()},
-                    "over_base": summary(ratios(ours, samples[BASE.name].wall)),
-                    "over_peft": summary(ratios(ours, samples[PEFT.name].wall)),
+                    **{f"over_{name}": summary(ratios(ours, samples[name].wall)) for name in names[:-1]},
                     "bytes": memory,
                 }
 
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds of each and fastpeft's over both, with quartiles; MiB kept for the backward pass and at the most."""
-    first = found[0]
+    """Milliseconds of each and fastpeft's over the others', with quartiles; MiB kept for the backward pass and at the
+    most."""
+    first, labels = found[0], {BASE.name: "base", PEFT.name: "PEFT", FASTPEFT.name: "fastpeft"}
+    who = [name for name in labels if name in first["seconds"]]
+    others = who[:-1]
+    method = first.get("method", "lora")
     where = first["machine"].get("gpu") or f"{first['machine']['cpu']}, {first['threads']} threads"
-    packed = " Base and fastpeft hold the weights in NF4, PEFT in the dtype." if first.get("four_bit") else ""
+    packed = f" {' and '.join(labels[name] for name in who if name != PEFT.name)} hold the weights in NF4."
     lines = [
         f"{where}, {first['run'][:10]}, commit {str(first['commit'])[:9]}, PEFT {first['versions']['peft']}. "
-        f"{Shape(**first['shape'])}; LoRA of rank {first['rank']} on both stacks of weights; medians over "
+        f"{Shape(**first['shape'])}; {METHODS[method]} of rank {first['rank']} on both stacks of weights; medians over "
         f"{first['rounds']} rounds, in ms. Kept: MiB for the backward pass; peak: the most MiB in a step, weights "
-        f"included; base / PEFT / fastpeft.{packed}",
+        f"included; {' / '.join(labels[name] for name in who)}.{packed if method in FOUR_BIT_METHODS else ''}",
         "",
-        "| dtype | tokens | | base | PEFT | fastpeft | / base | / PEFT | kept | peak |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| dtype | tokens | | {' | '.join(labels[name] for name in who)} | "
+        f"{' | '.join(f'/ {labels[name]}' for name in others)} | kept | peak |",
+        f"|---|---:|---|{'---:|' * (len(who) + len(others) + 2)}",
     ]
     for row in found:
-        who = [each.name for each in (BASE, PEFT, FASTPEFT)]
         times = " | ".join(f"{row['seconds'][name]['median'] * 1e3:.2f}" for name in who)
-        over = " | ".join(spread(row[name]) for name in ("over_base", "over_peft"))
+        over = " | ".join(spread(row[f"over_{name}"]) for name in others)
         memory = " | ".join(
             " / ".join(f"{row['bytes'][name][kind] / 2**20:.1f}" for name in who) for kind in ("kept", "peak")
         )
@@ -170,17 +180,17 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     "--tokens", type=click.IntRange(min=1), multiple=True, help=f"Repeatable.  [{', '.join(map(str, TOKENS))}]"
 )
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Repeatable.  [fp32, bf16]")
-@click.option("--four-bit", is_flag=True, help="Experts in 4 bits; PEFT's stay dense.")
+@click.option("--method", type=click.Choice(EXPERTS_METHODS), default="lora", show_default=True)
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
 def command(
-    rounds: int, out: Path, shape: str, tokens: Sequence[int], dtypes: Sequence[str], four_bit: bool, device: str
+    rounds: int, out: Path, shape: str, tokens: Sequence[int], dtypes: Sequence[str], method: str, device: str
 ) -> None:
     """Times experts with adapters against PEFT's and against the frozen ones."""
 
     def rows(run: Run) -> Iterator[dict[str, Any]]:
-        return measure(SHAPES[shape], tokens or TOKENS, dtypes or ("fp32", "bf16"), four_bit, device, rounds, run)
+        return measure(SHAPES[shape], tokens or TOKENS, dtypes or ("fp32", "bf16"), method, device, rounds, run)
 
-    record_kernels("experts-four-bit" if four_bit else "experts", rows, markdown, out, device)
+    record_kernels("experts" if method == "lora" else f"experts-{method}", rows, markdown, out, device)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,14 @@ PICTURE = RESULTS / "summary.png"
 NO_ROWS = "No rows recorded yet: `make bench` records them."
 # Rows of cpu_kernels.py and gpu_kernels.py, plans, per_call.py, host_time.py and experts.py, beside those of layers and
 # models.
-_KERNELS = ("*-kernels.jsonl", "*-plans.jsonl", "*-per-call.jsonl", "*-host-time.jsonl", "*-experts.jsonl")
+_KERNELS = (
+    "*-kernels.jsonl",
+    "*-plans.jsonl",
+    "*-per-call.jsonl",
+    "*-host-time.jsonl",
+    "*-experts.jsonl",
+    "*-experts-dora.jsonl",
+)
 _PHASES = {"step": "training step", "forward": "forward pass alone", "generate": "one token"}
 _MODEL = ModelCase("bf16")
 _NAMED = 3  # cases, where many are slower

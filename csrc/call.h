@@ -28,7 +28,7 @@ struct Weight {
 // The adapters, with dropout's factor 1 / (1 - p) made part of `scaling` and p turned into the mask's threshold.
 struct Adapters {
     std::vector<at::Tensor> A, B;  // [r, K], [N, r]; of experts [E, r, K], [E, N, r]
-    std::vector<at::Tensor> c;     // DoRA: [N], float32, contiguous, one an adapter; empty for LoRA
+    std::vector<at::Tensor> c;     // DoRA: [N] or [E, N], float32, contiguous, one an adapter; empty for LoRA
     std::vector<double> scaling;
     std::vector<int64_t> thresholds;  // 0: nothing is dropped
     std::optional<at::Tensor> seed, index;
@@ -70,9 +70,6 @@ using Forward = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
 // y [..., N] of each layer, and their u side by side.
 using Shared = std::tuple<std::vector<at::Tensor>, at::Tensor>;
-
-// y [T, N] and u of stacked experts.
-using Grouped = std::tuple<at::Tensor, at::Tensor>;
 
 // The dtype that a call of so many tokens keeps z in: of a single one, no sum averages z's rounding.
 inline at::ScalarType z_dtype(int64_t tokens, at::ScalarType dtype) { return tokens == 1 ? at::kFloat : dtype; }

@@ -105,17 +105,18 @@ Tensors lora_linear_backward(const PyWhere& where, const Tensor& dy, const Maybe
                                           std::make_from_tuple<fastpeft::Needs>(needs));
 }
 
-fastpeft::Grouped lora_grouped_linear(const Tensor& x, const Tensor& offsets, const PyWeight& weight,
-                                      const MaybeTensor& bias, const PyAdapters& adapters) {
+fastpeft::Forward lora_grouped_linear(const Tensor& x, const Tensor& offsets, const PyWeight& weight,
+                                      const MaybeTensor& bias, const PyAdapters& adapters, bool keep_z) {
     const fastpeft::Adapters call = adapters_of(adapters);
-    return fastpeft::lora_grouped_linear(x, offsets, weight_of(weight, call.A[0], call.B[0]), bias, call);
+    return fastpeft::lora_grouped_linear(x, offsets, weight_of(weight, call.A[0], call.B[0]), bias, call, keep_z);
 }
 
 Tensors lora_grouped_linear_backward(const Tensor& dy, const MaybeTensor& x, const Tensor& offsets,
-                                     const PyWeight& weight, const PyAdapters& adapters, const MaybeTensor& u,
+                                     const PyWeight& weight, const PyAdapters& adapters, const PyKept& kept,
                                      const PyNeeds& needs) {
     const fastpeft::Adapters call = adapters_of(adapters);
-    return fastpeft::lora_grouped_linear_backward(dy, x, offsets, weight_of(weight, call.A[0], call.B[0]), call, u,
+    return fastpeft::lora_grouped_linear_backward(dy, x, offsets, weight_of(weight, call.A[0], call.B[0]), call,
+                                                  std::make_from_tuple<fastpeft::Kept>(kept),
                                                   std::make_from_tuple<fastpeft::Needs>(needs));
 }
 

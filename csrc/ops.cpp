@@ -73,25 +73,26 @@ Tensors lora_shared_linear_backward(const Where& where, const Tensors& dy, const
                            : cpu::lora_shared_linear_backward(dy, x, layers, u, needs);
 }
 
-Grouped lora_grouped_linear(const Tensor& x, const Tensor& offsets, const Weight& weight,
-                            const std::optional<Tensor>& bias, const Adapters& adapters) {
+Forward lora_grouped_linear(const Tensor& x, const Tensor& offsets, const Weight& weight,
+                            const std::optional<Tensor>& bias, const Adapters& adapters, bool keep_z) {
     const std::vector<int64_t> bounds = check_experts(x, offsets, weight, bias, adapters, tokens_of(x));
     if (is_lazy(x) || is_lazy(weight) || is_lazy(bias) || is_lazy(adapters))
-        return lora_grouped_linear(in_memory(x), offsets, in_memory(weight), in_memory(bias), in_memory(adapters));
+        return lora_grouped_linear(in_memory(x), offsets, in_memory(weight), in_memory(bias), in_memory(adapters),
+                                   keep_z);
     const PlainDispatch plain;
-    return cpu::lora_grouped_linear(x, bounds, weight, bias, adapters);
+    return cpu::lora_grouped_linear(x, bounds, weight, bias, adapters, keep_z);
 }
 
 Tensors lora_grouped_linear_backward(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& offsets,
-                                     const Weight& weight, const Adapters& adapters, const std::optional<Tensor>& u,
+                                     const Weight& weight, const Adapters& adapters, const Kept& kept,
                                      const Needs& needs) {
     const std::vector<int64_t> bounds = check_experts(x, offsets, weight, {}, adapters, tokens_of(dy));
-    check_kept(dy, weight, adapters, {.u = u}, tokens_of(dy));
+    check_kept(dy, weight, adapters, kept, tokens_of(dy));
     if (is_lazy(dy) || is_lazy(x) || is_lazy(weight) || is_lazy(adapters))
         return lora_grouped_linear_backward(in_memory(dy), in_memory(x), offsets, in_memory(weight),
-                                            in_memory(adapters), u, needs);
+                                            in_memory(adapters), kept, needs);
     const PlainDispatch plain;
-    return cpu::lora_grouped_linear_backward(dy, x, bounds, weight, adapters, u, needs);
+    return cpu::lora_grouped_linear_backward(dy, x, bounds, weight, adapters, kept, needs);
 }
 
 Tensor dora_norm(const Where& where, const Weight& weight, const Tensor& A, const Tensor& B, double scaling,

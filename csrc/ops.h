@@ -32,12 +32,11 @@ std::vector<at::Tensor> lora_shared_linear_backward(const Where& where, const st
 // The same of experts, on a CPU: W [E, N, K], bias [E, N] and the adapters are stacks, expert e has rows
 // offsets[e] up to offsets[e + 1] of x [T, K]. Gradients of stacks have their layout, and zeros for experts without
 // rows.
-Grouped lora_grouped_linear(const at::Tensor& x, const at::Tensor& offsets, const Weight& weight,
-                            const std::optional<at::Tensor>& bias, const Adapters& adapters);
+Forward lora_grouped_linear(const at::Tensor& x, const at::Tensor& offsets, const Weight& weight,
+                            const std::optional<at::Tensor>& bias, const Adapters& adapters, bool keep_z);
 std::vector<at::Tensor> lora_grouped_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                                                      const at::Tensor& offsets, const Weight& weight,
-                                                     const Adapters& adapters, const std::optional<at::Tensor>& u,
-                                                     const Needs& needs);
+                                                     const Adapters& adapters, const Kept& kept, const Needs& needs);
 
 // ‖W + s B A‖ of each row of W [N, K]: [N] in float32; s B A is computed in `dtype`.
 at::Tensor dora_norm(const Where& where, const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,

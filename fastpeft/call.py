@@ -7,13 +7,13 @@ are the way there and back, and this file the only one that knows the order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .four_bit import FourBit
+from .four_bit import FourBit, dequantize
 
 _WEIGHT = "Tensor weight, Tensor[] quant, int blocksize"
 _ADAPTERS = (
@@ -28,12 +28,12 @@ LORA_LINEAR_BACKWARD_SCHEMA = (
     "str? backend) -> Tensor[]"
 )
 LORA_GROUPED_LINEAR_SCHEMA = (
-    f"lora_grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? bias, {_ADAPTERS}, str? backend) "
-    "-> (Tensor, Tensor)"
+    f"lora_grouped_linear(Tensor x, Tensor offsets, {_WEIGHT}, Tensor? bias, {_ADAPTERS}, bool keep_z, str? backend) "
+    "-> (Tensor, Tensor, Tensor[])"
 )
 LORA_GROUPED_LINEAR_BACKWARD_SCHEMA = (
     f"lora_grouped_linear_backward(Tensor dy, Tensor? x, Tensor offsets, {_WEIGHT}, {_ADAPTERS}, Tensor? u, "
-    "bool[] needs, str? backend) -> Tensor[]"
+    "Tensor[] z, bool[] needs, str? backend) -> Tensor[]"
 )
 DORA_NORM_SCHEMA = f"dora_norm({_WEIGHT}, Tensor A, Tensor B, float scaling, ScalarType dtype, str? backend) -> Tensor"
 
@@ -83,13 +83,22 @@ class Weight(NamedTuple):
         """Of experts in 4 bits, whether each lies as ``[K, N]``."""
         return self.data.dim() == 2
 
+    def expert(self, e: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """One expert's ``[N, K]`` of a stack, ``shape``; of 4 bits decoded in ``dtype``."""
+        if not self.quant:
+            return self.data[e]
+        N, K = shape
+        lies = (K, N) if self.lies_transposed else (N, K)
+        decoded = dequantize(self.data, self.quant, self.blocksize, lies, dtype, e * N * K)
+        return decoded.t() if self.lies_transposed else decoded
+
 
 class Adapters(NamedTuple):
     """The adapters of a call, one entry each.
 
     Attributes:
         A, B: ``[r, K]`` and ``[N, r]``; of experts stacks, ``[E, r, K]`` and ``[E, N, r]``.
-        c: DoRA's factors ``m / norm``, ``[N]`` in float32 (float64 for float64); empty for LoRA.
+        c: DoRA's factors ``m / norm``, ``[N]`` in float32 (float64 for float64), of experts ``[E, N]``; empty for LoRA.
         scaling, dropout_p: numbers. Until functional.py has settled them, a scaling may be a tensor.
         seed: int64, one entry an adapter; None when nothing is dropped.
         adapter_index: integers ``[...]``, the adapter that serves each token, -1 for none; None: every one serves all.
@@ -183,6 +192,17 @@ class NormCall(NamedTuple):
     scaling: float
     dtype: torch.dtype
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is of experts."""
+        return bool(self.A.shape[:-2])
+
+    def experts(self) -> Iterator[NormCall]:
+        """Of stacked experts, each by itself; those in 4 bits are decoded one after the other."""
+        shape = self.B.shape[-2], self.A.shape[-1]
+        for e, (A, B) in enumerate(zip(self.A, self.B, strict=True)):
+            yield self._replace(weight=Weight.of(self.weight.expert(e, shape, self.dtype)), A=A, B=B)
+
     def flat(self) -> tuple[Any, ...]:
         """As torch's dispatcher takes it."""
         return *self.weight, self.A, self.B, self.scaling, self.dtype
@@ -224,41 +244,43 @@ class GroupedCall(NamedTuple):
     weight: Weight
     bias: Tensor | None
     adapters: Adapters
+    keep_z: bool
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """What may ask for a gradient: ``x, weight, bias, *A, *B``."""
-        return self.x, self.weight.data, self.bias, *self.adapters.factors
+        """As :attr:`ForwardCall.differentiable`."""
+        adapters = self.adapters
+        return self.x, self.weight.data, self.bias, *adapters.A, *adapters.B, *adapters.c
 
     def flat(self) -> tuple[Any, ...]:
         """As torch's dispatcher takes it."""
-        return self.x, self.offsets, *self.weight, self.bias, *self.adapters
+        return self.x, self.offsets, *self.weight, self.bias, *self.adapters, self.keep_z
 
     @classmethod
     def of(cls, flat: Sequence[Any]) -> GroupedCall:
         """The way back from :meth:`flat`."""
-        x, offsets, data, quant, blocksize, bias, A, B, c, *rest = flat
-        return cls(x, offsets, Weight(data, _all(quant), blocksize), bias, Adapters(A, B, _all(c), *rest))
+        x, offsets, data, quant, blocksize, bias, A, B, c, *rest, keep_z = flat
+        return cls(x, offsets, Weight(data, _all(quant), blocksize), bias, Adapters(A, B, _all(c), *rest), keep_z)
 
 
 class GroupedBackwardCall(NamedTuple):
-    """The arguments of ``lora_grouped_linear_backward`` but the backend; ``u`` as in :class:`Kept`."""
+    """The arguments of ``lora_grouped_linear_backward`` but the backend."""
 
     dy: Tensor
     x: Tensor | None
     offsets: Tensor
     weight: Weight
     adapters: Adapters
-    u: Tensor | None
+    kept: Kept
     needs: Needs
 
     def flat(self) -> tuple[Any, ...]:
         """As torch's dispatcher takes it."""
-        return self.dy, self.x, self.offsets, *self.weight, *self.adapters, self.u, self.needs.flat
+        return self.dy, self.x, self.offsets, *self.weight, *self.adapters, *self.kept, self.needs.flat
 
     @classmethod
     def of(cls, flat: Sequence[Any]) -> GroupedBackwardCall:
         """The way back from :meth:`flat`."""
-        dy, x, offsets, data, quant, blocksize, A, B, c, *rest, u, needs = flat
-        call = Adapters(A, B, _all(c), *rest)
-        return cls(dy, x, offsets, Weight(data, _all(quant), blocksize), call, u, Needs.of(needs, len(A)))
+        dy, x, offsets, data, quant, blocksize, A, B, c, *rest, u, z, needs = flat
+        weight, call = Weight(data, _all(quant), blocksize), Adapters(A, B, _all(c), *rest)
+        return cls(dy, x, offsets, weight, call, Kept(u, _all(z)), Needs.of(needs, len(A)))

@@ -46,16 +46,13 @@ def check_grouped(
     x: Tensor, offsets: Tensor, weight: Tensor | FourBit, bias: Tensor | None, adapters: Adapters, training: object
 ) -> None:
     """The same of experts whose weights are stacked; on a GPU what the offsets hold is not looked at."""
-    check_weight(weight, "E, N, K")
+    check_stack(weight)
     check_input(x, bias, tuple(weight.shape))
     if x.dim() != 2:
         raise ValueError(f"x must have shape [T, K={weight.shape[2]}], got {list(x.shape)}")
-    experts = weight.shape[0]
-    if experts == 0:
-        raise ValueError("weight holds no expert; at least one is expected")
     check_device("weight", weight, x)
     check_adapters(x, weight.shape, adapters)
-    check_offsets(offsets, x, experts)
+    check_offsets(offsets, x, weight.shape[0])
     check_training(training)
     check_dtype(x, weight)
 
@@ -87,8 +84,12 @@ def check_update(x: Tensor, bias: Tensor | None, adapters: Adapters, training: o
 
 
 def check_training(training: object) -> None:
-    if not isinstance(training, bool):
-        raise TypeError(f"training must be True or False, got {training!r}")
+    check_flag("training", training)
+
+
+def check_flag(name: str, flag: object) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
 def check_weight(weight: Tensor | FourBit, shape: str = "N, K") -> None:
@@ -98,6 +99,13 @@ def check_weight(weight: Tensor | FourBit, shape: str = "N, K") -> None:
             raise TypeError(f"weight must be float64, float32, float16 or bfloat16, got {weight.dtype}")
     if len(weight.shape) != len(shape.split()):
         raise ValueError(f"weight must have shape [{shape}], got {list(weight.shape)}")
+
+
+def check_stack(weight: Tensor | FourBit) -> None:
+    """Of the weights of experts."""
+    check_weight(weight, "E, N, K")
+    if weight.shape[0] == 0:
+        raise ValueError("weight holds no expert; at least one is expected")
 
 
 def check_dtype(x: Tensor, weight: Tensor | FourBit) -> None:
@@ -206,28 +214,39 @@ def dora_factors(magnitude: Any, norm: Any, weight: Tensor | FourBit, x: Tensor,
         ValueError: a row's ``c`` is not finite. Else as :func:`check_call`.
     """
     magnitudes, norms = tensors("magnitude", magnitude), tensors("norm", norm)
+    *experts, N, _ = weight.shape
     for name, values in (("magnitude", magnitudes), ("norm", norms)):
         for i, value in enumerate(values):
             at = f"[{i}]" if len(values) > 1 else ""
             if not value.is_floating_point():
                 raise TypeError(f"{name}{at} must have a floating dtype, got {value.dtype}")
-            if value.shape != weight.shape[:1]:
-                raise ValueError(f"{name}{at} must have shape [N={weight.shape[0]}], got {list(value.shape)}")
+            if value.shape != (*experts, N):
+                raise ValueError(f"{name}{at} must have shape [{_stack(experts)}N={N}], got {list(value.shape)}")
             check_device(f"{name}{at}", value, x)
             if name == "norm" and is_readable(value) and value.isinf().any():
-                raise ValueError(f"norm{at} must be finite, and is infinite in row {int(value.isinf().nonzero()[0])}")
+                raise ValueError(f"norm{at} must be finite, and is infinite in {_row(_first(value.isinf()))}")
     factors = []
     for i, (m, n) in enumerate(zip(magnitudes, norms, strict=True)):
         c = (m.to(wide) / n.detach()).to(wide)
         if is_readable(c) and not is_finite(c):
-            row = int((~c.isfinite()).nonzero()[0])
+            found = _first(~c.isfinite())
             at = f"[{i}]" if len(norms) > 1 else ""
             raise ValueError(
-                f"magnitude{at} / ‖W + s B A‖ must be finite, and is {c[row].item()} in row {row}: "
-                f"magnitude {m[row].item()}, norm {n[row].item()}"
+                f"magnitude{at} / ‖W + s B A‖ must be finite, and is {c[found].item()} in {_row(found)}: "
+                f"magnitude {m[found].item()}, norm {n[found].item()}"
             )
         factors.append(c)
     return factors
+
+
+def _first(flags: Tensor) -> tuple[int, ...]:
+    """Where the first one is that is true."""
+    return tuple(flags.nonzero()[0].tolist())
+
+
+def _row(index: tuple[int, ...]) -> str:
+    *experts, row = index
+    return f"row {row}" + "".join(f" of expert {e}" for e in experts)
 
 
 def check_count(name: str, values: Any, count: int) -> None:

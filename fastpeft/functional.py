@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,9 +105,7 @@ def lora_grouped_linear(
     check_backend_name(backend)
     adapters = checks.as_adapters(A, B, scaling, dropout_p)
     checks.check_grouped(x, offsets, weight, bias, adapters, training)
-    x, bias = _in_dtype(x, bias)
-    adapters = _with_seed(with_constant_scaling(adapters, x), x, training)
-    return ops.call_lora_grouped_linear(GroupedCall(x, offsets, Weight.of(weight), bias, adapters), backend)
+    return _run_grouped(x, offsets, weight, bias, with_constant_scaling(adapters, x), training, backend)
 
 
 def lora_update(
@@ -174,15 +173,47 @@ def dora_linear(
     check_backend_name(backend)
     adapters = checks.as_adapters(A, B, scaling, dropout_p)
     checks.check_call(x, weight, bias, adapters, training)
-    adapters = with_constant_scaling(adapters, x)
-    checks.check_count("magnitude", magnitude, len(adapters.A))
-    if norm is None:
-        factors = zip(adapters.A, adapters.B, adapters.scaling, strict=True)
-        norm = [_norm(weight, a, b, s, input_dtype(x), backend) for a, b, s in factors]
-    checks.check_count("norm", norm, len(adapters.A))
-    adapters = adapters._replace(c=checks.dora_factors(magnitude, norm, weight, x, wide_dtype(x.dtype)))
+    adapters = _with_dora_factors(with_constant_scaling(adapters, x), magnitude, norm, weight, x, backend)
     y = usual.lora_linear(x, weight, bias, adapters, training, backend)
     return _run(x, weight, bias, adapters, training, backend) if y is None else y
+
+
+def dora_grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor | FourBit,
+    bias: Tensor | None,
+    A: Tensor | Sequence[Tensor],
+    B: Tensor | Sequence[Tensor],
+    magnitude: Tensor | Sequence[Tensor],
+    scaling: float | Tensor | Sequence[float | Tensor],
+    *,
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    norm: Tensor | Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The experts of a mixture with DoRA adapters of their own in one step: :func:`dora_linear` of each expert on its
+    own rows, ``m`` and the norm being numbers of each expert's output rows.
+
+    Nothing of the size of ``weight`` is made. Keeps what :func:`dora_linear` keeps, and the offsets.
+
+    Args:
+        magnitude: ``m [E, N]``, any floating dtype, or a list with one for each adapter.
+        norm: ``‖W + s B A‖ [E, N]`` of each adapter from :func:`dora_grouped_norm`, where it is known already.
+        x, offsets, weight, bias, A, B, scaling, dropout_p, training, backend: as in :func:`lora_grouped_linear`.
+
+    Returns:
+        ``[T, N]``, in the dtype of ``x`` or of autocast.
+
+    Raises:
+        What :func:`dora_linear` raises.
+    """
+    check_backend_name(backend)
+    adapters = checks.as_adapters(A, B, scaling, dropout_p)
+    checks.check_grouped(x, offsets, weight, bias, adapters, training)
+    adapters = _with_dora_factors(with_constant_scaling(adapters, x), magnitude, norm, weight, x, backend)
+    return _run_grouped(x, offsets, weight, bias, adapters, training, backend)
 
 
 def dora_norm(
@@ -199,20 +230,33 @@ def dora_norm(
     Raises:
         What :func:`lora_linear` raises.
     """
-    checks.check_tensor("A", A)
-    checks.check_tensor("B", B)
-    check_backend_name(backend)
     checks.check_weight(weight)
-    dtype = compute_dtype(weight)
-    like = torch.empty(0, dtype=dtype, device=weight.device)
-    checks.check_adapters(like, weight.shape, Adapters([A], [B], [], [scaling], [0.0]))
-    return norm_in(dtype, weight, A, B, scaling, backend)
+    return _checked_norm(weight, A, B, scaling, backend)
+
+
+def dora_grouped_norm(
+    weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float | Tensor = 1.0, backend: str | None = None
+) -> Tensor:
+    """:func:`dora_norm` of each expert whose weights are stacked; nothing of the size of ``weight`` is made.
+
+    Args:
+        weight: ``[E, N, K]``; A: ``[E, r, K]``; B: ``[E, N, r]``; scaling: ``s``; all as in
+            :func:`lora_grouped_linear`.
+
+    Returns:
+        ``[E, N]`` in float32, float64 for a float64 ``weight``.
+
+    Raises:
+        What :func:`lora_linear` raises.
+    """
+    checks.check_stack(weight)
+    return _checked_norm(weight, A, B, scaling, backend)
 
 
 def norm_in(
     dtype: torch.dtype, weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float | Tensor, backend: str | None
 ) -> Tensor:
-    """:func:`dora_norm` with ``B A`` computed in ``dtype``."""
+    """:func:`dora_norm`, of experts :func:`dora_grouped_norm`, with ``B A`` computed in ``dtype``; unchecked."""
     like = torch.empty(0, dtype=dtype, device=weight.device)
     _, (B,), _, (factor,), *_ = with_constant_scaling(Adapters([A], [B], [], [scaling], [0.0]), like)
     return _norm(weight, A, B, factor, dtype, backend)
@@ -277,6 +321,30 @@ def with_constant_scaling(adapters: Adapters, x: Tensor) -> Adapters:
     return adapters._replace(B=Bs, scaling=factors)
 
 
+def _with_dora_factors(
+    adapters: Adapters, magnitude: Any, norm: Any, weight: Tensor | FourBit, x: Tensor, backend: str | None
+) -> Adapters:
+    """The adapters with ``c = m / ‖W + s B A‖``, the norms computed where none are given."""
+    checks.check_count("magnitude", magnitude, len(adapters.A))
+    if norm is None:
+        factors = zip(adapters.A, adapters.B, adapters.scaling, strict=True)
+        norm = [_norm(weight, a, b, s, input_dtype(x), backend) for a, b, s in factors]
+    checks.check_count("norm", norm, len(adapters.A))
+    return adapters._replace(c=checks.dora_factors(magnitude, norm, weight, x, wide_dtype(x.dtype)))
+
+
+def _checked_norm(
+    weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float | Tensor, backend: str | None
+) -> Tensor:
+    checks.check_tensor("A", A)
+    checks.check_tensor("B", B)
+    check_backend_name(backend)
+    dtype = compute_dtype(weight)
+    like = torch.empty(0, dtype=dtype, device=weight.device)
+    checks.check_adapters(like, weight.shape, Adapters([A], [B], [], [scaling], [0.0]))
+    return norm_in(dtype, weight, A, B, scaling, backend)
+
+
 def _norm(
     weight: Tensor | FourBit, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, backend: str | None
 ) -> Tensor:
@@ -296,10 +364,29 @@ def _run(
     x, bias = _in_dtype(x, bias)
     if isinstance(weight, Tensor) and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
-    keep_z = torch.is_grad_enabled() and any(factor.requires_grad for factor in adapters.c)
     adapters = _with_seed(adapters, x, training)
     given = Weight.none(x) if weight is None else Weight.of(weight)
-    return ops.call_lora_linear(ForwardCall(x, given, bias, adapters, keep_z), backend)
+    return ops.call_lora_linear(ForwardCall(x, given, bias, adapters, _needs_z(adapters)), backend)
+
+
+def _run_grouped(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor | FourBit,
+    bias: Tensor | None,
+    adapters: Adapters,
+    training: bool,
+    backend: str | None,
+) -> Tensor:
+    x, bias = _in_dtype(x, bias)
+    adapters = _with_seed(adapters, x, training)
+    call = GroupedCall(x, offsets, Weight.of(weight), bias, adapters, _needs_z(adapters))
+    return ops.call_lora_grouped_linear(call, backend)
+
+
+def _needs_z(adapters: Adapters) -> bool:
+    """Whether the gradient of a magnitude may be asked for."""
+    return torch.is_grad_enabled() and any(factor.requires_grad for factor in adapters.c)
 
 
 def _in_dtype(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

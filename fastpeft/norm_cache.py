@@ -43,8 +43,8 @@ class NormCache:
         *,
         tokens: int = 1,
     ) -> Tensor:
-        """``‖W + s B A‖`` of each row, see ``fastpeft::dora_norm``, for a call with so many tokens; not to be written
-        to."""
+        """``‖W + s B A‖`` of each row, of stacked experts too, see ``fastpeft::dora_norm``, for a call with so many
+        tokens; not to be written to."""
         of_weight = Weight.of(weight)
         data, quant, blocksize = of_weight
         settings = scaling, dtype, backend
@@ -94,7 +94,7 @@ def _watcher(weight: Weight, A: Tensor, B: Tensor) -> Backend | None:
     """The backend that sees changes of them; None where one could stay unseen."""
     for t in (weight.data, A, B, *weight.quant):
         known = type(t) is Tensor or type(t) is torch.nn.Parameter
-        if not known or t.is_inference() or not (t.is_contiguous() or _in_order(t).is_contiguous()):
+        if not known or t.is_inference() or not _in_order(t).is_contiguous():
             return None
     return dispatch.watcher(weight.data)
 
@@ -116,5 +116,8 @@ def _parts_are_those_of(every: bytes, some: bytes, first: int, count: int) -> bo
 
 
 def _in_order(tensor: Tensor) -> Tensor:
-    """A view whose elements follow each other, where there is one: a Conv1D's weight comes transposed."""
-    return tensor.t() if tensor.dim() == 2 and not tensor.is_contiguous() else tensor
+    """A view whose elements follow each other, where there is one: a Conv1D's weight comes transposed, and PEFT keeps
+    the B of stacked experts with the experts innermost."""
+    if tensor.is_contiguous():
+        return tensor
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))

@@ -12,16 +12,16 @@ The arguments are checked before, in checks.py; call.py has the schemas and the 
 ``fastpeft::lora_linear_backward(dy, x, weight, …, u, z, needs, backend) -> Tensor[]``
     the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for, in this order.
 ``fastpeft::lora_grouped_linear(x, offsets, weight, quant, blocksize, bias, A, B, c, scaling, dropout_p, seed,``
-    ``adapter_index, backend) -> (y, u)``: the same of experts that are stacked. ``x [T, K]``, ``weight [E, N, K]``,
-    ``bias [E, N]``, ``A [E, r, K]``, ``B [E, N, r]``; expert ``e`` has rows ``offsets[e]:offsets[e + 1]``, ``offsets``
-    integers ``[E + 1]`` that ascend from 0 to ``T``. No DoRA and no mixed batches: ``c`` is empty, ``adapter_index``
-    None.
-``fastpeft::lora_grouped_linear_backward(dy, x, offsets, weight, …, u, needs, backend) -> Tensor[]``
-    the gradients of ``x, weight, bias, *A, *B`` that ``needs`` asks for; of a stack in the layout of the stack, zeros
-    for experts without rows.
+    ``adapter_index, keep_z, backend) -> (y, u, z)``: the same of experts that are stacked. ``x [T, K]``,
+    ``weight [E, N, K]``, ``bias [E, N]``, ``A [E, r, K]``, ``B [E, N, r]``, ``c [E, N]``; expert ``e`` has rows
+    ``offsets[e]:offsets[e + 1]``, ``offsets`` integers ``[E + 1]`` that ascend from 0 to ``T``. No mixed batches:
+    ``adapter_index`` is None.
+``fastpeft::lora_grouped_linear_backward(dy, x, offsets, weight, …, u, z, needs, backend) -> Tensor[]``
+    the gradients of ``x, weight, bias, *A, *B, *c`` that ``needs`` asks for; of a stack in the layout of the stack,
+    zeros for experts without rows.
 ``fastpeft::dora_norm(weight, quant, blocksize, A, B, scaling, dtype, backend) -> Tensor``
-    ``‖W + s B A‖`` of each row, ``B A`` computed in ``dtype``: ``[N]`` in float32 (float64 for float64); not
-    differentiable.
+    ``‖W + s B A‖`` of each row, ``B A`` computed in ``dtype``: ``[N]`` in float32 (float64 for float64), of stacked
+    experts ``[E, N]``; not differentiable.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch.autograd import forward_ad
 
 from . import dispatch
 from .backends import reference
-from .backends.base import Forward, Grouped
+from .backends.base import Forward
 from .call import (
     DORA_NORM_SCHEMA,
     LORA_GROUPED_LINEAR_BACKWARD_SCHEMA,
@@ -111,7 +111,7 @@ def _lora_linear_backward_batched(*flat: Any) -> list[Tensor]:
     return dispatch.named("reference").lora_linear_backward(*BackwardCall.of(flat[:-1]))
 
 
-def _run_grouped(call: GroupedCall, backend: str | None) -> Grouped:
+def _run_grouped(call: GroupedCall, backend: str | None) -> Forward:
     run = dispatch.choose("lora_grouped_linear", call.x, call.weight.data, call.adapters.factors, backend)
     return run.lora_grouped_linear(*call)
 
@@ -121,14 +121,13 @@ def _run_grouped_backward(call: GroupedBackwardCall, backend: str | None) -> lis
     return run.lora_grouped_linear_backward(*call)
 
 
-def _grouped_kernel(*flat: Any) -> Grouped:
+def _grouped_kernel(*flat: Any) -> Forward:
     return _run_grouped(GroupedCall.of(flat[:-1]), flat[-1])
 
 
-def _grouped_fake(*flat: Any) -> Grouped:
-    x, _, _, _, adapters = GroupedCall.of(flat[:-1])
-    rows, N = x.shape[0], adapters.shape[0]
-    return x.new_empty((rows, N)), x.new_empty((rows, sum(adapters.ranks)), dtype=wide_dtype(x.dtype))
+def _grouped_fake(*flat: Any) -> Forward:
+    x, _, weight, bias, adapters, keep_z = GroupedCall.of(flat[:-1])
+    return _lora_linear_fake(*ForwardCall(x, weight, bias, adapters, keep_z).flat(), flat[-1])
 
 
 def _grouped_backward_kernel(*flat: Any) -> list[Tensor]:
@@ -142,7 +141,9 @@ def _grouped_backward_fake(*flat: Any) -> list[Tensor]:
         dy.new_empty((dy.shape[0], K)) if needs.x else None,
         torch.empty_like(weight.data) if needs.weight else None,
         dy.new_empty((adapters.A[0].shape[0], N)) if needs.bias else None,
-        *(torch.empty_like(t) if need else None for t, need in zip(adapters.factors, needs.flat[3:], strict=True)),
+        *(torch.empty_like(t) if need else None for t, need in zip(adapters.A, needs.A, strict=True)),
+        *(torch.empty_like(t) if need else None for t, need in zip(adapters.B, needs.B, strict=True)),
+        *(c.new_empty(c.shape) if need else None for c, need in zip(adapters.c, needs.c, strict=True)),
     ]
     return [grad for grad in like if grad is not None]
 
@@ -157,6 +158,8 @@ def _factors(adapters: Adapters) -> tuple[Tensor, ...]:
 
 
 def _run_dora_norm(call: NormCall, backend: str | None) -> Tensor:
+    if call.is_stacked:  # one after the other: s B A of all experts would be as large as their stack
+        return torch.stack([_run_dora_norm(each, backend) for each in call.experts()])
     weight, A, B, _, dtype = call
     like = weight.data.new_empty((0, A.shape[1]), dtype=dtype)
     return dispatch.choose("dora_norm", like, weight.data, (A, B), backend).dora_norm(*call)
@@ -168,7 +171,7 @@ def _dora_norm_kernel(*flat: Any) -> Tensor:
 
 def _dora_norm_fake(*flat: Any) -> Tensor:
     weight, _, B, _, dtype = NormCall.of(flat[:-1])
-    return weight.data.new_empty(B.shape[0], dtype=wide_dtype(dtype))
+    return weight.data.new_empty(B.shape[:-1], dtype=wide_dtype(dtype))
 
 
 lora_linear = _define(LORA_LINEAR_SCHEMA, _lora_linear_kernel, _lora_linear_fake)
@@ -238,7 +241,7 @@ def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         call = BackwardCall(dy, x, weight, adapters, Kept(u, z), needs)
         grads = iter(lora_linear_backward(*call.flat(), backend) if watched else _run_backward(call, backend))
     else:
-        stacked = GroupedBackwardCall(dy, x, offsets, weight, adapters, u, needs)
+        stacked = GroupedBackwardCall(dy, x, offsets, weight, adapters, Kept(u, z), needs)
         op = lora_grouped_linear_backward
         grads = iter(op(*stacked.flat(), backend) if watched else _run_grouped_backward(stacked, backend))
     return None, None, None, *(next(grads) if need else None for need in needs.flat)
@@ -290,14 +293,12 @@ def _lora_linear_autograd(keyset: torch._C.DispatchKeySet, *flat: Any) -> Forwar
     return _with_autograd(ForwardCall.of(flat[:-1]), below, flat[-1])
 
 
-def _grouped_autograd(keyset: torch._C.DispatchKeySet, *flat: Any) -> Grouped:
+def _grouped_autograd(keyset: torch._C.DispatchKeySet, *flat: Any) -> Forward:
     def below(call: GroupedCall, backend: str | None) -> Forward:
         with torch._C._AutoDispatchBelowAutograd():
-            after = keyset & torch._C._after_autograd_keyset
-            return *lora_grouped_linear.redispatch(after, *call.flat(), backend), []
+            return lora_grouped_linear.redispatch(keyset & torch._C._after_autograd_keyset, *call.flat(), backend)
 
-    y, u, _ = _with_autograd(GroupedCall.of(flat[:-1]), below, flat[-1])
-    return y, u
+    return _with_autograd(GroupedCall.of(flat[:-1]), below, flat[-1])
 
 
 _LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd", with_keyset=True)
@@ -345,10 +346,10 @@ def call_lora_linear(call: ForwardCall, backend: str | None) -> Tensor:
 def call_lora_grouped_linear(call: GroupedCall, backend: str | None) -> Tensor:
     """As :func:`call_lora_linear`."""
     if is_transformed():
-        return reference.grouped(*call)[0]
+        return reference.grouped(*call[:-1])[0]
     if _is_watched(call.offsets, *call.differentiable):
         return lora_grouped_linear(*call.flat(), backend)[0]
-    return _with_autograd(call, lambda call, backend: (*_run_grouped(call, backend), []), backend)[0]
+    return _with_autograd(call, _run_grouped, backend)[0]
 
 
 def call_dora_norm(
@@ -357,7 +358,7 @@ def call_dora_norm(
     """As :func:`call_lora_linear`."""
     call = NormCall(weight, A, B, scaling, dtype)
     if is_transformed():
-        return dispatch.named("reference").dora_norm(*call)
+        return _run_dora_norm(call, "reference")
     if _is_watched(weight.data, A, B):
         return dora_norm(*call.flat(), backend)
     return _run_dora_norm(call, backend)

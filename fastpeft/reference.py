@@ -152,21 +152,23 @@ def lora_linear_backward_reference(
 
 def lora_grouped_linear_reference(
     x: Tensor, offsets: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None, adapters: Sequence[Adapter]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """:func:`lora_linear_reference` of each expert on its own rows of ``x [T, K]``: ``W [E, N, K]``, ``b [E, N]``,
-    ``A [E, r, K]`` and ``B [E, N, r]`` are stacks, W one of tensors or a tensor; ``keep [T, K]`` is of all rows.
+    ``A [E, r, K]``, ``B [E, N, r]`` and ``c [E, N]`` are stacks, W one of tensors or a tensor; ``keep [T, K]`` is of
+    all rows.
 
     Returns:
-        ``y [T, N]`` in the dtype of ``x``, ``u [T, Σ r]``.
+        ``y [T, N]`` in the dtype of ``x``, ``u [T, Σ r]``, and each ``z [T, N]``.
     """
-    ys, us = [], []
-    for e, rows in enumerate(expert_rows(offsets, len(x))):
-        y, u, _ = lora_linear_reference(
+    experts = [
+        lora_linear_reference(
             x[rows], weight[e].to(x.dtype), None if bias is None else bias[e], _of_expert(adapters, e, rows)
         )
-        ys.append(y)
-        us.append(u)
-    return torch.cat(ys), torch.cat(us)
+        for e, rows in enumerate(expert_rows(offsets, len(x)))
+    ]
+    ys, us, zs = zip(*experts, strict=True)
+    dtype = z_dtype(len(x), x.dtype)
+    return torch.cat(ys), torch.cat(us), [torch.cat([z.to(dtype) for z in some]) for some in zip(*zs, strict=True)]
 
 
 def lora_grouped_linear_backward_reference(
@@ -175,6 +177,7 @@ def lora_grouped_linear_backward_reference(
     offsets: Tensor,
     weight: Tensor | Sequence[Tensor],
     u: Tensor | None,
+    z: Sequence[Tensor],
     adapters: Sequence[Adapter],
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -189,7 +192,7 @@ def lora_grouped_linear_backward_reference(
             None if x is None else x[rows],
             weight[e].to(dy.dtype),
             None if u is None else u[rows],
-            [],
+            [each[rows] for each in z],
             _of_expert(adapters, e, rows),
             needs,
         )
@@ -224,7 +227,15 @@ def dora_norm_reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float) ->
 
 
 def _of_expert(adapters: Sequence[Adapter], e: int, rows: slice) -> list[Adapter]:
-    return [a._replace(A=a.A[e], B=a.B[e], keep=None if a.keep is None else a.keep[rows]) for a in adapters]
+    return [
+        a._replace(
+            A=a.A[e],
+            B=a.B[e],
+            c=None if a.c is None else a.c[e],
+            keep=None if a.keep is None else a.keep[rows],
+        )
+        for a in adapters
+    ]
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -143,7 +143,9 @@ def _op(call: _Call, backend: str) -> Tensor:
     weight = Weight.of(call.weight)
     if call.offsets is None:
         return ops.lora_linear(*ForwardCall(call.x, weight, call.bias, adapters, False).flat(), backend)[0]
-    return ops.lora_grouped_linear(*GroupedCall(call.x, call.offsets, weight, call.bias, adapters).flat(), backend)[0]
+    return ops.lora_grouped_linear(
+        *GroupedCall(call.x, call.offsets, weight, call.bias, adapters, False).flat(), backend
+    )[0]
 
 
 def _eager(call: _Call) -> Tensor:

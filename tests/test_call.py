@@ -53,8 +53,8 @@ def test_the_schemas_are_the_fields_of_the_nouns() -> None:
     assert names(ops.lora_linear) == ["x", *WEIGHT, "bias", *ADAPTERS, "keep_z", "backend"]
     backward = ["dy", "x", *WEIGHT, *ADAPTERS, *Kept._fields, "needs", "backend"]
     assert names(ops.lora_linear_backward) == backward
-    assert names(ops.lora_grouped_linear) == ["x", "offsets", *WEIGHT, "bias", *ADAPTERS, "backend"]
-    grouped_backward = ["dy", "x", "offsets", *WEIGHT, *ADAPTERS, "u", "needs", "backend"]
+    assert names(ops.lora_grouped_linear) == ["x", "offsets", *WEIGHT, "bias", *ADAPTERS, "keep_z", "backend"]
+    grouped_backward = ["dy", "x", "offsets", *WEIGHT, *ADAPTERS, *Kept._fields, "needs", "backend"]
     assert names(ops.lora_grouped_linear_backward) == grouped_backward
     assert names(ops.dora_norm) == [*WEIGHT, "A", "B", "scaling", "dtype", "backend"]
 
@@ -69,10 +69,10 @@ def test_a_call_comes_back_from_its_flat_list() -> None:
     assert len(backward.flat()) == len(names(ops.lora_linear_backward)) - 1
     assert same(BackwardCall.of(backward.flat()), backward)
     offsets = torch.tensor([0, 4])
-    grouped = GroupedCall(torch.randn(4, 64), offsets, weight, torch.randn(1, 6), adapters)
+    grouped = GroupedCall(torch.randn(4, 64), offsets, weight, torch.randn(1, 6), adapters, True)
     assert len(grouped.flat()) == len(names(ops.lora_grouped_linear)) - 1
     assert same(GroupedCall.of(grouped.flat()), grouped)
-    back = GroupedBackwardCall(torch.randn(4, 6), None, offsets, weight, adapters, torch.randn(4, 5), needs)
+    back = GroupedBackwardCall(torch.randn(4, 6), None, offsets, weight, adapters, Kept(torch.randn(4, 5), []), needs)
     assert len(back.flat()) == len(names(ops.lora_grouped_linear_backward)) - 1
     assert same(GroupedBackwardCall.of(back.flat()), back)
     norm = NormCall(weight, adapters.A[0], adapters.B[0], 2.0, torch.bfloat16)

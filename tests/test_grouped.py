@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastpeft import dispatch, extension, ops
 from fastpeft import functional as F
-from fastpeft.call import Adapters, GroupedBackwardCall, GroupedCall, Needs, Weight
+from fastpeft.call import Adapters, GroupedBackwardCall, GroupedCall, Kept, Needs, Weight
 from fastpeft.dropout import dropout_keep, dropout_scale, dropout_seeds
 from fastpeft.reference import Adapter, lora_grouped_linear_backward_reference, lora_grouped_linear_reference
 
@@ -30,6 +30,7 @@ linear = torch.nn.functional.linear
 class Experts:
     """One call of the op, and ``dy`` that flows back."""
 
+    FACTORS: ClassVar = "AB"
     x: Tensor
     offsets: Tensor
     weight: Tensor
@@ -53,21 +54,25 @@ class Experts:
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, in the order of the op's gradients."""
         named = {"x": self.x, "weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
-        return named | {f"{s}[{i}]": t for s in "AB" for i, t in enumerate(getattr(self, s))}
+        return named | {f"{s}[{i}]": t for s in self.FACTORS for i, t in enumerate(getattr(self, s))}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Experts:
+        """The same with other tensors, by these names."""
+        factors = {s: [tensors[f"{s}[{i}]"] for i in range(len(self.A))] for s in self.FACTORS}
+        weight = tensors.get("weight", self.weight)
+        return replace(self, x=tensors["x"], weight=weight, bias=tensors.get("bias"), **factors)
 
     def requiring(self, *names: str) -> tuple[Experts, dict[str, Tensor]]:
         """The same with leaves, of which these require a gradient, all where none is named; and the leaves."""
         leaves = {name: tensor.detach() for name, tensor in self.differentiable().items()}
         for name in names or leaves:
             leaves[name].requires_grad_()
-        A, B = ([leaves[f"{s}[{i}]"] for i in range(len(self.A))] for s in "AB")
-        weight = leaves.get("weight", self.weight)
-        return replace(self, x=leaves["x"], weight=weight, bias=leaves.get("bias"), A=A, B=B), leaves
+        return self.with_tensors(leaves), leaves
 
     def call(self) -> GroupedCall:
         """The op's arguments but the backend."""
-        adapters = Adapters(self.A, self.B, [], self.scaling, self.dropout_p, self.seed)
-        return GroupedCall(self.x, self.offsets, Weight.of(self.given), self.bias, adapters)
+        adapters = Adapters(self.A, self.B, getattr(self, "c", []), self.scaling, self.dropout_p, self.seed)
+        return GroupedCall(self.x, self.offsets, Weight.of(self.given), self.bias, adapters, True)
 
     def keep(self) -> list[Tensor | None]:
         """Each adapter's mask over all rows."""
@@ -80,10 +85,8 @@ class Experts:
 
     def to(self, dtype: torch.dtype) -> Experts:
         """In another dtype."""
-        moved = {name: t.to(dtype) for name, t in self.differentiable().items()}
-        A, B = ([moved[f"{s}[{i}]"] for i in range(len(self.A))] for s in "AB")
-        x, bias = moved["x"], moved.get("bias")
-        return replace(self, x=x, weight=self.weight.to(dtype), bias=bias, A=A, B=B, dy=self.dy.to(dtype))
+        moved = self.with_tensors({name: t.to(dtype) for name, t in self.differentiable().items()})
+        return replace(moved, weight=self.weight.to(dtype), dy=self.dy.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -168,9 +171,9 @@ def results(function: Callable[[Experts], Tensor], inputs: Experts, *names: str)
     return {"y": y.detach()} | dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), i.dy), strict=True))
 
 
-def fused(i: Experts, backend: str | None) -> Results:
+def fused(i: Experts, backend: str | None, *names: str) -> Results:
     """By the op."""
-    return results(lambda i: ops.lora_grouped_linear(*i.call().flat(), backend)[0], i)
+    return results(lambda i: ops.lora_grouped_linear(*i.call().flat(), backend)[0], i, *names)
 
 
 def assert_same_bits(actual: Results, expected: Results) -> None:
@@ -183,12 +186,19 @@ def assert_same_bits(actual: Results, expected: Results) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_case
 def test_forward_and_every_gradient_are_as_close_as_eager(backend: str, case: Case, dtype: torch.dtype) -> None:
+    assert_as_close_as(plain, backend, case, dtype)
+
+
+def assert_as_close_as(
+    plain: Callable[[Any], Tensor], backend: str, case: Case, dtype: torch.dtype, names: Sequence[str] = ()
+) -> None:
+    """As ``plain`` is to itself in float64: the output and the gradients, of these tensors where some are named."""
     i = case.make(dtype)
     tokens = len(i.x) * min(case.ranks)
     draws = math.ceil(POOL / min(tokens, *(t.numel() for t in i.differentiable().values()))) if tokens else 1
     inputs = [i, *(case.make(dtype) for _ in range(draws - 1))]
-    truth = [results(plain, i.to(torch.float64)) for i in inputs]
-    eager, actual = [results(plain, i) for i in inputs], [fused(i, backend) for i in inputs]
+    truth = [results(plain, i.to(torch.float64), *names) for i in inputs]
+    eager, actual = [results(plain, i, *names) for i in inputs], [fused(i, backend, *names) for i in inputs]
     for name, like in eager[0].items():
         assert actual[0][name].dtype == like.dtype, name
         assert_close_as_eager(*([each[name] for each in some] for some in (actual, truth, eager)), name)
@@ -278,7 +288,7 @@ def test_the_mask_counts_rows_of_the_sorted_input(backend: str) -> None:
     K, counts, p = 72, (40, 0, 3, 70), 0.3
     i = Case(counts=counts, K=K, dropout_p=p).make()
     i = replace(i, x=torch.ones_like(i.x), A=[torch.eye(K).expand(4, K, K)], B=[torch.ones(4, i.weight.shape[1], K)])
-    _, u = ops.lora_grouped_linear(*i.call().flat(), backend)
+    _, u, _ = ops.lora_grouped_linear(*i.call().flat(), backend)
     assert i.seed is not None
     assert torch.equal(u, dropout_keep(i.seed[0], sum(counts), K, p).float())
 
@@ -288,10 +298,10 @@ def test_opcheck(backend: str, case: Case) -> None:
     i, _ = case.make().requiring()
     torch.library.opcheck(ops.lora_grouped_linear, (*i.call().flat(), backend))
     i = case.make()
-    _, u = ops.lora_grouped_linear(*i.call().flat(), backend)
+    _, u, _ = ops.lora_grouped_linear(*i.call().flat(), backend)
     needs = Needs.of([True] * len(i.differentiable()) if case.bias else [True, True, False] + [True] * 4, len(i.A))
-    _, offsets, weight, _, adapters = i.call()
-    backward = GroupedBackwardCall(i.dy, i.x, offsets, weight, adapters, u, needs)
+    _, offsets, weight, _, adapters, _ = i.call()
+    backward = GroupedBackwardCall(i.dy, i.x, offsets, weight, adapters, Kept(u, []), needs)
     torch.library.opcheck(ops.lora_grouped_linear_backward, (*backward.flat(), backend))
 
 
@@ -410,7 +420,7 @@ def test_the_references_gradients_are_those_of_its_forward_pass() -> None:
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
-            y, u = lora_grouped_linear_reference(x, i.offsets, weight, bias, adapters(factors[:2], factors[2:]))
+            y, u, _ = lora_grouped_linear_reference(x, i.offsets, weight, bias, adapters(factors[:2], factors[2:]))
             ctx.save_for_backward(x, weight, u, *factors)
             return y
 
@@ -418,7 +428,7 @@ def test_the_references_gradients_are_those_of_its_forward_pass() -> None:
         def backward(ctx: Any, dy: Tensor) -> Any:
             x, weight, u, *factors = ctx.saved_tensors
             these = adapters(factors[:2], factors[2:])
-            return tuple(lora_grouped_linear_backward_reference(dy, x, i.offsets, weight, u, these, [True] * 7))
+            return tuple(lora_grouped_linear_backward_reference(dy, x, i.offsets, weight, u, [], these, [True] * 7))
 
     leaves = [t.clone().requires_grad_() for t in i.differentiable().values()]
     assert torch.autograd.gradcheck(Node.apply, leaves)

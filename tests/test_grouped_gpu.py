@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from largest import Largest
-from test_grouped import PEFTS, Case, assert_same_bits, fused
-from test_grouped import test_forward_and_every_gradient_are_as_close_as_eager as assert_as_close_as_eager
+from test_grouped import PEFTS, Case, assert_as_close_as, assert_same_bits, fused, plain
+from test_grouped_dora import DoraCase
+from test_grouped_dora import plain as plain_dora
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -18,7 +19,7 @@ from fastpeft import dispatch
 from fastpeft.backends.gpu import grouped
 from fastpeft.backends.gpu.grouped import GroupedProducts
 from fastpeft.backends.reference import ReferenceBackend
-from fastpeft.call import Needs
+from fastpeft.call import Kept, Needs
 
 BF16 = torch.bfloat16
 CASES = [
@@ -28,6 +29,14 @@ CASES = [
     Case(counts=(1, 1, 1, 0, 1, 1, 0, 2), K=64, N=96, ranks=(16,), as_peft=True, offsets=torch.int32),
     Case(counts=(3, 17, 0, 65, 33), K=64, N=48, dropout_p=0.5, ranks=(8, 3), as_peft=True),
     Case(counts=(31, 0, 2), K=256, N=104, ranks=(17,), wide_adapters=True, transposed=True, dropout_p=0.1),
+]
+DORA = [
+    DoraCase(K=64, N=48),
+    DoraCase(counts=(0, 0, 0), K=16, N=16),
+    DoraCase(counts=(1, 40, 1, 0, 30, 1, 0, 20), K=64, N=96, ranks=(16,), as_peft=True, offsets=torch.int32),
+    DoraCase(counts=(3, 17, 0, 65, 33), K=64, N=48, dropout_p=0.5, ranks=(8, 3), as_peft=True),
+    DoraCase(counts=(31, 0, 72), K=256, N=104, ranks=(17,), wide_adapters=True, transposed=True, dropout_p=0.1),
+    DoraCase(counts=(70, 40), K=64, N=48, ranks=(8, 3)),
 ]
 
 
@@ -41,11 +50,17 @@ def by_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_close_as_eager(case: Case) -> None:
     assert grouped.refusal(case.make(BF16).x, case.make(BF16).weight) is None
-    assert_as_close_as_eager("reference", case, BF16)
+    assert_as_close_as(plain, "reference", case, BF16)
 
 
-def test_the_same_bits_in_the_parameters_layout_and_zeros_where_no_row_went() -> None:
-    i = replace(PEFTS, K=64, N=48, transposed=True).make(BF16)
+@pytest.mark.parametrize("case", DORA, ids=str)
+def test_dora_is_as_close_as_eager(case: DoraCase) -> None:
+    assert_as_close_as(plain_dora, "reference", case, BF16)
+
+
+@pytest.mark.parametrize("kind", [Case, DoraCase])
+def test_the_same_bits_in_the_parameters_layout_and_zeros_where_no_row_went(kind: type[Case]) -> None:
+    i = kind(**vars(replace(PEFTS, K=64, N=48, transposed=True))).make(BF16)
     grads = fused(i, "reference")
     assert_same_bits(fused(i, "reference"), grads)
     for name, tensor in i.differentiable().items():
@@ -65,24 +80,26 @@ def test_operands_may_lie_anywhere() -> None:
         assert_same_bits(fused(replace(i, x=x), "reference"), fused(replace(i, x=x.contiguous()), "reference"))
 
 
-def test_nothing_of_the_stacks_size_is_made() -> None:
-    i = Case(counts=(4, 0, 4, 2, 1, 0, 0, 1), K=64, N=48, bias=False).make(BF16)
-    call, backend, needs = i.call(), ReferenceBackend(), Needs.of([True, False, False, True, True], 1)
+@pytest.mark.parametrize("kind", [Case, DoraCase])
+def test_nothing_of_the_stacks_size_is_made(kind: type[Case]) -> None:
+    i = kind(counts=(4, 0, 4, 2, 1, 0, 0, 1), K=64, N=48, bias=False).make(BF16)
+    call, backend, needs = i.call(), ReferenceBackend(), Needs.of([True, False, False, True, True, True], 1)
     with Largest() as largest:
-        _, u = backend.lora_grouped_linear(*call)
-        backend.lora_grouped_linear_backward(i.dy, i.x, i.offsets, call.weight, call.adapters, u, needs)
+        _, u, z = backend.lora_grouped_linear(*call)
+        backend.lora_grouped_linear_backward(i.dy, i.x, i.offsets, call.weight, call.adapters, Kept(u, z), needs)
     assert 0 < largest.elements < i.weight.numel()
 
 
-def test_nothing_asks_for_a_value() -> None:
-    i = Case(K=64, N=48, ranks=(8, 3)).make(BF16)
-    needs, backend = Needs.of([True] * 7, 2), ReferenceBackend()
+@pytest.mark.parametrize("kind", [Case, DoraCase])
+def test_nothing_asks_for_a_value(kind: type[Case]) -> None:
+    i = kind(K=64, N=48, ranks=(8, 3)).make(BF16)
+    needs, backend = Needs.of([True] * len(i.differentiable()), 2), ReferenceBackend()
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        (x, offsets, weight, bias, adapters), dy = tree_map_only(Tensor, mode.from_tensor, (i.call(), i.dy))
+        (x, offsets, weight, bias, adapters, keep_z), dy = tree_map_only(Tensor, mode.from_tensor, (i.call(), i.dy))
         with pytest.raises(DataDependentOutputException):
             offsets.tolist()
-        y, u = backend.lora_grouped_linear(x, offsets, weight, bias, adapters)
-        grads = backend.lora_grouped_linear_backward(dy, x, offsets, weight, adapters, u, needs)
+        y, u, z = backend.lora_grouped_linear(x, offsets, weight, bias, adapters, keep_z)
+        grads = backend.lora_grouped_linear_backward(dy, x, offsets, weight, adapters, Kept(u, z), needs)
     assert y.shape == (64, 48) and u.shape == (64, 11)
     assert [g.shape for g in grads] == [t.shape for t in i.differentiable().values()]
 

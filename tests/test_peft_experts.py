@@ -380,7 +380,7 @@ def test_dropout_on_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     own = fused_experts_module.lora_grouped_linear
 
     def recording(*args: Any, **kwargs: Any) -> Tensor:
-        seen.append((args[7], kwargs["training"]))
+        seen.append((kwargs["dropout_p"], kwargs["training"]))
         return own(*args, **kwargs)
 
     monkeypatch.setattr(fused_experts_module, "lora_grouped_linear", recording)

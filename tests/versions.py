@@ -30,6 +30,7 @@ LATER = (
     *("every_token_is_real", "(blocks_are_found and (vit or phi))", "reparametrised"),
     *("GraniteMoe", "NemotronH", "(cannot_be_fused and interface)"),
     *("adapters_of_different_ranks", "(experts and life_of_adapters)", "wrappers_made_while"),
+    "(experts_dora and several_adapters)",
 )
 
 

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "adapted_product.h"
+#include "dora.h"
 #include "lora_linear.h"
 
 namespace fastpeft::cpu {
@@ -46,42 +47,55 @@ std::vector<Sweep> split(const Kernels& kernels, const Sweep& all, const Experts
         if (all.gradient) s.gradient = all.gradient + e * all.ranks * all.ld_gradient;
         if (all.bias) s.bias = all.bias + e * all.columns;
         if (all.output) s.output = static_cast<char*>(all.output) + first * all.ld_output * size;
+        for (RankGroup& g : s.groups) {
+            if (g.scale) g.scale += e * all.columns;
+            if (g.z) g.z = static_cast<char*>(g.z) + first * all.columns * (g.z_dtype == DType::f32 ? 4 : 2);
+        }
     }
     return sweeps;
 }
 
-// y = x Wᵀ, or x W, of each expert, with the output of its sweep. Of a 4-bit W, experts without rows are not decoded.
-void multiply(const Kernels& kernels, const std::vector<Sweep>& sweeps, const Experts& experts, const Tensor& x,
-              const Weight& weight, bool transposed) {
+// y = x[0] Wᵀ, or x[0] W, of each expert, with the output of its sweep, whose groups find x[i] times the same as their
+// operand i. Of a 4-bit W, experts without rows are not decoded.
+void multiply(const Kernels& kernels, const std::vector<Sweep>& sweeps, const Experts& experts,
+              const std::vector<Tensor>& x, const Weight& weight, bool transposed) {
     const bool decodes = weight.four_bit();
     const FourBit packed = decodes ? four_bit(weight) : FourBit{};
     const Tensor right = transposed && !decodes ? weight.data.transpose(1, 2) : weight.data;  // [E, depth, columns]
+    const int64_t depth = x[0].size(1);
     const auto right_operand = [&](int64_t e) -> RightOperand {
         if (!decodes) return {.s = matrix(right, e)};
-        return {.s = {nullptr, dtype_of(x), x.size(1), transposed ? weight.N : weight.K, 0, 0},
+        return {.s = {nullptr, dtype_of(x[0]), depth, transposed ? weight.N : weight.K, 0, 0},
                 .packed = &packed,
                 .transposed = transposed != weight.lies_transposed(),
                 .first = e * weight.N * weight.K};
     };
-    const bool of_one_dtype = decodes || x.scalar_type() == weight.data.scalar_type();
-    const bool pairs = of_one_dtype && multiplies_pairs(kernels, dtype_of(x), x.size(1));
-    const Tensor wide = pairs ? x : x.to(at::kFloat);
-    const bool in_place = wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0)));
-    const Tensor rows = in_place ? wide : wide.contiguous();
-    const int64_t ld = rows.size(0) > 1 ? rows.stride(0) : rows.size(1);
-    const char* data = static_cast<const char*>(rows.const_data_ptr());
+    const bool of_one_dtype = decodes || x[0].scalar_type() == weight.data.scalar_type();
+    const bool pairs = of_one_dtype && multiplies_pairs(kernels, dtype_of(x[0]), depth);
+    std::vector<Tensor> inputs;
+    for (const Tensor& part : x) {
+        const Tensor wide = pairs ? part : part.to(at::kFloat);
+        const bool in_place = wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0)));
+        inputs.push_back(in_place ? wide : wide.contiguous());
+    }
     std::vector<BaseProduct> products;
-    for (int64_t e = 0; e < experts.count(); ++e)
-        if (experts.busy[e])
-            products.push_back(
-                {sweeps[e], {{{{data + experts.first(e) * ld * rows.element_size(), ld}}, right_operand(e)}}});
+    for (int64_t e = 0; e < experts.count(); ++e) {
+        if (!experts.busy[e]) continue;
+        Term term{.s = right_operand(e)};
+        for (const Tensor& rows : inputs) {
+            const int64_t ld = rows.size(0) > 1 ? rows.stride(0) : rows.size(1);
+            const char* data = static_cast<const char*>(rows.const_data_ptr());
+            term.x.push_back({data + experts.first(e) * ld * rows.element_size(), ld});
+        }
+        products.push_back({sweeps[e], {term}});
+    }
     base_products(kernels, products, pairs);
 }
 
 }  // namespace
 
-Grouped lora_grouped_linear(const Tensor& x, const std::vector<int64_t>& offsets, const Weight& weight,
-                            const std::optional<Tensor>& bias, const Adapters& adapters) {
+Forward lora_grouped_linear(const Tensor& x, const std::vector<int64_t>& offsets, const Weight& weight,
+                            const std::optional<Tensor>& bias, const Adapters& adapters, bool keep_z) {
     const Kernels& kernels = cpu::kernels();
     const Experts experts(offsets);
     const Layout layout(adapters);
@@ -101,23 +115,38 @@ Grouped lora_grouped_linear(const Tensor& x, const std::vector<int64_t>& offsets
     const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
     Sweep up = sweep_over(y, layout);
     const Tensor panels_B = panels(kernels, layout.stacked(adapters.B, true), pairs, experts.busy);
-    up.groups = {layout.unmasked()};
+    std::vector<Tensor> inputs{x2}, z;
+    if (!adapters.dora()) up.groups = {layout.unmasked()};
+    for (size_t i = 0; i < adapters.c.size(); ++i) {
+        RankGroup& group = up.groups[i];
+        group.scale = adapters.c[i].const_data_ptr<float>();
+        if (keep_z) {
+            z.push_back(at::empty({x2.size(0), weight.N}, x.options().dtype(z_dtype(x2.size(0), x.scalar_type()))));
+            group.z = z.back().mutable_data_ptr();
+            group.z_dtype = dtype_of(z.back());
+        }
+        if (group.threshold) {  // the mask is on x: y has none
+            inputs.push_back(scaled(x2, offsets, {}, dropout_scale(group.threshold), group.seed, group.threshold));
+            group.operand = inputs.size() - 1;
+            group.threshold = 0;
+        }
+    }
     up.q = q.const_data_ptr<float>();
     up.panel_out = panels_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
     up.output = y.mutable_data_ptr();
     up.ld_output = y.stride(0);
-    multiply(kernels, split(kernels, up, experts), experts, x2, weight, true);
-    return {y, u};
+    multiply(kernels, split(kernels, up, experts), experts, inputs, weight, true);
+    return {y, u, z};
 }
 
 std::vector<Tensor> lora_grouped_linear_backward(const Tensor& dy, const std::optional<Tensor>& x,
                                                  const std::vector<int64_t>& offsets, const Weight& weight,
-                                                 const Adapters& adapters, const std::optional<Tensor>& u,
-                                                 const Needs& needs) {
+                                                 const Adapters& adapters, const Kept& kept, const Needs& needs) {
     const Kernels& kernels = cpu::kernels();
     const Experts experts(offsets);
     const Layout layout(adapters);
+    const Chain chain(adapters);
     const Tensor dy2 = flat_rows(dy), x2 = x ? flat_rows(*x) : Tensor();
     const bool pairs = kernels.pairs(dtype_of(dy)), need_A = Needs::any(needs.A), need_B = Needs::any(needs.B);
     const int64_t E = experts.count(), M = dy2.size(0), N = weight.N, K = weight.K;
@@ -130,13 +159,15 @@ std::vector<Tensor> lora_grouped_linear_backward(const Tensor& dy, const std::op
         sweep.ld_input = dy2.stride(0);
         Tensor panels_B, q;
         if (needs.x || need_A) {
+            std::vector<Tensor> B = adapters.B;
+            for (size_t i = 0; i < adapters.c.size(); ++i) B[i] = B[i] * chain.own[i].unsqueeze(2);
             v = floats({M, layout.ranks});
-            panels_B = panels(kernels, layout.stacked(adapters.B, true).transpose(1, 2), pairs, experts.busy);
+            panels_B = panels(kernels, layout.stacked(B, true).transpose(1, 2), pairs, experts.busy);
             sweep.panel_in = panels_B.const_data_ptr();
             sweep.product = v.mutable_data_ptr<float>();
         }
         if (need_B) {
-            q = layout.padded_from(*u);
+            q = layout.padded_from(*kept.u);
             dB = floats({E, layout.ranks, gradient_stride(M, N)});
             sweep.q = q.const_data_ptr<float>();
             sweep.gradient = dB.mutable_data_ptr<float>();
@@ -145,15 +176,27 @@ std::vector<Tensor> lora_grouped_linear_backward(const Tensor& dy, const std::op
         run(kernels, split(kernels, sweep, experts));
     }
     if (v.defined()) layout.scale_(v);
+    std::vector<Tensor> inputs;  // of the product with W: the gradients of x Wᵀ and of each D(x) Wᵀ
+    std::vector<RankGroup> groups = layout.groups;
+    if (needs.x || needs.weight) {
+        inputs.push_back(chain.base.defined() ? scaled(dy2, offsets, chain.base, 1.0) : dy2);
+        for (size_t i = 0; i < adapters.c.size(); ++i)
+            if (adapters.thresholds[i]) {
+                const Tensor scale = chain.later[i].defined() ? chain.own[i] - chain.later[i] : chain.own[i] - 1;
+                inputs.push_back(scaled(dy2, offsets, scale, dropout_scale(adapters.thresholds[i])));
+                groups[i].operand = inputs.size() - 1;
+            }
+    }
     if (needs.x) {
         dx = at::empty({M, K}, dy.options());
         Sweep sweep = sweep_over(dx, layout);
+        sweep.groups = groups;
         const Tensor panels_A = panels(kernels, layout.stacked(adapters.A, false), pairs, experts.busy);
         sweep.q = v.const_data_ptr<float>();
         sweep.panel_out = panels_A.const_data_ptr();
         sweep.output = dx.mutable_data_ptr();
         sweep.ld_output = dx.stride(0);
-        multiply(kernels, split(kernels, sweep, experts), experts, dy2, weight, false);
+        multiply(kernels, split(kernels, sweep, experts), experts, inputs, weight, false);
     }
     if (need_A) {
         Sweep sweep = sweep_over(x2, layout);
@@ -170,8 +213,16 @@ std::vector<Tensor> lora_grouped_linear_backward(const Tensor& dy, const std::op
     const auto rows_of = [&](const Tensor& t, int64_t e) { return t.narrow(0, experts.first(e), experts.rows(e)); };
     if (needs.x) grads.push_back(dx);
     if (needs.weight) {
+        std::vector<Tensor> factors{x2};
+        for (const RankGroup& group : groups)
+            if (group.operand) factors.push_back(scaled(x2, offsets, {}, 1.0, group.seed, group.threshold));
         grads.push_back(at::empty_like(weight.data));
-        for (int64_t e = 0; e < E; ++e) grads.back()[e].copy_(at::mm(rows_of(dy2, e).t(), rows_of(x2, e)));
+        for (int64_t e = 0; e < E; ++e) {
+            Tensor dW = at::mm(rows_of(inputs[0], e).t(), rows_of(factors[0], e));
+            for (size_t i = 1; i < inputs.size(); ++i)
+                dW = dW + at::mm(rows_of(inputs[i], e).t(), rows_of(factors[i], e));
+            grads.back()[e].copy_(dW);
+        }
     }
     if (needs.bias) {
         grads.push_back(at::empty({E, N}, dy.options()));
@@ -182,8 +233,15 @@ std::vector<Tensor> lora_grouped_linear_backward(const Tensor& dy, const std::op
         if (needs.A[i]) grads.push_back(at::empty_like(adapters.A[i]).copy_(layout.part_of(dA, i, K)));
     for (size_t i = 0; i < adapters.count(); ++i)
         if (needs.B[i]) {
+            const Tensor s = at::scalar_tensor(adapters.scaling[i]);
             grads.push_back(at::empty_like(adapters.B[i]));
-            at::mul_out(grads.back(), layout.part_of(dB, i, N).transpose(1, 2), at::scalar_tensor(adapters.scaling[i]));
+            at::mul_out(grads.back(), layout.part_of(dB, i, N).transpose(1, 2),
+                        adapters.dora() ? chain.own[i].unsqueeze(2) * s : s);
+        }
+    for (size_t i = 0; i < adapters.c.size(); ++i)
+        if (needs.c[i]) {
+            const Tensor sums = column_dots(dy2, kept.z[i], offsets);
+            grads.push_back(chain.later[i].defined() ? sums * chain.later[i] : sums);
         }
     return grads;
 }

@@ -7,67 +7,13 @@
 #include <algorithm>
 
 #include "adapted_product.h"
+#include "dora.h"
 
 namespace fastpeft::cpu {
 namespace {
 
 using at::Tensor;
 
-// factor · keep ∘ scale ∘ in; a scale [columns] that is not defined and a threshold of 0 do nothing.
-Tensor scaled(const Tensor& in, const Tensor& scale, double factor, uint64_t seed, int64_t threshold) {
-    const Kernels& kernels = cpu::kernels();
-    const int64_t rows = in.size(0), columns = in.size(1), size = in.element_size();
-    const Tensor out = at::empty({rows, columns}, in.options());
-    const char* from = static_cast<const char*>(in.const_data_ptr());
-    char* to = static_cast<char*>(out.mutable_data_ptr());
-    at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-        uint64_t words[kRows * kKeepWords];
-        for (int64_t m = begin * kRows; m < std::min(end * kRows, rows); m += kRows)
-            for (int64_t c = 0; c < columns; c += kColumns) {
-                const int64_t m_count = std::min(kRows, rows - m), c_count = std::min(kColumns, columns - c);
-                if (threshold) kernels.keep(seed, static_cast<uint32_t>(threshold), m, c, m_count, c_count, words);
-                kernels.scale({from + (m * in.stride(0) + c) * size, dtype_of(in), in.stride(0)}, m_count, c_count,
-                              threshold ? words : nullptr,
-                              scale.defined() ? scale.const_data_ptr<float>() + c : nullptr, static_cast<float>(factor),
-                              to + (m * columns + c) * size, columns);
-            }
-    });
-    return out;
-}
-
-// Column sums of a ∘ b in float32; tiles of rows are summed by themselves.
-Tensor column_dots(const Tensor& a, const Tensor& b) {
-    constexpr int64_t kGrainColumns = 64;
-    const Kernels& kernels = cpu::kernels();
-    const int64_t rows = a.size(0), columns = a.size(1);
-    const Tensor sums = at::zeros({columns}, at::dtype(at::kFloat));
-    at::parallel_for(0, columns, kGrainColumns, [&](int64_t begin, int64_t end) {
-        const auto tile = [&](const Tensor& t, int64_t m) {
-            const char* data =
-                static_cast<const char*>(t.const_data_ptr()) + (m * t.stride(0) + begin) * t.element_size();
-            return Tile{data, dtype_of(t), t.stride(0)};
-        };
-        for (int64_t m = 0; m < rows; m += kRows)
-            kernels.column_dots(tile(a, m), tile(b, m), std::min(kRows, rows - m), end - begin,
-                                sums.mutable_data_ptr<float>() + begin);
-    });
-    return sums;
-}
-
-// What DoRA's scales c make of a gradient: dy ∘ later[i] is the gradient of what adapter i hands on, dy ∘ own[i] that
-// of its z, and dy ∘ base that of x Wᵀ. An adapter without dropout scales all that comes before it. Undefined: ones.
-struct Chain {
-    std::vector<Tensor> later, own;
-    Tensor base;
-
-    explicit Chain(const Adapters& adapters) : later(adapters.A.size()), own(adapters.A.size()) {
-        for (size_t i = adapters.c.size(); i-- > 0;) {
-            later[i] = base;
-            own[i] = base.defined() ? base * adapters.c[i] : adapters.c[i];
-            if (!adapters.thresholds[i]) base = own[i];
-        }
-    }
-};
 
 }  // namespace
 
@@ -75,6 +21,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
                     bool keep_z) {
     const Plan plan = forward_plan(x, weight, adapters);
     const Tensor x2 = flat_rows(x);
+    const Bounds all{0, x2.size(0)};
     const int64_t N = weight.N;
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = N;
@@ -139,7 +86,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
             }
             if (group.threshold) {  // the mask is on x: y has none
                 if (!apart.inputs)
-                    inputs.push_back(scaled(x2, {}, dropout_scale(group.threshold), group.seed, group.threshold));
+                    inputs.push_back(scaled(x2, all, {}, dropout_scale(group.threshold), group.seed, group.threshold));
                 group.operand = apart.inputs ? 1 : inputs.size() - 1;
                 group.threshold = 0;
             }
@@ -165,6 +112,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
     const Tensor x2 = x ? flat_rows(*x) : Tensor();
     const bool pairs = kernels.pairs(dtype_of(dy));
     const int64_t M = dy2.size(0), N = weight.N, K = weight.K;
+    const Bounds all{0, M};
 
     Tensor v, dA, dB, dx;
     if (needs.x || need_A || need_B) {  // dy is read once for v and dB
@@ -203,15 +151,15 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         const auto factor = dropout_scale(adapters.thresholds[0]);
         whole = dy2.to(at::kFloat).contiguous();
         const Tensor& dense = multiplies_pairs(kernels, dtype_of(dy2), N) ? dy2 : whole;
-        inputs = {scaled(dense, (adapters.c[0] - 1) * factor + 1, 1.0, 0, 0)};
+        inputs = {scaled(dense, all, (adapters.c[0] - 1) * factor + 1, 1.0)};
         dropped.emplace(kernels, groups[0].seed, groups[0].threshold, M, K, kStripe, nullptr, 0);
         apart = {.outputs = &*dropped, .whole = whole.const_data_ptr<float>()};
     } else if (needs.x || needs.weight) {
-        inputs.push_back(chain.base.defined() ? scaled(dy2, chain.base, 1.0, 0, 0) : dy2);
+        inputs.push_back(chain.base.defined() ? scaled(dy2, all, chain.base, 1.0) : dy2);
         for (size_t i = 0; i < adapters.c.size(); ++i)
             if (adapters.thresholds[i]) {
                 const Tensor scale = chain.later[i].defined() ? chain.own[i] - chain.later[i] : chain.own[i] - 1;
-                inputs.push_back(scaled(dy2, scale, dropout_scale(adapters.thresholds[i]), 0, 0));
+                inputs.push_back(scaled(dy2, all, scale, dropout_scale(adapters.thresholds[i])));
                 groups[i].operand = inputs.size() - 1;
             }
     }
@@ -246,7 +194,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         Tensor dW = at::mm(inputs[0].t(), x2);
         for (const RankGroup& group : groups)
             if (group.operand)
-                dW = dW + at::mm(inputs[group.operand].t(), scaled(x2, {}, 1.0, group.seed, group.threshold));
+                dW = dW + at::mm(inputs[group.operand].t(), scaled(x2, all, {}, 1.0, group.seed, group.threshold));
         grads.push_back(dW.to(weight.data.scalar_type()));
     }
     if (needs.bias) grads.push_back(dy2.sum(at::IntArrayRef{0}, false, at::kFloat).to(dy.scalar_type()));
@@ -256,7 +204,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         if (needs.B[i]) grads.push_back(layout.scaled_columns_of(dB, i, N, chain.own[i]));
     for (size_t i = 0; i < adapters.c.size(); ++i)
         if (needs.c[i]) {
-            const Tensor sums = column_dots(dy2, kept.z[i]);
+            const Tensor sums = column_dots(dy2, kept.z[i], all)[0];
             grads.push_back(chain.later[i].defined() ? sums * chain.later[i] : sums);
         }
     return grads;

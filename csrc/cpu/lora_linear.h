@@ -19,12 +19,11 @@ std::vector<at::Tensor> lora_shared_linear_backward(const std::vector<at::Tensor
                                                     const std::optional<at::Tensor>& u, const Needs& needs);
 
 // Of experts; offsets [E + 1] ascend from 0 to T. One stride of each W must be 1.
-Grouped lora_grouped_linear(const at::Tensor& x, const std::vector<int64_t>& offsets, const Weight& weight,
-                            const std::optional<at::Tensor>& bias, const Adapters& adapters);
+Forward lora_grouped_linear(const at::Tensor& x, const std::vector<int64_t>& offsets, const Weight& weight,
+                            const std::optional<at::Tensor>& bias, const Adapters& adapters, bool keep_z);
 std::vector<at::Tensor> lora_grouped_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                                                      const std::vector<int64_t>& offsets, const Weight& weight,
-                                                     const Adapters& adapters, const std::optional<at::Tensor>& u,
-                                                     const Needs& needs);
+                                                     const Adapters& adapters, const Kept& kept, const Needs& needs);
 
 at::Tensor dora_norm(const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
                      at::ScalarType dtype);

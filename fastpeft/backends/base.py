@@ -11,7 +11,6 @@ from torch import Tensor
 from ..call import Adapters, Kept, Needs, Weight
 
 Forward = tuple[Tensor, Tensor, list[Tensor]]
-Grouped = tuple[Tensor, Tensor]
 PARTS = 32  # that a fingerprint divides a large tensor into; kFingerprintParts of the extension
 
 
@@ -89,9 +88,9 @@ class Backend(Protocol):
         """The gradients that ``needs`` asks for, see ops.py."""
 
     def lora_grouped_linear(
-        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
-    ) -> Grouped:
-        """``y`` and ``u`` of stacked experts, see ops.py; who has no such kernels refuses three-dimensional factors."""
+        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters, keep_z: bool
+    ) -> Forward:
+        """The same of stacked experts, see ops.py; who has no such kernels refuses three-dimensional factors."""
         raise AssertionError(f"{self.name} refuses stacked experts")
 
     def lora_grouped_linear_backward(
@@ -101,7 +100,7 @@ class Backend(Protocol):
         offsets: Tensor,
         weight: Weight,
         adapters: Adapters,
-        u: Tensor | None,
+        kept: Kept,
         needs: Needs,
     ) -> list[Tensor]:
         """The gradients that ``needs`` asks for, see ops.py."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..call import Adapters, Needs, Weight
-from .base import PARTS, Grouped
+from ..call import Adapters, Kept, Needs, Weight
+from .base import PARTS, Forward
 from .compiled import DTYPES, STACKED, CompiledBackend, operand_refusal
 
 SHOWN_TOKENS = (1, 512)
@@ -54,9 +54,9 @@ class CpuBackend(CompiledBackend):
         return f"{C.isa()} kernels, plans {'; '.join(plans)}"
 
     def lora_grouped_linear(
-        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
-    ) -> Grouped:
-        return extension.built().lora_grouped_linear(x, offsets, weight, bias, adapters)
+        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters, keep_z: bool
+    ) -> Forward:
+        return extension.built().lora_grouped_linear(x, offsets, weight, bias, adapters, keep_z)
 
     def lora_grouped_linear_backward(
         self,
@@ -65,10 +65,10 @@ class CpuBackend(CompiledBackend):
         offsets: Tensor,
         weight: Weight,
         adapters: Adapters,
-        u: Tensor | None,
+        kept: Kept,
         needs: Needs,
     ) -> list[Tensor]:
-        return extension.built().lora_grouped_linear_backward(dy, x, offsets, weight, adapters, u, needs)
+        return extension.built().lora_grouped_linear_backward(dy, x, offsets, weight, adapters, kept, needs)
 
     def watches(self, tensor: Tensor) -> bool:
         return extension.C is not None and tensor.device.type == "cpu"

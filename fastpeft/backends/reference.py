@@ -20,7 +20,7 @@ from ..reference import (
     lora_linear_reference,
     wide_dtype,
 )
-from .base import Backend, Forward, Grouped
+from .base import Backend, Forward
 
 
 class ReferenceBackend(Backend):
@@ -45,10 +45,11 @@ class ReferenceBackend(Backend):
         return grads
 
     def lora_grouped_linear(
-        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
-    ) -> Grouped:
+        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters, keep_z: bool
+    ) -> Forward:
         """On a GPU it waits once, for the offsets."""
-        return grouped(x, offsets, weight, bias, adapters)
+        y, u, z = grouped(x, offsets, weight, bias, adapters)
+        return y, u, z if keep_z else []
 
     def lora_grouped_linear_backward(
         self,
@@ -57,12 +58,12 @@ class ReferenceBackend(Backend):
         offsets: Tensor,
         weight: Weight,
         adapters: Adapters,
-        u: Tensor | None,
+        kept: Kept,
         needs: Needs,
     ) -> list[Tensor]:
-        grads = iter(grouped_backward(dy, x, offsets, weight, adapters, u, needs))
+        grads = iter(grouped_backward(dy, x, offsets, weight, adapters, kept, needs))
         first = [next(grads)] if needs.x else []
-        like = [weight.data, None, *adapters.factors]
+        like = [weight.data, None, *adapters.factors, *(None for _ in adapters.c)]
         wanted = [t for t, need in zip(like, needs.flat[1:], strict=True) if need]
         return first + [g if t is None else torch.empty_like(t).copy_(g) for t, g in zip(wanted, grads, strict=True)]
 
@@ -81,8 +82,8 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) 
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]), u, z
 
 
-def grouped(x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) -> Grouped:
-    """``y`` and ``u`` of stacked experts, alike."""
+def grouped(x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) -> Forward:
+    """The same of stacked experts."""
     experts = _experts(weight, adapters, x.dtype)
     return lora_grouped_linear_reference(x, offsets, experts, bias, _terms(adapters, *x.shape))
 
@@ -93,12 +94,12 @@ def grouped_backward(
     offsets: Tensor,
     weight: Weight,
     adapters: Adapters,
-    u: Tensor | None,
+    kept: Kept,
     needs: Needs,
 ) -> list[Tensor]:
     """The gradients of stacked experts, each contiguous: operations that torch can batch."""
     experts, terms = _experts(weight, adapters, dy.dtype), _terms(adapters, dy.shape[0], adapters.shape[1])
-    return lora_grouped_linear_backward_reference(dy, x, offsets, experts, u, terms, needs.flat)
+    return lora_grouped_linear_backward_reference(dy, x, offsets, experts, *kept, terms, needs.flat)
 
 
 def _dense(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:
@@ -118,10 +119,7 @@ class _Decoded(Sequence[Tensor]):
         return self._count
 
     def __getitem__(self, e: Any) -> Any:
-        (data, quant, blocksize), (N, K) = self._weight, self._shape
-        shape = (K, N) if self._weight.lies_transposed else (N, K)
-        expert = dequantize(data, quant, blocksize, shape, self._dtype, e * N * K)
-        return expert.t() if self._weight.lies_transposed else expert
+        return self._weight.expert(e, self._shape, self._dtype)
 
 
 def _experts(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor | Sequence[Tensor]:

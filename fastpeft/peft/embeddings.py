@@ -25,7 +25,7 @@ from . import variants
 from .base_layers import dense_reason
 from .fused import Fused
 from .operands import state_reason
-from .readers import Adapter, dora_factor, factors_reason, is_constant, magnitude_of
+from .readers import Adapter, dora_factor, factors_reason, is_constant, read_magnitude
 from .stock import Stock
 
 _DORA = Stock(
@@ -148,7 +148,10 @@ def _dora_factor(layer: Any, name: str, base: Any, adapter: Adapter) -> Tensor |
     dtype = torch.promote_types(weight.dtype, adapter.A.dtype)
     if dtype == torch.float64 != weight.dtype:
         return f"has DoRA, and is {dtype} where the base weight is {weight.dtype}"
-    magnitude = magnitude_of(layer, name, weight, DoraEmbeddingLayer, _DORA)
+    replaced = _DORA.replaced()
+    if replaced is not None:
+        return f"has DoRA, and {replaced}"
+    magnitude = read_magnitude(layer, name, weight.device, DoraEmbeddingLayer)
     if isinstance(magnitude, str):
         return magnitude
     # As for one token: the weight's size says nothing of how long a call takes, and watching it all may take longer.

@@ -27,16 +27,16 @@ from ..four_bit import FourBit, from_bitsandbytes
 from ..functional import compute_dtype, lora_grouped_linear
 from ..verdicts import runner
 from .base_layers import class_name, is_hooked, is_plain
-from .fused import Fused
 from .operands import state_reason
-from .readers import is_constant
+from .readers import is_constant, read_magnitude
 
 
 class Projection(NamedTuple):
     """One matrix of every expert and the adapters on it, if any; ``name`` is its parameter's.
 
     ``weight [E, N, K]``, its ``dtype`` (of 4 bits what they stand for), ``bias [E, N]`` or None, and of each adapter
-    ``A [E, r, K]``, ``B [E, N, r]`` and a scaling: views of what transformers and PEFT hold.
+    ``A [E, r, K]``, ``B [E, N, r]``, a scaling and, if it is DoRA, a magnitude ``[E, N]``: views of what transformers
+    and PEFT hold.
     """
 
     name: str
@@ -46,6 +46,8 @@ class Projection(NamedTuple):
     A: Sequence[Tensor] = ()
     B: Sequence[Tensor] = ()
     scaling: Sequence[float | Tensor] = ()
+    magnitude: Sequence[Tensor] = ()
+    adapters: Sequence[str] = ()  # their names
 
     @property
     def no_tokens(self) -> Tensor:
@@ -76,7 +78,7 @@ class Experts(NamedTuple):
     def refusal(self, backend: str) -> str | None:
         """Why the backend of this name cannot run it: what it says to a call without tokens."""
         for projection in self.adapted:
-            _, weight, _, bias, A, B, scaling = projection
+            _, weight, _, bias, A, B, scaling, *_ = projection
             offsets = torch.zeros(weight.shape[0] + 1, dtype=torch.int64, device=weight.device)
             try:
                 with torch.no_grad():
@@ -107,6 +109,8 @@ class _Example(nn.Module):
 _CHOOSING = _Example.forward.__code__  # the same code in every class that transformers' decorator was put on
 _kinds: dict[type[Any], _Kind | None] = {}
 _PARAMETRIZE = "bitsandbytes.nn.parametrize"  # the module that puts 4 bits into a parameter's place
+_ONE_EXPERT = "there is one expert alone, which PEFT computes as a layer"
+_NO_STACK = "it adapts {}, which is no stack of matrices"
 
 
 def wrappers_inside(layer: object) -> Iterator[ParamWrapper]:
@@ -135,14 +139,14 @@ def read_experts(wrapper: Any) -> Experts | str:
     reason = _wrappers_reason(wrappers) or _module_reason(module, kind, run)
     if reason is not None:
         return reason
-    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    found: dict[str, Projection | str] = {name: _read_base(module, name) for name in (first, "down_proj")}
+    first, _ = names = _stacks(module)
+    found: dict[str, Projection | str] = {name: _read_frozen(module, name) for name in names}
     for each in wrappers:
         name = each.parameter_name
         projection = found.get(name, "")
         if isinstance(projection, str):
-            return projection or f"it adapts {name}, which is no stack of matrices"
-        found[name] = _with_adapters(each, projection, module.is_transposed)
+            return projection or _NO_STACK.format(name)
+        found[name] = _with_adapters(each, projection)
     up, down = found[first], found["down_proj"]
     if isinstance(up, str) or isinstance(down, str):
         return up if isinstance(up, str) else str(down)
@@ -153,6 +157,21 @@ def read_experts(wrapper: Any) -> Experts | str:
             return f"its experts' {projection.name} has no adapter, and torch no grouped products in float64"
     experts = Experts(module, _decoded_by_us(up), _decoded_by_us(down), run is grouped_mm_experts_forward)
     return _kernels_reason(experts) or experts
+
+
+def read_stack(wrapper: Any) -> Projection | str:
+    """What one wrapper adapts, without its adapters, or why it is nothing that is fused."""
+    module, name = wrapper.get_base_layer(), wrapper.parameter_name
+    if _kind(class_of(module)) is None:
+        return f"its base layer is a {class_name(module)}, no experts of transformers'"
+    if wrapper.num_experts == 1:
+        return _ONE_EXPERT
+    return _read_base(module, name) if name in _stacks(module) else _NO_STACK.format(name)
+
+
+def _stacks(module: Any) -> tuple[str, str]:
+    """The names of its experts' matrices, before and after the activation."""
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
 
 def _decoded_by_us(projection: Projection) -> Projection:
@@ -168,7 +187,7 @@ def _kernels_reason(experts: Experts) -> str | None:
     """On a GPU the reference would go expert by expert and wait for the offsets, which PEFT does not. In 4 bits it may:
     PEFT cannot run these at all."""
     for projection in experts.adapted:
-        name, weight, dtype, _, A, B, _ = projection
+        name, weight, dtype, _, A, B, *_ = projection
         if isinstance(weight, FourBit) or not _is_waited_for(weight):
             continue
         x = projection.no_tokens.to(dtype if experts.as_grouped else compute_dtype(weight))
@@ -188,9 +207,9 @@ def _wrappers_reason(wrappers: Sequence[Any]) -> str | None:
         if reason is not None:
             return reason
         if wrapper.num_experts == 1:
-            return "there is one expert alone, which PEFT computes as a layer"
+            return _ONE_EXPERT
     for wrapper in wrappers[1:]:  # which are not called
-        if type(wrapper) is not ParamWrapper and not isinstance(wrapper, Fused):
+        if getattr(type(wrapper), "peft_class", type(wrapper)) is not ParamWrapper:
             return f"a wrapper inside it is a {class_name(wrapper)}"
         if is_hooked(wrapper):
             return "a wrapper inside it has a hook or a forward of its own"
@@ -237,6 +256,13 @@ def _read_kind(forward: Any) -> _Kind | None:
     return _Kind(forward, free["original_forward"]) if chosen_from is ALL_EXPERTS_FUNCTIONS else None
 
 
+def _read_frozen(module: Any, name: str) -> Projection | str:
+    found = _read_base(module, name)
+    if isinstance(found, Projection) and any(isinstance(t, Tensor) and t.requires_grad for t in found[1:4]):
+        return f"its experts' {name} is trained itself"
+    return found
+
+
 def _read_base(module: Any, name: str) -> Projection | str:
     weight = module._parameters.get(name)
     bias = module._parameters.get(f"{name}_bias") if module.has_bias else None
@@ -255,8 +281,6 @@ def _read_base(module: Any, name: str) -> Projection | str:
             return f"its experts' {name} is on the meta device, where nothing is computed"
         if each.dtype not in BASE_DTYPES or each.dtype != dtype:
             return f"its experts' {name} is {each.dtype}"
-        if each.requires_grad:
-            return f"its experts' {name} is trained itself"
     return Projection(name, bits.mT if module.is_transposed else bits, dtype, bias)
 
 
@@ -308,31 +332,44 @@ def _is_hooked(module: Any) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__)
 
 
-def _with_adapters(wrapper: Any, projection: Projection, is_transposed: bool) -> Projection | str:
-    """PEFT's factors of one parameter, ``lora_A [E r, a]`` and ``lora_B [b, r E]``, ``a`` and ``b`` being its two
-    dimensions in the order that PEFT took them in."""
-    modules = wrapper._modules
-    lora_A, lora_B = modules["lora_A"], modules["lora_B"]
+def _with_adapters(wrapper: Any, projection: Projection) -> Projection | str:
+    lora_A, lora_B = wrapper._modules["lora_A"], wrapper._modules["lora_B"]
     if not type(lora_A) is type(lora_B) is nn.ModuleDict:
         return "its adapters lie in containers that are wrapped"
-    E = projection.weight.shape[0]
-    As, Bs, scalings = [], [], []
-    for name in wrapper.active_adapters:
-        if name not in lora_A._modules:
-            continue
-        A: Any = lora_A._modules[name]._parameters.get("weight")
-        B: Any = lora_B._modules[name]._parameters.get("weight")
-        if not is_plain(A) or not is_plain(B):
-            return f"its adapter {name!r} has weights of {type(A).__qualname__} and {type(B).__qualname__}"
-        if A.dtype != B.dtype:
-            return f"its adapter {name!r} has weights of {A.dtype} and {B.dtype}"
-        scaling = wrapper.scaling[name]
-        if not is_constant(scaling):
-            return f"its adapter {name!r} has a scaling that is not one constant number"
-        a, b = A.view(E, -1, A.shape[1]), B.view(B.shape[0], -1, E).permute(2, 0, 1)
-        if getattr(wrapper, "_did_swap_in_out_features", False) == is_transposed:  # a belongs to N, b to K
-            a, b = b.transpose(1, 2), a.transpose(1, 2)
-        As.append(a)
-        Bs.append(b)
+    As, Bs, scalings, magnitudes = [], [], [], []
+    names = [name for name in wrapper.active_adapters if name in lora_A._modules]
+    for name in names:
+        factors = read_factors(wrapper, name, projection.weight.shape[0])
+        if isinstance(factors, str):
+            return f"its adapter {name!r} {factors}"
+        A, B, scaling = factors
+        As.append(A)
+        Bs.append(B)
         scalings.append(scaling)
-    return projection._replace(A=As, B=Bs, scaling=scalings)
+        if name in wrapper._modules["lora_magnitude_vector"]._modules:
+            magnitude = read_magnitude(wrapper, name, projection.weight.device)
+            if isinstance(magnitude, str):
+                return f"its adapter {name!r} {magnitude}"
+            magnitudes.append(magnitude)
+    if magnitudes and len(magnitudes) < len(names):
+        return "DoRA and LoRA adapters are active together"
+    return projection._replace(A=As, B=Bs, scaling=scalings, magnitude=magnitudes, adapters=names)
+
+
+def read_factors(wrapper: Any, name: str, E: int) -> tuple[Tensor, Tensor, float | Tensor] | str:
+    """``A``, ``B`` and ``s`` of one adapter of one parameter, or why PEFT has to run it. PEFT has ``lora_A [E r, a]``
+    and ``lora_B [b, r E]``, ``a`` and ``b`` being the parameter's two dimensions in the order that it took them in."""
+    A: Any = wrapper.lora_A._modules[name]._parameters.get("weight")
+    B: Any = wrapper.lora_B._modules[name]._parameters.get("weight")
+    if not is_plain(A) or not is_plain(B):
+        return f"has weights of {type(A).__qualname__} and {type(B).__qualname__}"
+    if A.dtype != B.dtype:
+        return f"has weights of {A.dtype} and {B.dtype}"
+    scaling = wrapper.scaling[name]
+    if not is_constant(scaling):
+        return "has a scaling that is not one constant number"
+    a, b = A.view(E, -1, A.shape[1]), B.view(B.shape[0], -1, E).permute(2, 0, 1)
+    is_transposed = wrapper.get_base_layer().is_transposed
+    if getattr(wrapper, "_did_swap_in_out_features", False) == is_transposed:  # a belongs to N, b to K
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    return a, b, scaling

@@ -16,15 +16,17 @@ from torch.nn.functional import one_hot
 from transformers.integrations.moe import _grouped_linear
 
 from ..checks import is_readable
-from ..functional import lora_grouped_linear
+from ..functional import dora_grouped_linear, lora_grouped_linear
 from .experts import Experts, Projection, holds_four_bits, read_experts, wrappers_inside
+from .experts_dora import GuardedParamWrapper, active_magnitudes
 from .fused import Fused, is_plain_input
+from .readers import dora_norm_of
 from .stock import Stock
 
 _STOCK = ("forward", "get_delta_weight", "get_delta_factors", "get_param")  # PEFT 0.18 has no factors
 
 
-class FusedParamWrapper(Fused, ParamWrapper):
+class FusedParamWrapper(Fused, GuardedParamWrapper):
     """``peft.tuners.lora.layer.ParamWrapper`` around experts of transformers', fused with the wrappers inside it."""
 
     fastpeft_dropout: float = 0.0
@@ -45,30 +47,21 @@ class FusedParamWrapper(Fused, ParamWrapper):
         return self._run(experts, x, *args)
 
     def _by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        cannot = ""
-        if self.training and self.fastpeft_dropout and not (self.disable_adapters or self.merged):
-            cannot = f"experts_dropout={self.fastpeft_dropout} cannot be: PEFT has to run a call"
+        option = None if self.disable_adapters or self.merged else self._option()
+        if option is not None:
+            cannot = f"{option} cannot be: PEFT has to run a call"
         elif holds_four_bits(self.get_base_layer()) and any(map(_adapts, (self, *wrappers_inside(self)))):
             cannot = "PEFT cannot run LoRA on experts in 4 bits, and has to run a call"
-        if cannot:
-            reason = self.operands_or_reason(self)
-            raise RuntimeError(f"{cannot}, as {reason if isinstance(reason, str) else 'its arguments are others'}")
-        return super()._by_peft(x, *args, **kwargs)
+        else:
+            return super()._by_peft(x, *args, **kwargs)
+        reason = self.operands_or_reason(self)
+        raise RuntimeError(f"{cannot}, as {reason if isinstance(reason, str) else 'its arguments are others'}")
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, which would add to a copy that 4 bits are decoded to, and lose what it added."""
-        self._check_is_dense()
-        super().merge(*args, **kwargs)
-
-    def unmerge(self) -> None:
-        """PEFT's, likewise: of what was merged before it was packed."""
-        if self.merged:
-            self._check_is_dense()
-        super().unmerge()
-
-    def _check_is_dense(self) -> None:
-        if holds_four_bits(self.get_base_layer()):
-            raise RuntimeError("LoRA is neither merged into experts in 4 bits nor taken out: do so on the dense model")
+    def _option(self) -> str | None:
+        """What is asked for that PEFT does not have."""
+        if any(map(active_magnitudes, (self, *wrappers_inside(self)))):
+            return "experts_dora"
+        return f"experts_dropout={self.fastpeft_dropout}" if self.training and self.fastpeft_dropout else None
 
     def _run(self, experts: Experts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A token's weights multiply what goes into the down projection, which is linear, and not what comes out: so
@@ -91,16 +84,23 @@ class FusedParamWrapper(Fused, ParamWrapper):
         return result.to(x.dtype)
 
     def _project(self, experts: Experts, projection: Projection, x: Tensor, routing: _Routing) -> Tensor:
-        _, weight, _, bias, A, B, scaling = projection
+        name, weight, _, bias, A, B, scaling, magnitude, adapters = projection
         if not experts.as_grouped:
             autocast: AbstractContextManager[Any] = nullcontext()
         else:
             autocast = torch.autocast(x.device.type, enabled=False)
         with autocast:
             if A:
-                settings = {"training": self.training, "backend": self.fastpeft_backend}
-                ps = [self.fastpeft_dropout] * len(A)
-                return lora_grouped_linear(x, routing.offsets, weight, bias, A, B, scaling, ps, **settings)
+                settings: dict[str, Any] = {"training": self.training, "backend": self.fastpeft_backend}
+                settings["dropout_p"] = [self.fastpeft_dropout] * len(A)
+                operands = x, routing.offsets, weight, bias, A, B
+                if not magnitude:
+                    return lora_grouped_linear(*operands, scaling, **settings)
+                norm = [
+                    dora_norm_of(self, f"{name}.{adapter}", weight, factors, len(x))
+                    for adapter, factors in zip(adapters, zip(A, B, scaling, strict=True), strict=True)
+                ]
+                return dora_grouped_linear(*operands, magnitude, scaling, norm=norm, **settings)
             ends = routing.offsets[1:].to(torch.int32)
             biases = None if bias is None else bias[routing.experts]
             y: Tensor = _grouped_linear(x, weight.mT, offs=ends, bias=biases, is_transposed=True)

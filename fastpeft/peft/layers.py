@@ -20,6 +20,7 @@ from ..verdicts import backend_verdict
 from .base_layers import class_name, is_plain
 from .embeddings import FusedEmbedding, Lookup
 from .experts import Experts, wrappers_inside
+from .experts_dora import GuardedParamWrapper
 from .fused import Fused, is_plain_input
 from .fused_experts import FusedParamWrapper
 from .methods import METHODS, Method, method_of, stock_of
@@ -227,10 +228,12 @@ def fuse(layer: nn.Module, backend: str | None) -> None:
     for wrapper in wrappers_inside(layer):
         if isinstance(wrapper, Fused):
             unfuse(wrapper)
+        if wrapper.lora_magnitude_vector and type(wrapper) is GuardedParamWrapper.peft_class:
+            _give_class(wrapper, GuardedParamWrapper)
 
 
-def unfuse(layer: Fused) -> None:
-    """Gives ``layer`` PEFT's class back."""
+def unfuse(layer: Any) -> None:
+    """Gives ``layer``, which is fused or guarded, PEFT's class back."""
     _give_class(layer, layer.peft_class)
     for name in KEPT_BY_LAYERS:
         layer.__dict__.pop(name, None)

@@ -11,13 +11,15 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.model import LoraModel
 from torch import nn
 
-from ..checks import check_dropout_p
+from ..checks import check_dropout_p, check_flag
 from ..dispatch import BackendRefusal, check_backend_name, named
 from ..verdicts import backend_refusals, grouped
 from .embeddings import Lookup
 from .experts import Experts, is_matrix
+from .experts_dora import GuardedParamWrapper, WithMagnitudes, add_magnitudes, has_magnitudes, new_magnitudes
 from .fused import Fused
 from .fused_experts import FusedParamWrapper
 from .layers import FusedForward, fuse, operands_or_reason, peft_layers, unfuse
@@ -38,7 +40,12 @@ class Report:
 
 
 def patch(
-    model: nn.Module, *, backend: str | None = None, experts_dropout: float = 0.0, share_inputs: bool = False
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    experts_dropout: float = 0.0,
+    experts_dora: bool = False,
+    share_inputs: bool = False,
 ) -> Report:
     """Fuses the layers of LoRA and its like in ``model``, and LoRA on its experts, in place; parameters, names and
     state_dict keys stay.
@@ -54,6 +61,10 @@ def patch(
         experts_dropout: of what goes into LoRA on experts, in training; PEFT has none there. No adapter's file tells
             it: a model that is loaded has to be patched with it again. Training experts that are left to PEFT raises
             RuntimeError then.
+        experts_dora: makes LoRA on experts DoRA, which PEFT does not have there: each adapter is given magnitudes, one
+            for each expert and output row, ``‖W + s B A‖`` at first, so that nothing changes; those that it has stay,
+            also without this. Its configuration says ``use_dora`` from then on: PEFT by itself refuses to load its
+            file, ``fastpeft.enabled(experts_dora=True)`` loads it. Experts that are left to PEFT raise RuntimeError.
         share_inputs: layers that are called one after the other with the same tensor (q, k and v; gate and up) compute
             their low-rank parts, and the gradient of that tensor, together; each keeps its own adapter and dropout.
             Calls show which they are, ``fastpeft.explain(model)`` what became of it. Layers that read their input
@@ -61,14 +72,15 @@ def patch(
             Their gradients come in one step: a backward pass through one of them alone frees what the others keep.
 
     Raises:
-        TypeError: ``model`` is no module, or ``share_inputs`` no bool. ValueError: it holds no PEFT layer, ``backend``
-            is unknown, ``experts_dropout`` is not in [0, 1), or the model has no experts that are fused.
+        TypeError: ``model`` is no module, or ``experts_dora`` or ``share_inputs`` no bool. ValueError: it holds no PEFT
+            layer, ``backend`` is unknown, ``experts_dropout`` is not in [0, 1), or the model has no experts that are
+            fused; ``experts_dora`` cannot be: some are not, or an adapter has LoRA on other layers, too.
         fastpeft.BackendRefusal: ``backend`` was asked for by name and cannot run one of the layers.
     """
     check_backend_name(backend)
+    check_flag("experts_dora", experts_dora)
+    check_flag("share_inputs", share_inputs)
     _check_model(model)
-    if not isinstance(share_inputs, bool):
-        raise TypeError(f"share_inputs must be a bool, got {type(share_inputs).__name__}")
     layers = peft_layers(model)
     if not layers:
         raise ValueError(
@@ -83,13 +95,17 @@ def patch(
         else:
             _check_backend(name, operands, backend)
             report.fused.append(name)
-    _check_experts_dropout(experts_dropout, [layers[name] for name in report.fused])
+    experts = [layers[name] for name in report.fused if isinstance(layers[name], ParamWrapper)]
+    _check_experts_dropout(experts_dropout, experts)
+    left = {name: why for name, why in report.left_to_peft.items() if isinstance(layers[name], ParamWrapper)}
+    magnitudes = new_magnitudes(model, experts, left) if experts_dora else []
     for layer in layers.values():
         fuse(layer, backend)
         if isinstance(layer, FusedParamWrapper):
             layer.fastpeft_dropout = 0.0 if is_matrix(layer) else float(experts_dropout)
         if isinstance(layer, FusedForward):
             layer.fastpeft_shares_input = share_inputs
+    add_magnitudes(model, magnitudes)
     return report
 
 
@@ -97,11 +113,17 @@ def unpatch(model: nn.Module) -> None:
     """Gives every fused layer of ``model`` PEFT's class back.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module. ValueError: it has DoRA on experts, which PEFT cannot run.
     """
     _check_model(model)
+    for name, module in model.named_modules():
+        if has_magnitudes(module):
+            raise ValueError(
+                f"model must have no DoRA on experts (experts_dora), which PEFT cannot run, and {name} has: merge its "
+                "adapters (merge_and_unload) or delete them before"
+            )
     for module in model.modules():
-        if isinstance(module, Fused):
+        if isinstance(module, (Fused, GuardedParamWrapper)):
             unfuse(module)
 
 
@@ -125,7 +147,7 @@ def get_peft_model(
 
 
 _switch_lock = threading.Lock()
-_wanted_by: set[object] = set()
+_wanted_by: dict[object, bool] = {}  # and whether with DoRA on experts
 _PROCESS = object()
 _MODELS = tuple(dict.fromkeys(method.model for method in METHODS))
 
@@ -144,41 +166,65 @@ class _Fusing:
         return layer
 
 
-def _switch(change: Callable[[object], None], who: object) -> None:
+def _wants_experts_dora() -> bool:
+    return any(_wanted_by.values())
+
+
+def _want(who: object, experts_dora: bool) -> None:
+    _switch(lambda: _wanted_by.update({who: experts_dora}))
+
+
+def _want_no_more(who: object) -> None:
+    _switch(lambda: _wanted_by.pop(who, None))
+
+
+def _switch(change: Callable[[], object]) -> None:
     with _switch_lock:
-        change(who)
+        change()
         for model in _MODELS:
             create = model._create_new_module
             if _wanted_by and not isinstance(create, _Fusing):
                 model._create_new_module = staticmethod(_Fusing(create))
             elif not _wanted_by and isinstance(create, _Fusing):
                 model._create_new_module = staticmethod(create.create)
+        create = LoraModel._create_and_replace
+        if _wants_experts_dora() and not isinstance(create, WithMagnitudes):
+            LoraModel._create_and_replace = WithMagnitudes(create, _wants_experts_dora)
+        elif not _wants_experts_dora() and isinstance(create, WithMagnitudes):
+            LoraModel._create_and_replace = create.create
 
 
-def enable() -> None:
-    """From now on every layer of LoRA and its like that PEFT makes in this process is fused, whoever asks for it."""
-    _switch(_wanted_by.add, _PROCESS)
+def enable(*, experts_dora: bool = False) -> None:
+    """From now on every layer of LoRA and its like that PEFT makes in this process is fused, whoever asks for it.
+
+    Args:
+        experts_dora: whether configurations with ``use_dora`` and ``target_parameters``, which PEFT refuses, make DoRA
+            on experts, and their files are loaded.
+    """
+    check_flag("experts_dora", experts_dora)
+    _want(_PROCESS, experts_dora)
 
 
 def disable() -> None:
     """Undoes :func:`enable`. Layers made before stay fused."""
-    _switch(_wanted_by.discard, _PROCESS)
+    _want_no_more(_PROCESS)
 
 
 @contextmanager
-def enabled() -> Iterator[None]:
+def enabled(*, experts_dora: bool = False) -> Iterator[None]:
     """:func:`enable` for the length of a ``with`` block; blocks may be nested."""
+    check_flag("experts_dora", experts_dora)
     block = object()
-    _switch(_wanted_by.add, block)
+    _want(block, experts_dora)
     try:
         yield
     finally:
-        _switch(_wanted_by.discard, block)
+        _want_no_more(block)
 
 
-def _check_experts_dropout(p: float, fused: Sequence[nn.Module]) -> None:
+def _check_experts_dropout(p: float, experts: Sequence[nn.Module]) -> None:
     check_dropout_p("experts_dropout", p)
-    if p and not any(isinstance(layer, ParamWrapper) for layer in fused):
+    if p and not experts:
         raise ValueError(f"experts_dropout must be 0 for a model without experts that are fused, got {p}")
 
 

@@ -184,10 +184,13 @@ def factors_reason(layer: Any, factors: Sequence[Tensor], dtype: torch.dtype | N
 
 def _dora_factor(layer: Any, name: str, base: Base, adapter: Adapter, tokens: int) -> Tensor | str:
     """``c = m / ‖W + s B A‖``, or why PEFT has to run the adapter."""
+    replaced = DORA.replaced()
+    if replaced is not None:
+        return f"has DoRA, and {replaced}"
     weight = unread_weight(layer) if base.weight is None else base.weight
     if isinstance(weight, str):
         return f"has DoRA, and {weight}"
-    magnitude = magnitude_of(layer, name, weight, DoraLinearLayer, DORA)
+    magnitude = read_magnitude(layer, name, weight.device)
     if isinstance(magnitude, str):
         return magnitude
     return dora_factor(
@@ -195,17 +198,14 @@ def _dora_factor(layer: Any, name: str, base: Base, adapter: Adapter, tokens: in
     )
 
 
-def magnitude_of(layer: Any, name: str, weight: Tensor | FourBit, kind: type[Any], stock: Stock) -> Tensor | str:
-    """DoRA's ``m``, held by a module of exactly this ``kind`` beside the ``weight``, or why PEFT has to run the
-    adapter."""
+def read_magnitude(layer: Any, name: str, device: torch.device, kind: type[Any] = DoraLinearLayer) -> Tensor | str:
+    """An adapter's ``m``, to be used on this device and held by a module of exactly this ``kind``, or why PEFT has to
+    run the adapter."""
     module = layer.lora_magnitude_vector._modules.get(name)
     if type(module) is not kind or is_hooked(module):
         return f"keeps its magnitude in a {class_name(module)}, or in a module with a hook or a forward of its own"
-    replaced = stock.replaced()
-    if replaced is not None:
-        return f"has DoRA, and {replaced}"
     magnitude: Any = _weight_of(module)
-    if not is_plain(magnitude) or magnitude.device != weight.device:
+    if not is_plain(magnitude) or magnitude.device != device:
         return f"has a magnitude that is a {type(magnitude).__qualname__} on {getattr(magnitude, 'device', None)}"
     found: Tensor = magnitude
     return found
@@ -230,19 +230,34 @@ def dora_factor(
 ) -> Tensor | str:
     """``c = m / ‖W + s B A‖`` of an adapter that is read, for a call with so many tokens; a reason where it is not
     finite. The norm is kept of a weight that lasts. ``B A`` is computed in ``dtype``, by default the layer's own."""
-    A, B, scaling = adapter.A, adapter.B, adapter.scaling
-    backend = layer.__dict__.get("fastpeft_backend")
-    stays_tensor = isinstance(scaling, Tensor) and not is_readable(scaling)
-    dtype = compute_dtype(weight) if dtype is None else dtype
-    if not lasts or stays_tensor or torch.compiler.is_compiling():  # a graph would depend on what is kept
-        norm = norm_in(dtype, weight, A, B, scaling, backend)
-    else:
-        cache = layer.__dict__.setdefault("_fastpeft_norms", {}).setdefault(name, NormCache())
-        norm = cache.get(weight, A, B, float(scaling), dtype, backend, tokens=tokens)
+    factors = adapter.A, adapter.B, adapter.scaling
+    norm = dora_norm_of(layer, name, weight, factors, tokens, lasts=lasts, dtype=dtype)
     c = magnitude.to(norm.dtype) / norm
     if is_readable(c) and not is_finite(c):
         return "has a row whose norm is 0, or a magnitude that is not finite"
     return c
+
+
+def dora_norm_of(
+    layer: Any,
+    name: str,
+    weight: Tensor | FourBit,
+    factors: tuple[Tensor, Tensor, float | Tensor],
+    tokens: int,
+    *,
+    lasts: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``‖W + s B A‖`` with an adapter's ``A, B, s``, of a layer or of stacked experts, kept under this name."""
+    A, B, scaling = factors
+    backend = layer.__dict__.get("fastpeft_backend")
+    stays_tensor = isinstance(scaling, Tensor) and not is_readable(scaling)
+    dtype = compute_dtype(weight) if dtype is None else dtype
+    if not lasts or stays_tensor or torch.compiler.is_compiling():  # a graph would depend on what is kept
+        return norm_in(dtype, weight, A, B, scaling, backend)
+    cache = layer.__dict__.setdefault("_fastpeft_norms", {}).setdefault(name, NormCache())
+    norm: Tensor = cache.get(weight, A, B, float(scaling), dtype, backend, tokens=tokens)
+    return norm
 
 
 def is_constant(scaling: float | Tensor | None) -> bool:

@@ -8,12 +8,13 @@ PEFT's eager path rounds them; the ranks are padded to what the kernel's rows mu
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, segment_reduce
 from torch.nn.functional import grouped_mm, pad
 
-from ...call import Adapters, Needs, Weight
+from ...call import Adapters, Kept, Needs, Weight
 from ...dropout import dropout_keep, dropout_scale
-from ..base import Backend, Grouped
+from ...reference import z_dtype
+from ..base import Backend, Forward
 
 FEWEST = (8, 0)  # the capability of a GPU with such products
 ALIGNED = 16  # bytes of rows and addresses
@@ -39,19 +40,30 @@ class GroupedProducts(Backend):
     """A backend that takes stacked experts by them."""
 
     def lora_grouped_linear(
-        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters
-    ) -> Grouped:
+        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters, keep_z: bool
+    ) -> Forward:
         x, ends = _rows(x), offsets[1:].to(torch.int32)
-        y = grouped_mm(x, weight.data.transpose(1, 2), offs=ends)
-        us = []
+        W = weight.data.transpose(1, 2)
+        y = grouped_mm(x, W, offs=ends)
+        us, zs = [], []
         for i in range(len(adapters.A)):
             A, B, s = _padded(adapters, i, x.dtype)
-            u = grouped_mm(_dropped(x, adapters, i), A.transpose(1, 2), offs=ends)
-            y += grouped_mm(u * s, B.transpose(1, 2), offs=ends)
+            dropped, factor = _dropped(x, adapters, i), _dropout_factor(adapters, i)
+            u = grouped_mm(dropped, A.transpose(1, 2), offs=ends)
             us.append(u[:, : adapters.ranks[i]].float())
+            low_rank = grouped_mm(u * s, B.transpose(1, 2), offs=ends)
+            if not adapters.c:
+                y += low_rank
+                continue
+            before = y if factor == 1.0 else grouped_mm(dropped * factor, W, offs=ends)
+            z = before + low_rank
+            scaled = (_by_row(adapters.c[i], ends, len(x)) * z).to(x.dtype)
+            y = scaled if factor == 1.0 else y - before + scaled
+            if keep_z:
+                zs.append(z.to(z_dtype(len(x), x.dtype)))
         if bias is not None:
-            y += bias[_experts(ends, len(x))]
-        return y, torch.cat(us, 1)
+            y += _by_row(bias, ends, len(x))
+        return y, torch.cat(us, 1), zs
 
     def lora_grouped_linear_backward(
         self,
@@ -60,37 +72,55 @@ class GroupedProducts(Backend):
         offsets: Tensor,
         weight: Weight,
         adapters: Adapters,
-        u: Tensor | None,
+        kept: Kept,
         needs: Needs,
     ) -> list[Tensor]:
         dy, x, ends = _rows(dy), None if x is None else _rows(x), offsets[1:].to(torch.int32)
         empty = (offsets[1:] == offsets[:-1]).view(-1, 1, 1)
-        dx = grouped_mm(dy, weight.data, offs=ends) if needs.x else None
-        dA, dB = [], []
-        parts = [None] * len(adapters.A) if u is None else u.split(adapters.ranks, 1)
-        for i, rank in enumerate(adapters.ranks):
+        count = len(adapters.A)
+        dx, dW = None, None
+        dA, dB, dc = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
+        parts = [None] * count if kept.u is None else kept.u.split(adapters.ranks, 1)
+        if needs.bias:
+            ones = dy.new_ones(len(dy), STEP)
+            db = grouped_mm(dy.t(), ones, offs=ends)[..., 0].masked_fill(empty[..., 0], 0).contiguous()
+        for i in reversed(range(count)):  # DoRA's adapters act on what those before them give
+            rank, factor = adapters.ranks[i], _dropout_factor(adapters, i)
             A, B, s = _padded(adapters, i, dy.dtype)
+            dz = (_by_row(adapters.c[i], ends, len(dy)) * dy).to(dy.dtype) if adapters.c else dy
+            if adapters.c and needs.c[i]:
+                dc[i] = segment_reduce(dy.float() * kept.z[i], "sum", offsets=offsets.long(), axis=0, unsafe=True)
             if needs.x or needs.A[i]:
-                v = grouped_mm(dy, B, offs=ends) * s
-            if dx is not None:
-                dx += _dropped(grouped_mm(v, A, offs=ends), adapters, i)
+                v = grouped_mm(dz, B, offs=ends) * s
+            if needs.x:
+                dx = _sum(dx, _dropped(grouped_mm(v, A, offs=ends), adapters, i))
             if needs.A[i]:
                 assert x is not None
                 sums = grouped_mm(v.t(), _dropped(x, adapters, i), offs=ends)
-                dA.append(_like(adapters.A[i], sums[:, :rank], empty))
+                dA[i] = _like(adapters.A[i], sums[:, :rank], empty)
             part = parts[i]
             if needs.B[i]:
                 assert part is not None
                 q = pad(part * s, (0, A.shape[1] - rank)).to(dy.dtype)
-                dB.append(_like(adapters.B[i], grouped_mm(dy.t(), q, offs=ends)[..., :rank], empty))
-        grads = [] if dx is None else [dx]
+                dB[i] = _like(adapters.B[i], grouped_mm(dz.t(), q, offs=ends)[..., :rank], empty)
+            if adapters.c and factor == 1.0:
+                dy = dz
+            elif adapters.c:
+                second = (dz - dy) * factor
+                if needs.x:
+                    dx = _sum(dx, _dropped(grouped_mm(second, weight.data, offs=ends), adapters, i))
+                if needs.weight:
+                    assert x is not None
+                    dW = _sum(dW, grouped_mm(second.t(), _dropped(x, adapters, i), offs=ends))
+        grads = []
+        if needs.x:
+            grads.append(_sum(dx, grouped_mm(dy, weight.data, offs=ends)))
         if needs.weight:
             assert x is not None
-            grads.append(_like(weight.data, grouped_mm(dy.t(), x, offs=ends), empty))
+            grads.append(_like(weight.data, _sum(dW, grouped_mm(dy.t(), x, offs=ends)), empty))
         if needs.bias:
-            ones = dy.new_ones(len(dy), STEP)
-            grads.append(grouped_mm(dy.t(), ones, offs=ends)[..., 0].masked_fill(empty[..., 0], 0).contiguous())
-        return [*grads, *dA, *dB]
+            grads.append(db)
+        return grads + [grad for some in (dA, dB, dc) for _, grad in sorted(some.items())]
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -104,8 +134,13 @@ def _padded(adapters: Adapters, i: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     """``A [E, r, K]`` and ``B [E, N, r]`` with zeros up to the next multiple of ranks, and what ``u`` is scaled by."""
     A, B = adapters.A[i].to(dtype), adapters.B[i].to(dtype)
     missing = -adapters.ranks[i] % STEP
-    factor = dropout_scale(adapters.dropout_p[i]) if adapters.seed is not None else 1.0
-    return pad(A, (0, 0, 0, missing)).contiguous(), pad(B, (0, missing)).contiguous(), adapters.scaling[i] * factor
+    s = adapters.scaling[i] * _dropout_factor(adapters, i)
+    return pad(A, (0, 0, 0, missing)).contiguous(), pad(B, (0, missing)).contiguous(), s
+
+
+def _dropout_factor(adapters: Adapters, i: int) -> float:
+    """What an adapter's kept elements count; 1 where it drops nothing."""
+    return 1.0 if adapters.seed is None else dropout_scale(adapters.dropout_p[i])
 
 
 def _dropped(x: Tensor, adapters: Adapters, i: int) -> Tensor:
@@ -116,9 +151,14 @@ def _dropped(x: Tensor, adapters: Adapters, i: int) -> Tensor:
     return x.masked_fill(~dropout_keep(adapters.seed[i], rows, columns, p), 0)
 
 
-def _experts(ends: Tensor, rows: int) -> Tensor:
-    """Which expert each row is."""
-    return torch.bucketize(torch.arange(rows, device=ends.device, dtype=ends.dtype), ends, right=True)
+def _by_row(stack: Tensor, ends: Tensor, rows: int) -> Tensor:
+    """For each row what its expert has of ``[E, N]``."""
+    return stack[torch.bucketize(torch.arange(rows, device=ends.device, dtype=ends.dtype), ends, right=True)]
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    """In place: nobody else has seen either."""
+    return part if total is None else total.add_(part)
 
 
 def _like(parameter: Tensor, sums: Tensor, empty: Tensor) -> Tensor:
