@@ -1,4 +1,4 @@
-"""Experts on a GPU: by torch's grouped products, which its CPU has, too. No GPU has run these."""
+"""Experts by the backend ``cuda``: by torch's grouped products, which its CPU has, too. No GPU has run these."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from largest import Largest
-from test_grouped import PEFTS, Case, assert_same_bits, fused
-from test_grouped import test_forward_and_every_gradient_are_as_close_as_eager as assert_as_close_as_eager
+from test_grouped import PEFTS, Case, assert_as_close_as_eager, assert_same_bits, fused
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -41,7 +40,7 @@ def by_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_close_as_eager(case: Case) -> None:
     assert grouped.refusal(case.make(BF16).x, case.make(BF16).weight) is None
-    assert_as_close_as_eager("reference", case, BF16)
+    assert_as_close_as_eager(case, BF16, lambda i: fused(i, "reference"))
 
 
 def test_the_same_bits_in_the_parameters_layout_and_zeros_where_no_row_went() -> None:
@@ -87,7 +86,7 @@ def test_nothing_asks_for_a_value() -> None:
     assert [g.shape for g in grads] == [t.shape for t in i.differentiable().values()]
 
 
-def test_what_a_gpu_leaves_to_the_reference() -> None:
+def test_what_they_leave_to_others() -> None:
     i = Case(K=64, N=48).make(BF16)
     assert "in bfloat16" in str(grouped.refusal(i.x.float(), i.weight.float()))
     assert "multiples of 8" in str(grouped.refusal(i.x[:, :60], i.weight[:, :, :60]))

@@ -28,9 +28,13 @@ class LoraGroupedGradientConfig:
     enable_fp_fusion: bool = True
 
 
-def lora_grouped_gradient_config(float32: bool) -> LoraGroupedGradientConfig:
-    """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands."""
-    return LoraGroupedGradientConfig(BLOCK_M=32, BLOCK_K=32) if float32 else LoraGroupedGradientConfig()
+def lora_grouped_gradient_config(rank_block: int, float32: bool) -> LoraGroupedGradientConfig:
+    """What fits the registers. Float32 is multiplied without the matrix units: each thread holds its operands. Loads
+    ahead of a loop whose length is not known make sm_90 wait for each product of 64 ranks: several blocks take turns
+    instead."""
+    if float32:
+        return LoraGroupedGradientConfig(BLOCK_M=32, BLOCK_K=32)
+    return LoraGroupedGradientConfig(BLOCK_K=64, num_stages=1) if rank_block > 32 else LoraGroupedGradientConfig()
 
 
 @triton.jit

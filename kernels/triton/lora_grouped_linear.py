@@ -29,14 +29,18 @@ class LoraGroupedLinearConfig:
     enable_fp_fusion: bool = True
 
 
-def lora_grouped_linear_config(row_block: int, rank_block: int, float32: bool) -> LoraGroupedLinearConfig:
-    """What fits the registers, for about ``row_block`` rows an expert: 16, 64 or 128. Float32 is multiplied without the
-    matrix units: each thread holds its operands."""
+def lora_grouped_linear_config(
+    row_block: int, rank_block: int, float32: bool, several: bool
+) -> LoraGroupedLinearConfig:
+    """What fits the registers, for about ``row_block`` rows an expert, 16, 64 or 128; ``several`` adapters take some,
+    too. Float32 is multiplied without the matrix units: each thread holds its operands."""
+    if row_block == 16:  # W is what there is to move
+        return (
+            LoraGroupedLinearConfig(16, 64, 32) if float32 else LoraGroupedLinearConfig(16, num_warps=4, num_stages=4)
+        )
     if float32:
-        return LoraGroupedLinearConfig(BLOCK_M=min(row_block, 64), BLOCK_N=64, BLOCK_K=16)
-    if row_block == 16:  # W is all that is moved
-        return LoraGroupedLinearConfig(BLOCK_M=16, num_warps=4, num_stages=4)
-    return LoraGroupedLinearConfig(BLOCK_M=64 if rank_block > 32 else row_block)
+        return LoraGroupedLinearConfig(64, 64, 16)
+    return LoraGroupedLinearConfig(64 if several or rank_block > 32 else row_block)
 
 
 @triton.jit

@@ -228,13 +228,13 @@ class TritonKernels:
     def lora_grouped_linear(self, x: Tensor, offsets: Tensor, weight: Tensor, y: Tensor, tail: GroupedTail) -> None:
         kind, mean = _kind(x, max(q.shape[1] for q in tail.q)), _ceil(x.shape[0], weight.shape[0])
         rows = next((size for size in ROW_BLOCKS if size >= mean), ROW_BLOCKS[-1])
-        config = self._launch.lora_grouped_linear_config(rows, *kind)
+        config = self._launch.lora_grouped_linear_config(rows, *kind, several=len(tail.q) > 1)
         operands = x, offsets, weight, y, tail
         self._launch.lora_grouped_linear(*operands, kind.rank_block, _precision(x), config)
 
     def lora_grouped_gradient(self, sums: GroupedSums, offsets: Tensor, out: Tensor) -> None:
         kind = _kind(sums.wide, out.shape[1])
-        config = self._launch.lora_grouped_gradient_config(kind.float32)
+        config = self._launch.lora_grouped_gradient_config(*kind)
         self._launch.lora_grouped_gradient(sums, offsets, out, kind.rank_block, _precision(sums.wide), config)
 
 
