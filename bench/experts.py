@@ -1,13 +1,14 @@
 """A mixture of experts with LoRA on the stacked weights, shaped like Qwen3-MoE's: ``python -m fastpeft.bench.experts``.
 
-The frozen experts of transformers, PEFT as it comes (``target_parameters``) and fastpeft, on the same tokens sent to
-the same experts. Rows are appended to ``bench/results/<machine>-experts.jsonl``, the table beside them is drawn from
-the newest.
+The frozen experts of transformers, PEFT as it comes (``target_parameters``) and fastpeft by each backend that runs
+here, on the same tokens sent to the same experts; first whether fastpeft computes what PEFT does, as in parity.py. Rows
+are appended to ``bench/results/<machine>-experts.jsonl``, the table beside them is drawn from the newest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ import click
 import torch
 from torch import Tensor, nn
 
+from fastpeft import dispatch
 from fastpeft.experiments.memory import kept_bytes, peak_bytes
 from fastpeft.experiments.timing import interleave, ratios, summary
 
+from . import parity
 from .cases import DEVICES, DTYPES, RANK, SEED
 from .contestants import BASE, FASTPEFT, PEFT
 from .measure import Run, record_kernels
@@ -47,10 +50,12 @@ SHAPES = {"small": Shape(32, 4, 512, 256), "qwen3-30b": Shape(128, 8, 2048, 768)
 class Block:
     """One contestant's experts on one case's tokens. Its phases are what the clock times."""
 
-    def __init__(self, who: str, shape: Shape, tokens: int, dtype: str, device: str) -> None:
+    def __init__(
+        self, who: str, shape: Shape, tokens: int, dtype: str, device: str, backend: str | None = None
+    ) -> None:
         torch.manual_seed(SEED)
         kind = DTYPES[dtype]
-        self.model = _adapted(who, _frozen(shape).to(device=device, dtype=kind))
+        self.model = _adapted(who, _frozen(shape, device).to(kind), backend)
         self.experts: Any = next(m for name, m in self.model.named_modules() if name.rpartition(".")[2] == "experts")
         generator = torch.Generator(device).manual_seed(SEED)
         x, dy = (torch.randn(tokens, shape.hidden, generator=generator, device=device) for _ in range(2))
@@ -70,25 +75,45 @@ class Block:
             tensor.grad = None
         self.forward().backward(self.dy)
 
+    def in_float64(self) -> Block:
+        """The same, there, where torch has no grouped products."""
+        self.model.double()
+        for module in self.model.modules():
+            if hasattr(module, "config"):
+                module.config._experts_implementation = "eager"
+        self.dy = self.dy.double()
+        self.learned[:2] = [t.detach().double().requires_grad_() for t in self.learned[:2]]
+        return self
+
+    def results(self) -> dict[str, Tensor]:
+        """What comes out, and the gradients, those of all A and of all B together."""
+        self.step()
+        grads = {"dx": self.learned[0].grad, "dweights": self.learned[1].grad}
+        for name in ("lora_A", "lora_B"):
+            some = [p.grad.flatten() for key, p in self.model.named_parameters() if name in key and p.grad is not None]
+            grads[f"d{name[-1]}"] = torch.cat(some)
+        return {"y": self.forward().detach()} | {name: grad for name, grad in grads.items() if grad is not None}
+
     def memory(self) -> dict[str, int]:
         """Bytes that the forward pass keeps, and the most that there are in a step, weights included."""
         peak = peak_bytes(self.model, torch.optim.SGD(self.learned), self.step)
         return {"kept": kept_bytes(self.model, self.forward), "peak": peak}
 
 
-def _frozen(shape: Shape) -> nn.Module:
+def _frozen(shape: Shape, device: str) -> nn.Module:
     """Transformers' experts as it runs them unless asked otherwise, by grouped products."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     sizes = {"hidden_size": shape.hidden, "moe_intermediate_size": shape.intermediate, "num_experts": shape.experts}
-    experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes, experts_implementation="grouped_mm"))
+    with torch.device(device):
+        experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes, experts_implementation="grouped_mm"))
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=parameter.shape[2] ** -0.5)
     return nn.ModuleDict({"experts": experts}).requires_grad_(False)
 
 
-def _adapted(who: str, base: nn.Module) -> nn.Module:
+def _adapted(who: str, base: nn.Module, backend: str | None) -> nn.Module:
     import peft
 
     import fastpeft
@@ -98,24 +123,35 @@ def _adapted(who: str, base: nn.Module) -> nn.Module:
     config = peft.LoraConfig(r=RANK, target_modules=[], target_parameters=list(PARAMETERS), init_lora_weights=False)
     model: nn.Module = peft.get_peft_model(base, config)
     if who == FASTPEFT.name:
-        report = fastpeft.patch(model)
+        report = fastpeft.patch(model, backend=backend)
         if report.left_to_peft:
             raise RuntimeError(f"fastpeft did not fuse the experts:\n{report}")
     return model
 
 
+def backends(shape: Shape, dtype: str, device: str) -> list[str]:
+    """Those with kernels for such experts on this machine."""
+    weight = torch.empty(1, shape.intermediate, shape.hidden, device=device, dtype=DTYPES[dtype])
+    ours = [each for each in dispatch.BACKENDS if each.name != "reference" and each.device == device]
+    return [each.name for each in ours if not (each.unavailable() or each.refuses(weight[0], weight, []))]
+
+
 def measure(
     shape: Shape, tokens: Sequence[int], dtypes: Sequence[str], device: str, rounds: int, run: Run
 ) -> Iterator[dict[str, Any]]:
-    """A row for every dtype, number of tokens and phase."""
+    """A row for every dtype, number of tokens, backend and phase."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for dtype in dtypes:
-        for count in tokens:
-            blocks = {who.name: Block(who.name, shape, count, dtype, device) for who in (BASE, PEFT, FASTPEFT)}
+    for dtype, count in product(dtypes, tokens):
+        for backend in backends(shape, dtype, device):
+            case = shape, count, dtype, device
+            ours = Block(FASTPEFT.name, *case, backend)
+            blocks = {who.name: Block(who.name, *case) for who in (BASE, PEFT)} | {FASTPEFT.name: ours}
+            truth = Block(PEFT.name, *case).in_float64().results()
+            verdict = parity.judge(truth, blocks[PEFT.name].results(), ours.results())
             memory = {name: block.memory() for name, block in blocks.items()}
             for phase in PHASES:
                 samples = interleave({name: getattr(block, phase) for name, block in blocks.items()}, rounds, wait)
-                ours = samples[FASTPEFT.name].wall
+                wall = {name: each.wall for name, each in samples.items()}
                 yield {
                     **run.facts(),
                     "shape": shape._asdict(),
@@ -123,10 +159,12 @@ def measure(
                     "dtype": dtype,
                     "tokens": count,
                     "phase": phase,
-                    "rounds": len(ours),
-                    "seconds": {name: summary(each.wall) for name, each in samples.items()},
-                    "over_base": summary(ratios(ours, samples[BASE.name].wall)),
-                    "over_peft": summary(ratios(ours, samples[PEFT.name].wall)),
+                    "backend": backend,
+                    "parity": verdict,
+                    "rounds": len(wall[FASTPEFT.name]),
+                    "seconds": {name: summary(each) for name, each in wall.items()},
+                    "over_base": summary(ratios(wall[FASTPEFT.name], wall[BASE.name])),
+                    "over_peft": summary(ratios(wall[FASTPEFT.name], wall[PEFT.name])),
                     "bytes": memory,
                 }
 
@@ -141,17 +179,19 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         f"{first['rounds']} rounds, in ms. Kept: MiB for the backward pass; peak: the most MiB in a step, weights "
         "included; base / PEFT / fastpeft.",
         "",
-        "| dtype | tokens | | base | PEFT | fastpeft | / base | / PEFT | kept | peak |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| dtype | tokens | backend | | base | PEFT | fastpeft | / base | / PEFT | kept | peak |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in found:
         who = [each.name for each in (BASE, PEFT, FASTPEFT)]
         times = " | ".join(f"{row['seconds'][name]['median'] * 1e3:.2f}" for name in who)
-        over = " | ".join(spread(row[name]) for name in ("over_base", "over_peft"))
+        passed = row.get("parity", {"passed": True})["passed"]  # rows of before it was asked
+        over = " | ".join(spread(row[name]) if passed else "parity fails" for name in ("over_base", "over_peft"))
         memory = " | ".join(
             " / ".join(f"{row['bytes'][name][kind] / 2**20:.1f}" for name in who) for kind in ("kept", "peak")
         )
-        lines.append(f"| {row['dtype']} | {row['tokens']} | {PHASES[row['phase']]} | {times} | {over} | {memory} |")
+        what = f"{row['dtype']} | {row['tokens']} | {row.get('backend', 'cpu')} | {PHASES[row['phase']]}"
+        lines.append(f"| {what} | {times} | {over} | {memory} |")
     return "\n".join(lines) + "\n"
 
 

@@ -83,16 +83,16 @@ def lora_grouped_linear(
     Args:
         x: ``[T, K]``, rows sorted by expert; the dtype of ``weight`` unless autocast is on.
         offsets: int32 or int64 ``[E + 1]``, ascending from 0 to ``T``: expert ``e`` has rows
-            ``offsets[e]:offsets[e + 1]``, or none. What they hold is checked at once on a CPU; on a GPU, or in a
-            compiled graph, by the backend when it computes.
+            ``offsets[e]:offsets[e + 1]``, or none. What they hold is checked at once on a CPU, in a compiled graph by
+            the backend when it computes. On a GPU nobody waits to look at them: wrong ones give wrong results there.
         weight: ``[E, N, K]``, float64, float32, float16 or bfloat16, any strides (a stack ``[E, K, N]`` is passed as
             ``weight.transpose(1, 2)``).
         bias: ``[E, N]`` or None.
         A: ``[E, r, K]``, or a list with one for each adapter. Any floating dtype and strides.
         B: ``[E, N, r]``, or a list alike.
         scaling, dropout_p, training: as in :func:`lora_linear`; the mask counts rows of the sorted ``x``.
-        backend: as in :func:`lora_linear`. The GPU's take bfloat16; ``"reference"``, which takes the rest there, waits
-            for the offsets in each pass.
+        backend: as in :func:`lora_linear`. ``"cuda"`` takes bfloat16 alone, ``"triton"`` float32 and float16, too;
+            ``"reference"``, which takes the rest on a GPU, waits for the offsets in each pass.
 
     Returns:
         ``[T, N]``, in the dtype of ``x`` or of autocast.

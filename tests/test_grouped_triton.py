@@ -9,17 +9,20 @@ import pytest
 import torch
 import triton_interpreter
 from oracle import DEVICE, Results, moved_to
-from test_grouped import CASES, DTYPES, PEFTS, Case, Experts, assert_as_close_as_eager, assert_same_bits
+from peft_experts import moe
+from test_grouped import CASES, DTYPES, PEFTS, Case, Experts, assert_as_close_as_eager, assert_same_bits, plain, results
 from test_grouped import fused as by_the_op
-from test_grouped import plain, results
+from test_peft_experts import assert_parity
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 from fastpeft import dispatch, ops
+from fastpeft.backends.cpu import CpuBackend
 from fastpeft.backends.gpu import triton as backend
 from fastpeft.call import Adapters, GroupedBackwardCall, Needs, Weight
 from fastpeft.dropout import dropout_keep
 from fastpeft.four_bit import quantize
+from fastpeft.peft import experts
 
 CASES = [
     *CASES,
@@ -228,3 +231,14 @@ def test_what_it_takes_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     dora = Adapters(i.A, i.B, [torch.ones(5, 63)] * 2, i.scaling, i.dropout_p, i.seed)
     with pytest.raises(ValueError, match="c must be empty"):
         dispatch.named("triton").lora_grouped_linear(*call._replace(adapters=dora))
+
+
+@without_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pefts_experts_are_fused_where_the_vendor_has_no_grouped_products(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; bfloat16 would be the backend cuda's."""
+    monkeypatch.setattr(experts, "_is_waited_for", lambda weight: True)
+    monkeypatch.setattr(CpuBackend, "refuses", lambda self, *operands: "it is no GPU")
+    assert_parity(moe("GptOss", target_modules=[]).to(dtype), monkeypatch)

@@ -146,7 +146,7 @@ def _kernels_reason(experts: Experts) -> str | None:
         x = weight.new_empty(0, weight.shape[2], dtype=weight.dtype if experts.as_grouped else compute_dtype(weight))
         refused = refusals(x, weight, [*A, *B])
         if all(reason for backend, reason in refused.items() if backend != "reference"):
-            return f"its experts' {name} has no kernels on a GPU ({refused['cuda']})"
+            return f"its experts' {name} has no kernels on a GPU ({refused['triton']})"  # who takes the most
     return None
 
 
