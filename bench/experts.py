@@ -79,8 +79,9 @@ class Block:
         """The same, there, where torch has no grouped products."""
         self.model.double()
         for module in self.model.modules():
-            if hasattr(module, "config"):
-                module.config._experts_implementation = "eager"
+            config: Any = getattr(module, "config", None)
+            if config is not None:
+                config._experts_implementation = "eager"
         self.dy = self.dy.double()
         self.learned[:2] = [t.detach().double().requires_grad_() for t in self.learned[:2]]
         return self

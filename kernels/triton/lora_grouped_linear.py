@@ -40,7 +40,9 @@ def lora_grouped_linear_config(
         )
     if float32:
         return LoraGroupedLinearConfig(64, 64, 16)
-    return LoraGroupedLinearConfig(64 if several or rank_block > 32 else row_block)
+    if rank_block > 32:
+        return LoraGroupedLinearConfig(64, 64 if several else 128)
+    return LoraGroupedLinearConfig(64 if several else row_block)
 
 
 @triton.jit
