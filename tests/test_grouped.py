@@ -174,16 +174,11 @@ def assert_same_bits(actual: Results, expected: Results) -> None:
         assert torch.equal(actual[name], tensor), name
 
 
-def by_peft(i: Experts) -> Iterable[Results]:
-    """By PEFT's way."""
-    return [results(plain, i)]
-
-
 def assert_as_close_as_eager(
     case: Case,
     dtype: torch.dtype,
     compute: Callable[[Experts], Results],
-    eagers: Callable[[Experts], Iterable[Results]] = by_peft,
+    eagers: Callable[[Experts], Iterable[Results]] = lambda i: [results(plain, i)],
 ) -> None:
     """``y`` and every gradient; each element of eager's counts where it is worst."""
     i = case.make(dtype)

@@ -88,9 +88,9 @@ def _read(adapters: Adapters) -> tuple[Sequence[Tensor], Sequence[Tensor], Seque
     """Each adapter's A and B, the scale of its ``u`` and its mask."""
     if adapters.c:
         raise ValueError("c must be empty: the kernels for experts compute no DoRA")
-    factors = ([_near(in_memory(t)) for t in some] for some in (adapters.A, adapters.B))
+    A, B = ([_near(in_memory(t)) for t in some] for some in (adapters.A, adapters.B))
     masks = [Mask.of(p, adapters.seed, i) for i, p in enumerate(adapters.dropout_p)]
-    return *factors, [s * mask.factor for s, mask in zip(adapters.scaling, masks, strict=True)], masks
+    return A, B, [s * mask.factor for s, mask in zip(adapters.scaling, masks, strict=True)], masks
 
 
 def _near(stack: Tensor) -> Tensor:
