@@ -45,9 +45,8 @@ def lora_grouped_linear_backward(
     A, B, scales, masks = _read(adapters)
     with on_the_device_of(dy):
         T, ranks, (N, K) = dy.shape[0], adapters.ranks, adapters.shape
-        dx, dbias = dy.new_empty((T, K)), dy.new_empty((offsets.shape[0] - 1, N))
-        like = [dx, weight.data, dbias, *adapters.factors]
         if T == 0:
+            like = [dy.new_empty((T, K)), weight.data, dy.new_empty((len(weight.data), N)), *adapters.factors]
             return [torch.zeros_like(t) for t, need in zip(like, needs.flat, strict=True) if need]
         dy, x, offsets = in_memory(dy), None if x is None else in_memory(x), offsets.contiguous()
         flowing = [i for i, need in enumerate(needs.A) if need or needs.x]
@@ -66,13 +65,13 @@ def lora_grouped_linear_backward(
 
         if needs.x:
             tail = GroupedTail([v[i] for i in flowing], [a.transpose(1, 2) for a in A], scales, masks)
-            kernels.lora_grouped_linear(dy, offsets, in_memory(weight.data).transpose(1, 2), dx, tail)
-            grads.append(dx)
+            grads.append(dy.new_empty((T, K)))
+            kernels.lora_grouped_linear(dy, offsets, in_memory(weight.data).transpose(1, 2), grads[-1], tail)
         if needs.weight:
             assert x is not None
             add(GroupedSums(dy if dy.stride(1) == 1 else dy.contiguous(), x, 1.0), torch.empty_like(weight.data))
         if needs.bias:
-            ones = dy.new_ones(()).expand(T, 1)
+            ones, dbias = dy.new_ones(()).expand(T, 1), dy.new_empty((len(weight.data), N))
             kernels.lora_grouped_gradient(GroupedSums(ones, dy, 1.0), offsets, dbias.unsqueeze(1))
             grads.append(dbias)
         for i in (i for i, need in enumerate(needs.A) if need):
