@@ -1,7 +1,8 @@
 """A mixture of experts with LoRA on the stacked weights, shaped like Qwen3-MoE's: ``python -m fastpeft.bench.experts``.
 
-The frozen experts of transformers, PEFT as it comes (``target_parameters``) and fastpeft, on the same tokens sent to
-the same experts. ``--method qlora``: bitsandbytes has packed the experts of all but PEFT's, which cannot train these.
+The frozen experts of transformers, PEFT as it comes (``target_parameters``) and fastpeft by each backend that runs
+here, on the same tokens sent to the same experts; of LoRA first whether fastpeft computes what PEFT does, as in
+parity.py. ``--method qlora``: bitsandbytes has packed the experts of all but PEFT's, which cannot train these.
 ``--method dora`` and ``qdora``: without PEFT, which has no DoRA there. Rows are appended to
 ``bench/results/<machine>-experts.jsonl``, those of other methods than LoRA to ``<machine>-experts-<method>.jsonl``, and
 the table beside them is drawn from the newest.
@@ -10,6 +11,7 @@ the table beside them is drawn from the newest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +19,12 @@ import click
 import torch
 from torch import Tensor, nn
 
+from fastpeft import dispatch
 from fastpeft.experiments.memory import kept_bytes, peak_bytes
 from fastpeft.experiments.models import FOUR_BIT_METHODS, METHODS
 from fastpeft.experiments.timing import interleave, ratios, summary
 
+from . import parity
 from .cases import DEVICES, DTYPES, RANK, SEED
 from .contestants import BASE, FASTPEFT, PEFT
 from .measure import Run, record_kernels
@@ -52,10 +56,12 @@ SHAPES = {"small": Shape(32, 4, 512, 256), "qwen3-30b": Shape(128, 8, 2048, 768)
 class Block:
     """One contestant's experts on one case's tokens. Its phases are what the clock times."""
 
-    def __init__(self, who: str, shape: Shape, tokens: int, dtype: str, device: str, method: str) -> None:
+    def __init__(
+        self, who: str, shape: Shape, tokens: int, dtype: str, method: str, device: str, backend: str | None = None
+    ) -> None:
         torch.manual_seed(SEED)
         kind = DTYPES[dtype]
-        self.model = _adapted(who, _frozen(shape).to(device=device, dtype=kind), method)
+        self.model = _adapted(who, _frozen(shape, device).to(kind), method, backend)
         self.experts: Any = next(m for name, m in self.model.named_modules() if name.rpartition(".")[2] == "experts")
         generator = torch.Generator(device).manual_seed(SEED)
         x, dy = (torch.randn(tokens, shape.hidden, generator=generator, device=device) for _ in range(2))
@@ -77,25 +83,46 @@ class Block:
         self.forward().backward(self.dy)
         torch.autograd.graph.increment_version(self.adapters)  # as an optimizer does: DoRA's norm is stale
 
+    def in_float64(self) -> Block:
+        """The same, there, where torch has no grouped products."""
+        self.model.double()
+        for module in self.model.modules():
+            config: Any = getattr(module, "config", None)
+            if config is not None:
+                config._experts_implementation = "eager"
+        self.dy = self.dy.double()
+        self.learned[:2] = [t.detach().double().requires_grad_() for t in self.learned[:2]]
+        return self
+
+    def results(self) -> dict[str, Tensor]:
+        """What comes out, and the gradients, those of all A and of all B together."""
+        self.step()
+        grads = {"dx": self.learned[0].grad, "dweights": self.learned[1].grad}
+        for name in ("lora_A", "lora_B"):
+            some = [p.grad.flatten() for key, p in self.model.named_parameters() if name in key and p.grad is not None]
+            grads[f"d{name[-1]}"] = torch.cat(some)
+        return {"y": self.forward().detach()} | {name: grad for name, grad in grads.items() if grad is not None}
+
     def memory(self) -> dict[str, int]:
         """Bytes that the forward pass keeps, and the most that there are in a step, weights included."""
         peak = peak_bytes(self.model, torch.optim.SGD(self.learned), self.step)
         return {"kept": kept_bytes(self.model, self.forward), "peak": peak}
 
 
-def _frozen(shape: Shape) -> nn.Module:
+def _frozen(shape: Shape, device: str) -> nn.Module:
     """Transformers' experts as it runs them unless asked otherwise, by grouped products."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     sizes = {"hidden_size": shape.hidden, "moe_intermediate_size": shape.intermediate, "num_experts": shape.experts}
-    experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes, experts_implementation="grouped_mm"))
+    with torch.device(device):
+        experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes, experts_implementation="grouped_mm"))
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=parameter.shape[2] ** -0.5)
     return nn.ModuleDict({"experts": experts}).requires_grad_(False)
 
 
-def _adapted(who: str, base: nn.Module, method: str) -> nn.Module:
+def _adapted(who: str, base: nn.Module, method: str, backend: str | None) -> nn.Module:
     import peft
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
@@ -109,25 +136,37 @@ def _adapted(who: str, base: nn.Module, method: str) -> nn.Module:
         for name in PARAMETERS:
             replace_parameter_4bit(experts, name.rpartition(".")[2], compress_statistics=True)
     if who == FASTPEFT.name:
-        report = fastpeft.patch(model, experts_dora=method in DORA_METHODS)
+        report = fastpeft.patch(model, backend=backend, experts_dora=method in DORA_METHODS)
         if report.left_to_peft:
             raise RuntimeError(f"fastpeft did not fuse the experts:\n{report}")
     return model
 
 
+def backends(shape: Shape, dtype: str, device: str) -> list[str]:
+    """Those with kernels for such experts on this machine."""
+    weight = torch.empty(1, shape.intermediate, shape.hidden, device=device, dtype=DTYPES[dtype])
+    ours = [each for each in dispatch.BACKENDS if each.name != "reference" and each.device == device]
+    return [each.name for each in ours if not (each.unavailable() or each.refuses(weight[0], weight, []))]
+
+
 def measure(
     shape: Shape, tokens: Sequence[int], dtypes: Sequence[str], method: str, device: str, rounds: int, run: Run
 ) -> Iterator[dict[str, Any]]:
-    """A row for every dtype, number of tokens and phase."""
+    """A row for every dtype, number of tokens, backend and phase."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     names = [who.name for who in ((BASE, FASTPEFT) if method in DORA_METHODS else (BASE, PEFT, FASTPEFT))]
-    for dtype in dtypes:
-        for count in tokens:
-            blocks = {name: Block(name, shape, count, dtype, device, method) for name in names}
+    for dtype, count in product(dtypes, tokens):
+        case = shape, count, dtype, method, device
+        for backend in backends(shape, dtype, device):
+            blocks = {name: Block(name, *case, backend if name == FASTPEFT.name else None) for name in names}
+            verdict = None
+            if method == "lora":
+                truth = Block(PEFT.name, *case).in_float64().results()
+                verdict = parity.judge(truth, blocks[PEFT.name].results(), blocks[FASTPEFT.name].results())
             memory = {name: block.memory() for name, block in blocks.items()}
             for phase in PHASES:
                 samples = interleave({name: getattr(block, phase) for name, block in blocks.items()}, rounds, wait)
-                ours = samples[FASTPEFT.name].wall
+                wall = {name: each.wall for name, each in samples.items()}
                 yield {
                     **run.facts(),
                     "shape": shape._asdict(),
@@ -136,9 +175,11 @@ def measure(
                     "dtype": dtype,
                     "tokens": count,
                     "phase": phase,
-                    "rounds": len(ours),
-                    "seconds": {name: summary(each.wall) for name, each in samples.items()},
-                    **{f"over_{name}": summary(ratios(ours, samples[name].wall)) for name in names[:-1]},
+                    "backend": backend,
+                    "parity": verdict,
+                    "rounds": len(wall[FASTPEFT.name]),
+                    "seconds": {name: summary(each) for name, each in wall.items()},
+                    **{f"over_{name}": summary(ratios(wall[FASTPEFT.name], wall[name])) for name in names[:-1]},
                     "bytes": memory,
                 }
 
@@ -158,17 +199,19 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         f"{first['rounds']} rounds, in ms. Kept: MiB for the backward pass; peak: the most MiB in a step, weights "
         f"included; {' / '.join(labels[name] for name in who)}.{packed if method in FOUR_BIT_METHODS else ''}",
         "",
-        f"| dtype | tokens | | {' | '.join(labels[name] for name in who)} | "
+        f"| dtype | tokens | backend | | {' | '.join(labels[name] for name in who)} | "
         f"{' | '.join(f'/ {labels[name]}' for name in others)} | kept | peak |",
-        f"|---|---:|---|{'---:|' * (len(who) + len(others) + 2)}",
+        f"|---|---:|---|---|{'---:|' * (len(who) + len(others) + 2)}",
     ]
     for row in found:
         times = " | ".join(f"{row['seconds'][name]['median'] * 1e3:.2f}" for name in who)
-        over = " | ".join(spread(row[f"over_{name}"]) for name in others)
+        passed = (row.get("parity") or {"passed": True})["passed"]  # of LoRA it was asked
+        over = " | ".join(spread(row[f"over_{name}"]) if passed else "parity fails" for name in others)
         memory = " | ".join(
             " / ".join(f"{row['bytes'][name][kind] / 2**20:.1f}" for name in who) for kind in ("kept", "peak")
         )
-        lines.append(f"| {row['dtype']} | {row['tokens']} | {PHASES[row['phase']]} | {times} | {over} | {memory} |")
+        what = f"{row['dtype']} | {row['tokens']} | {row.get('backend', 'cpu')} | {PHASES[row['phase']]}"
+        lines.append(f"| {what} | {times} | {over} | {memory} |")
     return "\n".join(lines) + "\n"
 
 

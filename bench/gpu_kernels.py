@@ -12,11 +12,12 @@ from typing import Any
 
 import click
 import torch
+from torch.nn.functional import grouped_mm
 
 from fastpeft import dispatch, extension
 from fastpeft.backends.gpu import triton
 from fastpeft.backends.gpu.cuda_kernels import CudaKernels
-from fastpeft.backends.gpu.kernel_set import DyNeeds, DyOperands, Kernels, Mask, Tail
+from fastpeft.backends.gpu.kernel_set import DyNeeds, DyOperands, GroupedSums, GroupedTail, Kernels, Mask, Tail
 from fastpeft.call import Weight
 from fastpeft.four_bit import FourBit, quantize
 
@@ -25,6 +26,7 @@ from .measure import Run, record_kernels
 
 RANK = 16
 K = N = 4096
+EXPERTS = 16
 FEW = (1, 4, 8)
 MANY = (512, 2048, 4096, 8192)
 MASK = 3277, 1.05  # threshold and factor of p = 0.05
@@ -138,6 +140,29 @@ def lora_linear(sets: dict[str, Kernels], device: str, M: int, ending: str) -> t
     return x.nbytes + weight.nbytes + y.nbytes, calls
 
 
+def grouped(sets: dict[str, Kernels], device: str, T: int, name: str, masked: bool) -> tuple[int, Calls]:
+    """The kernels of stacked experts, who have about as many rows each, beside the vendor's grouped products."""
+    x, y = torch.randn(T, K, device=device).bfloat16(), torch.empty(T, N, device=device, dtype=torch.bfloat16)
+    u, A, B = (torch.randn(shape, device=device) for shape in ((T, RANK), (EXPERTS, RANK, K), (EXPERTS, N, RANK)))
+    mask = Mask(*(MASK if masked else (0, 1.0)), torch.tensor(7, device=device))
+    ends = torch.randint(T + 1, (EXPERTS - 1,)).sort().values.tolist()
+    offsets = torch.tensor([0, *ends, T], dtype=torch.int32, device=device)
+    if name == "lora_grouped_linear":
+        weight = torch.randn(EXPERTS, N, K, device=device).bfloat16()
+        tail = GroupedTail([u], [B], [2.0], [mask])
+        moved, by_torch = x.nbytes + weight.nbytes + y.nbytes, (x, weight.mT)
+        operands: tuple[Any, ...] = x, offsets, weight, y, tail
+    elif name == "lora_grouped_down":
+        moved, by_torch = x.nbytes + A.nbytes, (x, A.bfloat16().mT)
+        operands = x, offsets, [A], u, [mask]
+    else:
+        moved, by_torch = x.nbytes + A.nbytes, (u.bfloat16().mT, x)
+        operands = GroupedSums(u, x, 2.0, mask), offsets, A
+    able = {of: kernels for of, kernels in sets.items() if isinstance(kernels, triton.TritonKernels)}
+    calls: Calls = {of: lambda k=kernels: getattr(k, name)(*operands) for of, kernels in able.items()}
+    return moved, calls if masked else calls | {"torch": lambda: grouped_mm(*by_torch, offs=offsets[1:])}
+
+
 def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a b`` as the C++ composition has torch multiply; on a CPU, which has no such product, in the low precision."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
@@ -168,6 +193,9 @@ def makers(sets: dict[str, Kernels], device: str) -> dict[str, Callable[[], tupl
         found[f"dropout {M}"] = lambda M=M: dropout(sets, device, M)
         for ending in ("plain", "transposed", "masked"):
             found[f"lora_linear {M}, {ending}"] = lambda M=M, e=ending: lora_linear(sets, device, M, e)
+        for kind in ("lora_grouped_linear", "lora_grouped_down", "lora_grouped_gradient"):
+            found[f"{kind} {M}"] = lambda M=M, kind=kind: grouped(sets, device, M, kind, False)
+            found[f"{kind} {M}, masked"] = lambda M=M, kind=kind: grouped(sets, device, M, kind, True)
         for ending in ("plain", "masked", "scaled"):
             found[f"lora_up {M}, {ending}"] = lambda M=M, e=ending: lora_up(sets, device, M, e)
     return found

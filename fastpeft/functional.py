@@ -84,8 +84,8 @@ def lora_grouped_linear(
     Args:
         x: ``[T, K]``, rows sorted by expert; the dtype of a dense ``weight`` unless autocast is on.
         offsets: int32 or int64 ``[E + 1]``, ascending from 0 to ``T``: expert ``e`` has rows
-            ``offsets[e]:offsets[e + 1]``, or none. What they hold is checked at once on a CPU; on a GPU, or in a
-            compiled graph, by the backend when it computes.
+            ``offsets[e]:offsets[e + 1]``, or none. What they hold is checked at once on a CPU, in a compiled graph by
+            the backend when it computes. On a GPU nobody waits to look at them: wrong ones give wrong results there.
         weight: ``[E, N, K]``, float64, float32, float16 or bfloat16, any strides; or a
             :class:`fastpeft.four_bit.FourBit` of this shape, of which the experts that have rows are decoded tile by
             tile, with ``x`` in any of these dtypes. A stack ``[E, K, N]`` of either kind is passed as ``weight.mT``.
@@ -93,8 +93,8 @@ def lora_grouped_linear(
         A: ``[E, r, K]``, or a list with one for each adapter. Any floating dtype and strides.
         B: ``[E, N, r]``, or a list alike.
         scaling, dropout_p, training: as in :func:`lora_linear`; the mask counts rows of the sorted ``x``.
-        backend: as in :func:`lora_linear`. The GPU's take dense stacks in bfloat16; ``"reference"``, which takes the
-            rest there, waits for the offsets in each pass.
+        backend: as in :func:`lora_linear`. ``"cuda"`` takes dense stacks in bfloat16, ``"triton"`` in float32 and
+            float16, too; ``"reference"``, which takes the rest on a GPU, waits for the offsets in each pass.
 
     Returns:
         ``[T, N]``, in the dtype of ``x`` or of autocast.

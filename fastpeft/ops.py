@@ -112,12 +112,12 @@ def _lora_linear_backward_batched(*flat: Any) -> list[Tensor]:
 
 
 def _run_grouped(call: GroupedCall, backend: str | None) -> Forward:
-    run = dispatch.choose("lora_grouped_linear", call.x, call.weight.data, call.adapters.factors, backend)
+    run = dispatch.choose("lora_grouped_linear", call.x, call.weight.data, _factors(call.adapters), backend)
     return run.lora_grouped_linear(*call)
 
 
 def _run_grouped_backward(call: GroupedBackwardCall, backend: str | None) -> list[Tensor]:
-    run = dispatch.choose("lora_grouped_linear_backward", call.dy, call.weight.data, call.adapters.factors, backend)
+    run = dispatch.choose("lora_grouped_linear_backward", call.dy, call.weight.data, _factors(call.adapters), backend)
     return run.lora_grouped_linear_backward(*call)
 
 

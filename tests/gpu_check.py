@@ -5,10 +5,10 @@
 Uses the python it is started with, which needs torch with CUDA, Triton, transformers, peft and pytest; what it lacks
 of the bench's other packages may lie in a folder made by ``pip install --target FOLDER``. Builds the extensions in
 this checkout, puts fastpeft together in a folder of its own (nothing is installed), runs the GPU backends' tests,
-times kernels and plans, then runs ``fastpeft bench`` with the plans that were found fastest, then some steps again
-under compute-sanitizer, where there is one, and leaves behind the tests' report, the rows by device name with their
-tables, the plans (which it puts into fastpeft/backends/gpu) and a summary, which is printed last; all of it also as
-one archive, complete after each step. The exit code is 1 when a step failed, a bound was missed, or the time was too
+times kernels, plans and experts, then runs ``fastpeft bench`` with the plans that were found fastest, then some steps
+again under compute-sanitizer, where there is one, and leaves behind the tests' report, the rows by device name with
+their tables, the plans (which it puts into fastpeft/backends/gpu) and a summary, which is printed last; all of it also
+as one archive, complete after each step. The exit code is 1 when a step failed, a bound was missed, or the time was too
 short. Without nvcc the CUDA backend is left out, without bitsandbytes the 4-bit methods of the bench, and it says so.
 """
 
@@ -33,7 +33,8 @@ PLANS = ROOT / "fastpeft" / "backends" / "gpu" / "plans.json"
 FOLDERS = {"bench": "bench", "kernels/triton": "kernels", "csrc": "csrc"}  # pyproject.toml's package-dir
 METHODS = ("lora", "dora", "qlora", "qdora", "adalora")
 FOUR_BIT = ("qlora", "qdora")
-TESTS = ("test_cuda.py", "test_cuda_steps.py", "test_triton.py", "test_gpu_sync.py")
+TESTS = ("test_cuda.py", "test_cuda_steps.py", "test_triton.py", "test_grouped_triton.py", "test_gpu_sync.py")
+EXPERTS = ("--shape", "qwen3-30b", "--dtype", "bf16", "--tokens", "64", "--tokens", "512", "--tokens", "4096")
 SANITIZER = "compute-sanitizer"
 WATCHED = ("tests/test_cuda.py", "-k", "short_way")  # whole steps of a few cases that end within tiles
 MOST_WORKERS = 14
@@ -81,6 +82,9 @@ def steps_of(python: str, out: Path, methods: Sequence[str]) -> list[Step]:
         Step("tests", [*tests, *(f"tests/{name}" for name in TESTS)], 0.45),
         Step("kernels", [*module, "fastpeft.bench.gpu_kernels", *to_out], 0.25),
         Step("plans", [*module, "fastpeft.bench.gpu_plans", *to_out, "--record", str(PLANS)], 0.4),
+        Step(
+            "experts", [*module, "fastpeft.bench.experts", "--device", "cuda", "--rounds", "9", *EXPERTS, *to_out], 0.2
+        ),
         *(
             Step(f"bench-{method}", [*bench, "--method", method], 0.8 / (len(methods) - position))
             for position, method in enumerate(methods)

@@ -288,7 +288,7 @@ class Expected:
         inputs = [make()]
         inputs += [make() for _ in range(draws_needed(inputs[0]) - 1)]
         oracles = [oracle(i) for i in inputs]
-        return cls(inputs, oracles, [_worst(truth, _eagers(i)) for truth, i in zip(oracles, inputs, strict=True)])
+        return cls(inputs, oracles, [worst(truth, _eagers(i)) for truth, i in zip(oracles, inputs, strict=True)])
 
     def assert_met_by(self, function: Callable[[LoraInputs], Results]) -> None:
         """Every entry of ``function(inputs)`` has eager's dtype and is as close to the oracle as eager's is."""
@@ -329,13 +329,14 @@ def _eagers(inputs: LoraInputs) -> Iterator[Results]:
             yield {name: result.cpu() for name, result in eager(made.to(DEVICE)).items()}
 
 
-def _worst(truth: Results, eagers: Iterable[Results]) -> Results:
-    worst = dict[str, Tensor]()
+def worst(truth: Results, eagers: Iterable[Results]) -> Results:
+    """Of each element the one that is furthest from the truth."""
+    furthest = dict[str, Tensor]()
     for found in eagers:
         for name, exact in truth.items():
-            a, b = worst.get(name, found[name]), found[name]
-            worst[name] = a.where((a - exact).abs() >= (b - exact).abs(), b)
-    return worst
+            a, b = furthest.get(name, found[name]), found[name]
+            furthest[name] = a.where((a - exact).abs() >= (b - exact).abs(), b)
+    return furthest
 
 
 def _max_norm(error: Tensor) -> float:

@@ -21,6 +21,8 @@ def test_a_row_for_each_size_and_phase(tmp_path: Path, monkeypatch: pytest.Monke
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["tokens"], row["phase"]) for row in found] == [(n, p) for n in (5, 9) for p in experts.PHASES]
     for row in found:
+        assert row["backend"] == "cpu" and row["parity"]["passed"], row["parity"]
+        assert row["parity"]["errors"].keys() == {"y", "dx", "dweights", "dA", "dB"}
         assert set(row["seconds"]) == set(row["bytes"]) == {"base", "peft", "fastpeft"}
         assert row["over_peft"]["q1"] <= row["over_peft"]["median"] <= row["over_peft"]["q3"]
         kept = {name: each["kept"] for name, each in row["bytes"].items()}
@@ -28,6 +30,9 @@ def test_a_row_for_each_size_and_phase(tmp_path: Path, monkeypatch: pytest.Monke
     table = path.with_suffix(".md").read_text()
     assert "NF4" not in table
     assert table in result.output and table.count("\n| fp32 | ") == 4
+    for row in found:
+        row["parity"]["passed"] = False
+    assert experts.markdown(found).count("| parity fails | parity fails |") == 4
 
 
 def test_experts_in_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

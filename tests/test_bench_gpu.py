@@ -44,6 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         (timing, "SHORTEST_SAMPLE", 0.0),
         (gpu_kernels, "K", 128),
         (gpu_kernels, "N", 64),
+        (gpu_kernels, "EXPERTS", 3),
         (gpu_kernels, "FEW", (1, 2)),
         (gpu_kernels, "MANY", (17,)),
         (gpu_plans, "TOKENS", (1, 17)),
@@ -70,7 +71,7 @@ def test_every_kernel_has_a_row(of: Callable[[pytest.MonkeyPatch], Kernels], mon
     kernels = of(monkeypatch)
     monkeypatch.setattr(gpu_kernels, "kernel_sets", lambda: {"ours": kernels})
     found = list(gpu_kernels.measure(2, run()))
-    assert len({row["kernel"] for row in found}) == len(found) == 19
+    assert len({row["kernel"] for row in found}) == len(found) == 25
     assert {r["kernel"]: r["seconds"] for r in found if not isinstance(r["seconds"].get("ours", {}), dict)} == {}
     copied = 2 * 2 * 128 * 64
     assert found[0]["kernel"] == "copy" and found[0]["bytes"] == copied

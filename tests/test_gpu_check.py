@@ -20,7 +20,7 @@ import gpu_window
 import pytest
 import torch
 from click.testing import CliRunner
-from fastpeft.bench import cli, gpu_kernels, gpu_plans
+from fastpeft.bench import cli, experts, gpu_kernels, gpu_plans
 from fastpeft.bench.cases import LayerCase
 from fastpeft.bench.rows import append
 from gpu_steps import ARCHIVE, Step, Steps, exit_code
@@ -30,6 +30,7 @@ import fastpeft.cli
 
 COMMANDS: dict[str, click.Command] = {
     "fastpeft": fastpeft.cli.main,
+    "fastpeft.bench.experts": experts.command,
     "fastpeft.bench.gpu_kernels": gpu_kernels.command,
     "fastpeft.bench.gpu_plans": gpu_plans.command,
 }

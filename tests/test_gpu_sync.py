@@ -4,22 +4,24 @@ On a GPU the same is asked of torch itself, and a whole training step is capture
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import peft
 import pytest
 import torch
 from cases import Case
-from oracle import LoraInputs
+from grouped_cases import Case as Experts
+from grouped_cases import Experts as Stacked
+from oracle import LoraInputs, moved_to
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import fastpeft
 from fastpeft import checks, dropout, functional
-from fastpeft.backends.gpu import compose, plans
+from fastpeft.backends.gpu import compose, compose_grouped, plans
 from fastpeft.backends.gpu.kernel_set import DyGradients, DyOperands, Mask
 from fastpeft.call import Kept, Needs
 from fastpeft.peft import readers
@@ -30,6 +32,8 @@ CASES = {
     "dora": Case(dora=True, dropout_p=0.1),
     "one token": Case(M=1, dora=True),
 }
+EXPERTS = Experts(K=64, N=48, ranks=(8, 3), dropout_p=0.1)
+Inputs = TypeVar("Inputs", LoraInputs, Stacked)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -55,6 +59,15 @@ class ValuelessKernels:
     def shared_plans(self, *args: Any) -> tuple[()]:
         return ()
 
+    def lora_grouped_down(self, *args: Any) -> None:
+        pass
+
+    def lora_grouped_linear(self, *args: Any) -> None:
+        pass
+
+    def lora_grouped_gradient(self, *args: Any) -> None:
+        pass
+
 
 @pytest.fixture
 def valueless(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
@@ -68,13 +81,13 @@ def valueless(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def on_cuda(inputs: LoraInputs) -> LoraInputs:
+def on_cuda(inputs: Inputs) -> Inputs:
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor):
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
         return [moved(each) for each in value] if isinstance(value, list) else value
 
-    return LoraInputs(**{name: moved(value) for name, value in vars(inputs).items()})
+    return type(inputs)(**{name: moved(value) for name, value in vars(inputs).items()})
 
 
 def test_a_value_asked_for_is_noticed(valueless: FakeTensorMode) -> None:
@@ -91,6 +104,16 @@ def test_the_composition_asks_for_no_value(valueless: FakeTensorMode, case: Case
     needs = Needs.of([True] * (3 + 2 * len(i.A) + len(i.c)), len(i.A))
     grads = compose.lora_linear_backward(kernels, i.dy, i.x, call.weight, call.adapters, Kept(u, z), needs)
     assert [g.shape for g in grads] == [t.shape for t in (i.x, i.weight, i.bias, *i.A, *i.B, *i.c)]
+
+
+def test_the_composition_of_experts_asks_for_no_value(valueless: FakeTensorMode) -> None:
+    i, kernels = on_cuda(EXPERTS.make()), ValuelessKernels()
+    call = i.call()
+    y, u = compose_grouped.lora_grouped_linear(kernels, *call)
+    assert y.device.type == "cuda" and y.shape == i.dy.shape
+    operands = i.x, i.offsets, call.weight, call.adapters, u
+    grads = compose_grouped.lora_grouped_linear_backward(kernels, i.dy, *operands, Needs.of([True] * 7, 2))
+    assert [g.shape for g in grads] == [t.shape for t in i.differentiable().values()]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -144,22 +167,44 @@ def test_a_training_step_is_captured(kind: str, backend: str) -> None:
             y = layer(x)
             return [y, *torch.autograd.grad(y.float().square().sum(), learned)]
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())  # which fills the operands
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                torch.cuda.set_sync_debug_mode("error")
-                expected = step()
-                torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = step()
-        graph.replay()
-        first = [t.clone() for t in captured]
-        graph.replay()
-        torch.cuda.synchronize()
-        same = [torch.equal(a, b) for a, b in zip(first, captured, strict=True)]
-        assert all(same) if p == 0 else not any(same)
-        assert p or all(torch.equal(a, b) for a, b in zip(first, expected, strict=True))
-        assert all(t.isfinite().all() for t in captured)
+        assert_captured(step, draws=p > 0)
+
+
+@on_gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_step_of_experts_is_captured(backend: str, p: float) -> None:
+    i, leaves = Experts(K=64, N=48, ranks=(8, 3), bias=False).make(torch.bfloat16).requiring("x", "A[0]", "B[1]")
+    leaves = {name: moved_to("cuda", t.detach()).requires_grad_(t.requires_grad) for name, t in leaves.items()}
+    A, B = ([leaves[f"{s}[{n}]"] for n in range(2)] for s in "AB")
+    offsets, learned = i.offsets.cuda(), [t for t in leaves.values() if t.requires_grad]
+    call = leaves["x"], offsets, leaves["weight"], None, A, B, i.scaling, p
+
+    def step() -> list[Tensor]:
+        y = functional.lora_grouped_linear(*call, backend=backend)
+        return [y, *torch.autograd.grad(y.float().square().sum(), learned)]
+
+    assert_captured(step, draws=p > 0)
+
+
+def assert_captured(step: Callable[[], list[Tensor]], draws: bool) -> None:
+    """Its replay computes what the step does; where it draws masks, each draws its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which fills the operands
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.cuda.set_sync_debug_mode("error")
+            expected = step()
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    graph.replay()
+    first = [t.clone() for t in captured]
+    graph.replay()
+    torch.cuda.synchronize()
+    same = [torch.equal(a, b) for a, b in zip(first, captured, strict=True)]
+    assert not any(same) if draws else all(same)
+    assert draws or all(torch.equal(a, b) for a, b in zip(first, expected, strict=True))
+    assert all(t.isfinite().all() for t in captured)

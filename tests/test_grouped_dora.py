@@ -9,14 +9,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from largest import Largest
-from oracle import assert_close_as_eager
-from test_grouped import (
+from grouped_cases import (
     DTYPES,
     SLOWER,
     Case,
     Experts,
-    assert_as_close_as,
+    assert_as_close_as_eager,
     assert_same_bits,
     every_backend,
     fused,
@@ -24,6 +22,8 @@ from test_grouped import (
     random,
     results,
 )
+from largest import Largest
+from oracle import assert_close_as_eager
 from torch import Tensor
 
 from fastpeft import extension, ops
@@ -101,7 +101,7 @@ def plain(i: DoraExperts) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_every_gradient_are_as_close_as_eager(backend: str, case: Case, dtype: torch.dtype) -> None:
-    assert_as_close_as(plain, backend, case, dtype)
+    assert_as_close_as_eager(case, dtype, lambda i: fused(i, backend), plain=plain)
 
 
 @pytest.mark.parametrize("isa", SLOWER)
@@ -109,7 +109,7 @@ def test_forward_and_every_gradient_are_as_close_as_eager(backend: str, case: Ca
 def test_every_instruction_set_is_as_close_as_eager(isa: str, dtype: torch.dtype) -> None:
     extension.built().set_isa(isa)
     try:
-        assert_as_close_as(plain, "cpu", SEVERAL, dtype)
+        assert_as_close_as_eager(SEVERAL, dtype, lambda i: fused(i, "cpu"), plain=plain)
     finally:
         extension.built().set_isa("auto")
 
@@ -121,7 +121,7 @@ def test_any_number_of_threads(counts: tuple[int, ...]) -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            assert_as_close_as(plain, "cpu", case, torch.float32)
+            assert_as_close_as_eager(case, torch.float32, lambda i: fused(i, "cpu"), plain=plain)
             i = case.make(torch.bfloat16)
             assert_same_bits(fused(i, "cpu"), fused(i, "cpu"))
         finally:

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from largest import Largest
-from oracle import assert_close_as_eager
-from test_grouped import (
+from grouped_cases import (
     BACKENDS,
     CASES,
     DTYPES,
@@ -18,18 +16,19 @@ from test_grouped import (
     SLOWER,
     Case,
     Experts,
+    assert_as_close_as_eager,
     assert_same_bits,
     by_functional,
     every_backend,
-    extension,
     fused,
     plain,
     results,
 )
-from test_grouped import test_forward_and_every_gradient_are_as_close_as_eager as assert_as_close_as_eager
+from largest import Largest
+from oracle import assert_close_as_eager
 from torch import Tensor
 
-from fastpeft import dispatch, ops
+from fastpeft import dispatch, extension, ops
 from fastpeft import functional as F
 from fastpeft.backends.gpu import compose
 from fastpeft.backends.reference import ReferenceBackend
@@ -80,7 +79,7 @@ PACKED += [replace(case, transposed=True) for case in (ODD, WHOLE)]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_as_close_as_eager(backend: str, case: PackedCase, dtype: torch.dtype) -> None:
-    assert_as_close_as_eager(backend, case, dtype)
+    assert_as_close_as_eager(case, dtype, lambda i: fused(i, backend))
 
 
 @pytest.mark.parametrize("isa", SLOWER)
@@ -89,7 +88,7 @@ def test_as_close_as_eager(backend: str, case: PackedCase, dtype: torch.dtype) -
 def test_every_instruction_set_is_as_close_as_eager(isa: str, case: PackedCase, dtype: torch.dtype) -> None:
     extension.built().set_isa(isa)
     try:
-        assert_as_close_as_eager("cpu", case, dtype)
+        assert_as_close_as_eager(case, dtype, lambda i: fused(i, "cpu"))
     finally:
         extension.built().set_isa("auto")
 

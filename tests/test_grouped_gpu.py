@@ -1,4 +1,4 @@
-"""Experts on a GPU: by torch's grouped products, which its CPU has, too. No GPU has run these."""
+"""Experts by the backend ``cuda``: by torch's grouped products, which its CPU has, too. No GPU has run these."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from grouped_cases import PEFTS, Case, assert_as_close_as_eager, assert_same_bits, fused
 from largest import Largest
-from test_grouped import PEFTS, Case, assert_as_close_as, assert_same_bits, fused, plain
 from test_grouped_dora import DoraCase
 from test_grouped_dora import plain as plain_dora
 from torch import Tensor
@@ -50,12 +50,12 @@ def by_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_close_as_eager(case: Case) -> None:
     assert grouped.refusal(case.make(BF16).x, case.make(BF16).weight) is None
-    assert_as_close_as(plain, "reference", case, BF16)
+    assert_as_close_as_eager(case, BF16, lambda i: fused(i, "reference"))
 
 
 @pytest.mark.parametrize("case", DORA, ids=str)
 def test_dora_is_as_close_as_eager(case: DoraCase) -> None:
-    assert_as_close_as(plain_dora, "reference", case, BF16)
+    assert_as_close_as_eager(case, BF16, lambda i: fused(i, "reference"), plain=plain_dora)
 
 
 @pytest.mark.parametrize("kind", [Case, DoraCase])
@@ -104,7 +104,7 @@ def test_nothing_asks_for_a_value(kind: type[Case]) -> None:
     assert [g.shape for g in grads] == [t.shape for t in i.differentiable().values()]
 
 
-def test_what_a_gpu_leaves_to_the_reference() -> None:
+def test_what_they_leave_to_others() -> None:
     i = Case(K=64, N=48).make(BF16)
     assert "in bfloat16" in str(grouped.refusal(i.x.float(), i.weight.float()))
     assert "multiples of 8" in str(grouped.refusal(i.x[:, :60], i.weight[:, :, :60]))

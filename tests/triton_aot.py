@@ -28,15 +28,15 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpeft import kernels
-from fastpeft.backends.gpu.kernel_set import DyOperands, Tail
-from fastpeft.backends.gpu.triton import COPY_TILES
+from fastpeft.backends.gpu.kernel_set import NO_MASK, DyOperands, GroupedSums, GroupedTail, Mask, Tail
+from fastpeft.backends.gpu.triton import COPY_TILES, ROW_BLOCKS
 
 ARCHITECTURES = (80, 90, 100)
 PERFORMANCE_WARNING = r"\(C75\d\d\).*"  # of ptxas, such as that wgmma instructions wait for one another
 GLOBAL = r"\b(?:(?:ld|st)\.global|cp\.async\.c[ag]\.shared\.global|cp\.async\.bulk\.tensor)\S*"
 WIDE = r"\.v4\.[bfu]32$|\.v[248]\.[bfu]64$|\.v8\.[bfu]32$|^cp\.async\.(?:cg|bulk)"
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
-M, K, N = 2048, 4096, 4096
+M, K, N, E = 2048, 4096, 4096, 64
 KINDS = (
     (torch.bfloat16, 16),
     (torch.bfloat16, 32),
@@ -105,6 +105,7 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
             packed, nested, 6, 256, weight, kernels.FourBitDecodeConfig()
         ),
     }
+    every |= grouped_launches(dtype, rank)
     by_descriptor = {
         "lora_linear_persistent": (x, weight, y, plain),
         "lora_linear_persistent, dx with dropout": (y, weight.t(), x, masked),
@@ -115,6 +116,51 @@ def launches(dtype: torch.dtype, rank: int, architecture: int) -> dict[str, Call
             name: lambda o=operands: kernels.lora_linear_persistent(*o, *persistent)
             for name, operands in by_descriptor.items()
         }
+    return every
+
+
+def grouped_launches(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], object]]:
+    """The same of the kernels for stacked experts, for each number of rows that a program takes."""
+    f32, kind, common = torch.float32, (rank, dtype == torch.float32), (rank, "ieee")
+    x, y, offsets, seed = (
+        tensor(*shape, dtype=of)
+        for shape, of in (((M, K), dtype), ((M, N), dtype), ((E + 1,), torch.int64), ((), torch.int64))
+    )
+    weight, bias = tensor(E, N, K, dtype=dtype), tensor(E, N, dtype=dtype)
+    A, B, u = tensor(E, rank, K, dtype=f32), tensor(E, N, rank, dtype=f32), tensor(M, rank, dtype=f32)
+    innermost = tensor(N, rank, E, dtype=f32).permute(2, 0, 1)  # as PEFT keeps B
+    mask = Mask(3277, 1.05, seed)
+    plain, masked = GroupedTail([u], [B], [2.0], [NO_MASK], bias), GroupedTail([u], [A.mT], [2.0], [mask])
+    three = GroupedTail([u] * 3, [A.mT] * 3, [2.0] * 3, [mask, NO_MASK, mask])
+    down, by_x = replace(kernels.lora_down_config(*kind), SPLIT_K=1024), kernels.lora_grouped_gradient_config(*kind)
+    every = {
+        "lora_grouped_down": lambda: kernels.lora_grouped_down(x, offsets, [A], [u[None]], [NO_MASK], *common, down),
+        "lora_grouped_down, dropout": lambda: kernels.lora_grouped_down(
+            x, offsets, [A], [u[None]], [mask], *common, down
+        ),
+        "lora_grouped_gradient": lambda: kernels.lora_grouped_gradient(
+            GroupedSums(u, x, 2.0), offsets, A, *common, by_x
+        ),
+        "lora_grouped_gradient, dropout": lambda: kernels.lora_grouped_gradient(
+            GroupedSums(u, x, 2.0, mask), offsets, A, *common, by_x
+        ),
+        "lora_grouped_gradient, dB": lambda: kernels.lora_grouped_gradient(
+            GroupedSums(u, y, 2.0), offsets, innermost.mT, *common, by_x
+        ),
+    }
+    products = {
+        "": (x, offsets, weight, y, plain),
+        ", dx with dropout": (y, offsets, weight.mT, x, masked),
+        ", dx with three adapters": (y, offsets, weight.mT, x, three),
+    }
+    if dtype != f32:
+        products[", float32 weight"] = x, offsets, weight.float(), y, plain
+    for rows in ROW_BLOCKS:
+        for name in list(products)[: None if rows == ROW_BLOCKS[-1] else 2]:
+            config = kernels.lora_grouped_linear_config(rows, *kind, several=len(products[name][-1].q) > 1)
+            every[f"lora_grouped_linear{name}, {config.BLOCK_M} rows"] = lambda o=products[name], c=config: (
+                kernels.lora_grouped_linear(*o, *common, c)
+            )
     return every
 
 

@@ -14,7 +14,6 @@ namespace {
 
 using at::Tensor;
 
-
 }  // namespace
 
 Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias, const Adapters& adapters,

@@ -184,16 +184,16 @@ def _decoded_by_us(projection: Projection) -> Projection:
 
 
 def _kernels_reason(experts: Experts) -> str | None:
-    """On a GPU the reference would go expert by expert and wait for the offsets, which PEFT does not. In 4 bits it may:
-    PEFT cannot run these at all."""
+    """On a GPU the reference would go expert by expert and wait for the offsets, which PEFT does not. In 4 bits, or
+    with DoRA, it may: PEFT cannot run these at all."""
     for projection in experts.adapted:
-        name, weight, dtype, _, A, B, *_ = projection
-        if isinstance(weight, FourBit) or not _is_waited_for(weight):
+        name, weight, dtype, _, A, B, _, magnitude, _ = projection
+        if isinstance(weight, FourBit) or magnitude or not _is_waited_for(weight):
             continue
         x = projection.no_tokens.to(dtype if experts.as_grouped else compute_dtype(weight))
         refused = refusals(x, weight, [*A, *B])
         if all(reason for backend, reason in refused.items() if backend != "reference"):
-            return f"its experts' {name} has no kernels on a GPU ({refused['cuda']})"
+            return f"its experts' {name} has no kernels on a GPU ({refused['triton']})"  # who takes the most
     return None
 
 

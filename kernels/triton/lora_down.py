@@ -33,7 +33,7 @@ def lora_down_config(rank_block: int, float32: bool) -> LoraDownConfig:
 
 
 @triton.jit
-def _down_tile(
+def down_tile(
     x_ptr,
     A_ptr,
     u_ptr,
@@ -44,6 +44,7 @@ def _down_tile(
     first_rank,
     first_k,
     last_k,
+    m,
     M,
     RANK,
     stride_xm,
@@ -58,7 +59,7 @@ def _down_tile(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    m = tl.program_id(0) * BLOCK_M
+    """``D(x) Aᵀ`` of rows ``m`` on, up to ``M``, over columns ``first_k`` up to ``last_k``; ranks ``first_rank`` on."""
     rows, r = m + tl.arange(0, BLOCK_M), first_rank + tl.arange(0, BLOCK_R)
     row_at = rows[:, None].to(tl.int64) * stride_xm
     rank_at = r[None, :].to(tl.int64) * stride_ar
@@ -104,14 +105,14 @@ def _lora_down_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, split = tl.program_id(1), tl.program_id(2)
+    m, tile, split = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     first_k = split * SPLIT_K
     last_k = tl.minimum(K, first_k + SPLIT_K)
     for i in tl.static_range(len(DROPS)):
         if tile >= 0 and tile * BLOCK_R < ranks[i]:
-            _down_tile(
+            down_tile(
                 *(x_ptr, A_ptrs[i], u_ptrs[i] + split.to(tl.int64) * stride_split, seed_ptrs[i], index_ptr, i),
-                *(thresholds[i], tile * BLOCK_R, first_k, last_k, M, ranks[i], stride_xm, stride_xk),
+                *(thresholds[i], tile * BLOCK_R, first_k, last_k, m, M, ranks[i], stride_xm, stride_xk),
                 *(stride_um, strides_ar[i], strides_ak[i]),
                 *(DROPS[i], HAS_INDEX, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION),
             )

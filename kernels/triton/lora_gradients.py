@@ -144,6 +144,38 @@ def _lora_dy_kernel(
 
 
 @triton.jit
+def add_tokens(
+    sums,
+    x_ptr,
+    v_ptr,
+    seed_ptr,
+    threshold,
+    m,
+    M,
+    first,
+    first_rank,
+    K,
+    RANK,
+    stride_xm,
+    stride_xk,
+    stride_vm,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``sums`` and ``vᵀ D(x)`` of tokens ``m`` on, up to ``M``: ranks ``first_rank`` on, columns ``first`` on."""
+    BLOCK_K: tl.constexpr = sums.shape[1]
+    rows, k, r = m + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_K), first_rank + tl.arange(0, sums.shape[0])
+    x_at = x_ptr + rows[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    x = tl.load(x_at, mask=(rows[:, None] < M) & (k[None, :] < K), other=0.0)
+    if HAS_DROPOUT:
+        x = tl.where(keep_tile(seed_ptr, threshold, m, first, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
+    v_at = v_ptr + rows[None, :].to(tl.int64) * stride_vm + r[:, None]
+    v = tl.load(v_at, mask=(rows[None, :] < M) & (r[:, None] < RANK), other=0.0)
+    return tl.dot(v.to(x.dtype), x, sums, input_precision=PRECISION)
+
+
+@triton.jit
 def _lora_dA_kernel(
     x_ptr,
     v_ptr,
@@ -168,14 +200,10 @@ def _lora_dA_kernel(
     sums = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for tile in range(TILES):
         m = (part * TILES + tile) * BLOCK_M
-        rows = m + tl.arange(0, BLOCK_M)
-        x_at = x_ptr + rows[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
-        x = tl.load(x_at, mask=(rows[:, None] < M) & (k[None, :] < K), other=0.0)
-        if HAS_DROPOUT:
-            x = tl.where(keep_tile(seed_ptr, threshold, m, first, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
-        v_at = v_ptr + rows[None, :].to(tl.int64) * stride_vm + r[:, None]
-        v = tl.load(v_at, mask=(rows[None, :] < M) & (r[:, None] < RANK), other=0.0)
-        sums = tl.dot(v.to(x.dtype), x, sums, input_precision=PRECISION)
+        sums = add_tokens(
+            *(sums, x_ptr, v_ptr, seed_ptr, threshold, m, M, first, first_rank, K, RANK, stride_xm, stride_xk),
+            *(stride_vm, HAS_DROPOUT, BLOCK_M, PRECISION),
+        )
     dA_at = dA_ptr + (part.to(tl.int64) * RANK + r[:, None]) * K + k[None, :]
     tl.store(dA_at, sums, mask=(r[:, None] < RANK) & (k[None, :] < K))
 

@@ -16,25 +16,28 @@ from ...call import Adapters, Kept, Needs, Weight
 from ...reference import z_dtype
 from ..base import Forward
 from ..compiled import STACKED, operand_refusal
-from . import grouped, plans
+from . import plans
 from .kernel_set import DyNeeds, DyOperands, Kernels, Mask, Tail
 from .plans import SHARED, Plan, Product
 
 
 def refusal(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
     """Why these ops cannot take a call, whatever the kernels; None when they can."""
-    if torch.version.hip is not None:
-        return "it was never tried on AMD GPUs"
-    if any(factor.dim() == STACKED for factor in factors):
-        return grouped.refusal(x, weight)
-    return operand_refusal(x, weight, factors)
+    if weight.dim() != STACKED and any(factor.dim() == STACKED for factor in factors):
+        return "it has no kernels for experts in 4 bits"
+    return untried() or operand_refusal(x, weight, factors)
+
+
+def untried() -> str | None:
+    """Whether this torch's GPUs are ones that nobody tried."""
+    return None if torch.version.hip is None else "it was never tried on AMD GPUs"
 
 
 def lora_linear(
     kernels: Kernels, x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters, keep_z: bool
 ) -> Forward:
     """See ops.py."""
-    with _on_the_device_of(x):
+    with on_the_device_of(x):
         x2, adapters, (N, K) = matrix(in_memory(x)), _in_memory(adapters), adapters.shape
         A, B, c, scaling, dropout_p, seed, index = adapters
         M = x2.shape[0]
@@ -64,7 +67,7 @@ def lora_linear_backward(
     kernels: Kernels, dy: Tensor, x: Tensor | None, weight: Weight, adapters: Adapters, kept: Kept, needs: Needs
 ) -> list[Tensor]:
     """See ops.py."""
-    with _on_the_device_of(dy):
+    with on_the_device_of(dy):
         adapters, (N, K) = _in_memory(adapters), adapters.shape
         A, B, c, scaling, dropout_p, seed, index = adapters
         dy2, x2 = matrix(in_memory(dy)), None if x is None else matrix(in_memory(x))
@@ -122,7 +125,7 @@ def lora_linear_backward(
 
 def dora_norm(kernels: Kernels, weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """See ops.py."""
-    with _on_the_device_of(A):
+    with on_the_device_of(A):
         weight = weight._replace(data=in_memory(weight.data))
         return kernels.dora_norm(weight, in_memory(A), in_memory(B), scaling, dtype)
 
@@ -140,7 +143,7 @@ def _in_memory(adapters: Adapters) -> Adapters:
     return Adapters(A, B, [factor.contiguous() for factor in c], *adapters[3:])
 
 
-def _on_the_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+def on_the_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Kernels are launched on torch's current device, which need not be the first tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 

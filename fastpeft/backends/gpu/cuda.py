@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ... import extension
 from ...call import Adapters, Weight
-from ..compiled import CompiledBackend
-from . import compose
+from ..compiled import STACKED, CompiledBackend
+from . import compose, grouped
 from .grouped import GroupedProducts
 
 HOPPER = (9, 0)
@@ -33,6 +33,8 @@ class CudaBackend(GroupedProducts, CompiledBackend):
     def refuses(self, x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
         if x.device.type != "cuda":
             return f"it runs on NVIDIA GPUs, and x is on {x.device}"
+        if weight.dim() == STACKED:
+            return _missing() or compose.untried() or grouped.refusal(x, weight)
         return _missing() or compose.refusal(x, weight, factors)
 
     def describe(self, weight: Weight, adapters: Adapters, dtype: torch.dtype) -> str:

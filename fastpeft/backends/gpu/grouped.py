@@ -23,8 +23,6 @@ STEP = ALIGNED // 2  # elements
 
 def refusal(x: Tensor, weight: Tensor) -> str | None:
     """Why they cannot take a call; None when they can."""
-    if weight.dtype == torch.uint8:
-        return "its products of experts take dense weights, and these are in 4 bits"
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return f"its products of experts are in bfloat16, and x is {x.dtype} and weight {weight.dtype}"
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < FEWEST:

@@ -45,6 +45,27 @@ class Tail(NamedTuple):
     bias: Tensor | None = None
 
 
+class GroupedTail(NamedTuple):
+    """What follows each expert's product: of every adapter ``scale q [T, r] · right [E, N, r]ᵀ`` (``q`` float32) where
+    its mask keeps it, then the bias ``[E, N]``, contiguous."""
+
+    q: Sequence[Tensor]
+    right: Sequence[Tensor]
+    scales: Sequence[float]
+    masks: Sequence[Mask]
+    bias: Tensor | None = None
+
+
+class GroupedSums(NamedTuple):
+    """Sums over an expert's rows: ``scale qᵀ (keep ∘ wide)`` of ``q [T, r]``, whose rows are contiguous, and
+    ``wide [T, K]``."""
+
+    q: Tensor
+    wide: Tensor
+    scale: float
+    mask: Mask = NO_MASK
+
+
 class DyOperands(NamedTuple):
     """What ``dy [M, N]`` meets of one adapter; tokens whose ``adapter_index`` is not ``adapter`` do not count."""
 
@@ -109,3 +130,19 @@ class Kernels(Protocol):
 
     def four_bit_decode(self, weight: Weight, N: int, K: int, dtype: torch.dtype) -> Tensor:
         """W, dense."""
+
+
+class GroupedKernels(Protocol):
+    """What stacked experts take beside it. Expert ``e`` has the rows ``offsets[e]`` up to ``offsets[e + 1]``, which the
+    GPU alone reads; stacks have any strides."""
+
+    def lora_grouped_down(
+        self, x: Tensor, offsets: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask]
+    ) -> None:
+        """Writes every adapter's ``keep ∘ x Aᵀ``, ``A [E, r, K]``, to its columns of ``u [T, Σ r]``, contiguous."""
+
+    def lora_grouped_linear(self, x: Tensor, offsets: Tensor, weight: Tensor, y: Tensor, tail: GroupedTail) -> None:
+        """Writes ``x Wᵀ``, ``W [E, N, K]``, with its ``tail`` to ``y [T, N]``."""
+
+    def lora_grouped_gradient(self, sums: GroupedSums, offsets: Tensor, out: Tensor) -> None:
+        """Writes ``sums`` to ``out [E, r, K]``, zeros for an expert without rows."""

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ...call import Adapters, Kept, Needs, Weight
 from ...four_bit import NESTED_BLOCKSIZE
-from ..base import Forward
-from ..compiled import DTYPES
-from . import compose, plans
-from .grouped import GroupedProducts
-from .kernel_set import DyGradients, DyNeeds, DyOperands, Mask, Tail
+from ..base import Backend, Forward
+from ..compiled import DTYPES, STACKED
+from . import compose, compose_grouped, plans
+from .kernel_set import DyGradients, DyNeeds, DyOperands, GroupedSums, GroupedTail, Mask, Tail
 from .plans import SHARED, Plan
 
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton's interpreter computes nonsense in bfloat16
@@ -31,6 +30,7 @@ PROGRAMS = 2  # of a skinny product for each multiprocessor, at least
 SHORTEST_SPLIT, SHORTEST_SPLIT_FLOAT32 = 256, 32
 MOST_TOKENS = 1024  # that a program of a gradient takes
 MOST_BYTES_OF_V = 1 << 26  # of partial sums of v, unless v itself takes more
+ROW_BLOCKS = (16, 64, 128)  # rows that a program of experts takes: by how many an expert has on the average
 RANK_BLOCKS = (16, 32, 64)  # ranks that a program may hold; the matrix instructions want 16 at least
 # Architectures whose copy engine moves tiles of a matrix, and that hold enough of them. Not 103: Triton 3.6 to 3.8 is
 # reported to miscompile two products into one sum there.
@@ -38,8 +38,8 @@ COPY_TILES = (90, 100, 101, 110)
 ALIGNED = 16  # bytes of its rows and address
 
 
-class TritonBackend(GroupedProducts):
-    """compose.py's ops out of :class:`TritonKernels`."""
+class TritonBackend(Backend):
+    """The ops of compose.py and compose_grouped.py out of :class:`TritonKernels`."""
 
     name = "triton"
     device = "cuda"
@@ -58,6 +58,8 @@ class TritonBackend(GroupedProducts):
             return "Triton is not installed"
         if _is_interpreted() and x.dtype in DTYPES and x.dtype not in INTERPRETED_DTYPES:
             return f"Triton's interpreter computes nonsense in {x.dtype}"
+        if weight.dim() == STACKED and any(factor.dim() != STACKED for factor in factors):
+            return "its kernels for experts compute no DoRA"
         return compose.refusal(x, weight, factors)
 
     def worth_a_warning(self, x: Tensor) -> bool:
@@ -75,6 +77,24 @@ class TritonBackend(GroupedProducts):
     ) -> list[Tensor]:
         return compose.lora_linear_backward(kernels(), dy, x, weight, adapters, kept, needs)
 
+    def lora_grouped_linear(
+        self, x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters, keep_z: bool
+    ) -> Forward:
+        return compose_grouped.lora_grouped_linear(kernels(), x, offsets, weight, bias, adapters)
+
+    def lora_grouped_linear_backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        offsets: Tensor,
+        weight: Weight,
+        adapters: Adapters,
+        kept: Kept,
+        needs: Needs,
+    ) -> list[Tensor]:
+        operands = dy, x, offsets, weight, adapters, kept.u, needs
+        return compose_grouped.lora_grouped_linear_backward(kernels(), *operands)
+
     def dora_norm(self, weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         return compose.dora_norm(kernels(), weight, A, B, scaling, dtype)
 
@@ -87,7 +107,7 @@ class TritonKernels:
 
     def lora_down(self, x: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask], index: Tensor | None) -> None:
         """Where tokens and ranks do not fill the GPU with programs, each takes a part of the inputs."""
-        (M, K), rank = x.shape, max(a.shape[0] for a in A)
+        M, rank = x.shape[0], max(a.shape[0] for a in A)
         kind = _kind(x, rank)
         if index is None and not any(mask.threshold for mask in masks) and _torch_is_faster(kind, rank):
             for a, part in zip(A, compose.parts_of(u, A), strict=True):
@@ -95,15 +115,10 @@ class TritonKernels:
             return
         config = self._launch.lora_down_config(*kind)
         programs = _ceil(M, config.BLOCK_M) * sum(_ceil(a.shape[0], kind.rank_block) for a in A)
-        shortest = SHORTEST_SPLIT_FLOAT32 if kind.float32 else SHORTEST_SPLIT
-        splits = min(_ceil(_programs_wanted(x), programs), _ceil(K, shortest))
-        config = replace(config, SPLIT_K=_ceil(_ceil(K, splits), config.BLOCK_K) * config.BLOCK_K)
-        splits = _ceil(K, config.SPLIT_K)
-        sums = u.unsqueeze(0) if splits == 1 else u.new_empty((splits, *u.shape))
+        config, sums = _split(x, u, config, programs)
         operands = x, A, compose.parts_of(sums, A), [(mask.threshold, mask.seed) for mask in masks], index
         self._launch.lora_down(*operands, kind.rank_block, _precision(x), config)
-        if splits > 1:
-            torch.sum(sums, 0, out=u)
+        _add_up(sums, u)
 
     def lora_dy(self, dy: Tensor, operands: DyOperands, v: Tensor | None, needs: DyNeeds) -> DyGradients:
         (M, N), rank = dy.shape, operands.B.shape[1]
@@ -200,6 +215,30 @@ class TritonKernels:
         self._launch.four_bit_decode(packed, quant, _block_bits(blocksize), NESTED_BLOCKSIZE, out, config)
         return out
 
+    def lora_grouped_down(
+        self, x: Tensor, offsets: Tensor, A: Sequence[Tensor], u: Tensor, masks: Sequence[Mask]
+    ) -> None:
+        ranks = [a.shape[1] for a in A]
+        kind = _kind(x, max(ranks))
+        config = self._launch.lora_down_config(*kind)
+        tiles = self._launch.row_tiles(x.shape[0], A[0].shape[0], config.BLOCK_M)
+        config, sums = _split(x, u, config, tiles * sum(_ceil(rank, kind.rank_block) for rank in ranks))
+        operands = x, offsets, A, sums.split(ranks, -1), masks
+        self._launch.lora_grouped_down(*operands, kind.rank_block, _precision(x), config)
+        _add_up(sums, u)
+
+    def lora_grouped_linear(self, x: Tensor, offsets: Tensor, weight: Tensor, y: Tensor, tail: GroupedTail) -> None:
+        kind, mean = _kind(x, max(q.shape[1] for q in tail.q)), _ceil(x.shape[0], weight.shape[0])
+        rows = next((size for size in ROW_BLOCKS if size >= mean), ROW_BLOCKS[-1])
+        config = self._launch.lora_grouped_linear_config(rows, *kind, several=len(tail.q) > 1)
+        operands = x, offsets, weight, y, tail
+        self._launch.lora_grouped_linear(*operands, kind.rank_block, _precision(x), config)
+
+    def lora_grouped_gradient(self, sums: GroupedSums, offsets: Tensor, out: Tensor) -> None:
+        kind = _kind(sums.wide, out.shape[1])
+        config = self._launch.lora_grouped_gradient_config(*kind)
+        self._launch.lora_grouped_gradient(sums, offsets, out, kind.rank_block, _precision(sums.wide), config)
+
 
 @lru_cache
 def kernels() -> TritonKernels:
@@ -264,6 +303,22 @@ def _tiles(x: Tensor, block: int, programs: int) -> int:
     tiles = _ceil(x.shape[0], block)
     parts = min(tiles, _ceil(_programs_wanted(x), programs))
     return min(MOST_TOKENS // block, 1 << (tiles // parts).bit_length() - 1)
+
+
+def _split(x: Tensor, u: Tensor, config: Any, programs: int) -> tuple[Any, Tensor]:
+    """Where that many programs do not fill the GPU, each takes a part of the inputs; and where their sums go, ``u`` or
+    one more of it for each part."""
+    K, shortest = x.shape[1], SHORTEST_SPLIT_FLOAT32 if x.dtype == torch.float32 else SHORTEST_SPLIT
+    splits = min(_ceil(_programs_wanted(x), programs), _ceil(K, shortest))
+    config = replace(config, SPLIT_K=_ceil(_ceil(K, splits), config.BLOCK_K) * config.BLOCK_K)
+    splits = _ceil(K, config.SPLIT_K)
+    return config, u.unsqueeze(0) if splits == 1 else u.new_empty((splits, *u.shape))
+
+
+def _add_up(sums: Tensor, u: Tensor) -> None:
+    """What the parts of :func:`_split` came to."""
+    if sums.shape[0] > 1:
+        torch.sum(sums, 0, out=u)
 
 
 def _power_of_two(size: int) -> int:
