@@ -12,6 +12,7 @@ from test_cpu import ISAS, PAIRS, extension
 from torch import Tensor
 
 from fastpeft import ops
+from fastpeft.call import NormCall, Weight
 from fastpeft.functional import dora_norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,6 +60,15 @@ def test_the_cpus_is_as_close_as_eager(isa: str, N: int, K: int, r: int, dtype: 
 def test_reference_is_as_close_as_eager(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     assert_as_close_as_eager("reference", 63, 100, 8, dtype, "transposed")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_region_of_autocast_changes_no_bit(backend: str) -> None:
+    W, A, B = torch.randn(63, 100), torch.randn(8, 100), torch.randn(63, 8)
+    call = NormCall(Weight.of(W), A, B, 1.5, torch.float32)
+    expected = ops.dora_norm(*call.flat(), backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.dora_norm(*call.flat(), backend), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

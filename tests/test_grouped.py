@@ -45,6 +45,14 @@ def test_forward_and_every_gradient_are_as_close_as_eager(backend: str, case: Ca
 
 
 @every_backend
+def test_a_region_of_autocast_changes_no_bit(backend: str) -> None:
+    i = PEFTS.make()
+    expected = fused(i, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(fused(i, backend), expected)
+
+
+@every_backend
 def test_gradients_have_the_layout_of_their_parameters_and_zeros_where_no_row_went(backend: str) -> None:
     i = replace(PEFTS, transposed=True).make()
     grads = fused(i, backend)

@@ -32,7 +32,7 @@ from fastpeft import dispatch, extension, ops
 from fastpeft import functional as F
 from fastpeft.backends.gpu import compose
 from fastpeft.backends.reference import ReferenceBackend
-from fastpeft.call import GroupedBackwardCall, Needs
+from fastpeft.call import GroupedBackwardCall, Kept, Needs
 from fastpeft.four_bit import FourBit, quantize
 
 FORMATS = [("nf4", 64, True), ("fp4", 32, False), ("nf4", 4096, False), ("fp4", 128, True)]
@@ -129,10 +129,9 @@ def test_opcheck(backend: str, case: PackedCase) -> None:
     i, _ = case.make().requiring()
     torch.library.opcheck(ops.lora_grouped_linear, (*i.call().flat(), backend))
     i = case.make()
-    _, u = ops.lora_grouped_linear(*i.call().flat(), backend)
-    _, offsets, weight, _, adapters = i.call()
-    needs = Needs.of([True, False, *[True] * 5], 2)
-    backward = GroupedBackwardCall(i.dy, i.x, offsets, weight, adapters, u, needs)
+    _, u, z = ops.lora_grouped_linear(*i.call().flat(), backend)
+    call, needs = i.call(), Needs.of([True, False, *[True] * 5], 2)
+    backward = GroupedBackwardCall(i.dy, i.x, call.offsets, call.weight, call.adapters, Kept(u, z), needs)
     torch.library.opcheck(ops.lora_grouped_linear_backward, (*backward.flat(), backend))
 
 
@@ -157,8 +156,9 @@ def test_no_dense_expert_is_made_and_no_dense_stack_by_the_reference() -> None:
     assert leaves["x"].grad is not None and 0 < max(sizes) < N * K
     call, needs = i.call(), Needs.of([True, False, False, True, True], 1)
     with Largest() as largest, torch.no_grad():
-        _, u = ReferenceBackend().lora_grouped_linear(*call)
-        ReferenceBackend().lora_grouped_linear_backward(i.dy, i.x, i.offsets, call.weight, call.adapters, u, needs)
+        _, u, z = ReferenceBackend().lora_grouped_linear(*call)
+        kept = Kept(u, z)
+        ReferenceBackend().lora_grouped_linear_backward(i.dy, i.x, i.offsets, call.weight, call.adapters, kept, needs)
     assert 0 < largest.elements <= N * K
 
 
@@ -203,8 +203,33 @@ def test_a_batch_of_gradients() -> None:
 def test_a_gpu_leaves_them_to_the_reference() -> None:
     i = WHOLE.make(torch.bfloat16)
     data, factors = i.call().weight.data, [*i.A, *i.B]
-    assert compose.refusal(i.x, data, factors) == "its products of experts take dense weights, and these are in 4 bits"
+    assert compose.refusal(i.x, data, factors) == "it has no kernels for experts in 4 bits"
     assert dispatch.refusals(i.x, data, factors)["cpu"] is None
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [ODD, WHOLE, replace(ODD, transposed=True)], ids=["odd", "whole", "transposed"])
+def test_dora_is_that_of_what_the_bits_stand_for(backend: str, case: PackedCase, dtype: torch.dtype) -> None:
+    i = case.make(dtype)
+    magnitude = [1 + torch.rand(i.weight.shape[:2]) for _ in i.A]
+    operands = i.A, i.B, magnitude, i.scaling
+    settings = {"dropout_p": i.dropout_p, "backend": backend}
+    found, dense = [], i.packed.dequantize(dtype)
+    for weight in (i.packed, dense):
+        torch.manual_seed(3)
+        found.append(F.dora_grouped_linear(i.x, i.offsets, weight, i.bias, *operands, **settings))
+    torch.manual_seed(3)
+    wide = F.dora_grouped_linear(
+        *(t if t is None or t.dtype == i.offsets.dtype else t.double() for t in (i.x, i.offsets, dense, i.bias)),
+        *operands,
+        **settings | {"backend": "reference"},
+    )
+    assert_close_as_eager(found[0], wide, found[1])
+    for A, B, s in zip(i.A, i.B, i.scaling, strict=True):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):  # bits have no dtype of their own
+            norm = F.dora_grouped_norm(i.packed, A, B, s, backend)
+        assert torch.equal(norm, F.dora_grouped_norm(dense, A, B, s, backend))
 
 
 def stack(*shape: int) -> FourBit:

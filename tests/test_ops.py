@@ -98,6 +98,16 @@ def test_forward_and_every_gradient_are_as_close_as_eager(backend: str, case: Ca
 
 
 @every_backend
+@every_typical
+def test_a_region_of_autocast_changes_no_bit(backend: str, case: Case) -> None:
+    """functional.py has cast what is cast."""
+    i = case.inputs()
+    expected = fused(i, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(fused(i, backend), expected)
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_dimensional_input(backend: str, dtype: torch.dtype) -> None:
     def make() -> LoraInputs:

@@ -22,6 +22,7 @@ from peft_experts import (
     draw,
     fused_calls,
     fused_experts,
+    in_four_bits,
     moe,
     moe_base,
     parameters_of,
@@ -131,6 +132,22 @@ def assert_parity(model: Any, monkeypatch: pytest.MonkeyPatch, autocast: torch.d
 @pytest.mark.parametrize("kind", KINDS)
 def test_parity(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_parity(dora(moe(kind, **EXPERTS_ONLY).to(dtype)), monkeypatch)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "GptOss"])
+def test_over_four_bits_it_has_the_bits_of_the_dense_weights(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, dense = map(dora, in_four_bits(moe(kind, **EXPERTS_ONLY).to(dtype)))
+    packed.load_state_dict({n: p for n, p in dense.state_dict().items() if "lora_" in n}, strict=False)
+    call = draw()
+    with fused_calls(monkeypatch) as seen:
+        found, expected = run(packed, call, None), run(dense, call, None)
+    assert len(seen) == 2 and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(RuntimeError, match="merged into experts in 4 bits"):
+        packed.merge_adapter()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

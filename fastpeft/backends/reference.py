@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ from ..reference import (
 from .base import Backend, Forward
 
 
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Products are in the dtype that they are written in: autocast, whose dtype the operands have by now, would make
+    those of float32 narrow, too."""
+    kind = tensor.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
 class ReferenceBackend(Backend):
     """Torch's own operations."""
 
@@ -39,7 +48,8 @@ class ReferenceBackend(Backend):
         K = adapters.shape[1]
         dy2, x2 = _matrix(dy), None if x is None else _matrix(x)
         dense, terms = _dense(weight, adapters, dy.dtype), _terms(adapters, dy2.shape[0], K)
-        grads = lora_linear_backward_reference(dy2, x2, dense, *kept, terms, needs.flat)
+        with without_autocast(dy):
+            grads = lora_linear_backward_reference(dy2, x2, dense, *kept, terms, needs.flat)
         if needs.x:
             grads[0] = grads[0].view(*dy.shape[:-1], K)
         return grads
@@ -70,14 +80,16 @@ class ReferenceBackend(Backend):
     def dora_norm(self, weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         dense = _dense(weight, Adapters([A], [B], [], [scaling], [0.0]), dtype)
         assert dense is not None
-        return dora_norm_reference(dense, A, B, scaling).to(wide_dtype(dtype))
+        with without_autocast(A):
+            return dora_norm_reference(dense, A, B, scaling).to(wide_dtype(dtype))
 
 
 def forward(x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) -> Forward:
     """``y``, ``u`` and each ``z`` by operations that torch can differentiate, transform and trace."""
     x2 = _matrix(x)
     dense, terms = _dense(weight, adapters, x.dtype), _terms(adapters, x2.shape[0], x2.shape[1])
-    y, u, z = lora_linear_reference(x2, dense, bias, terms)
+    with without_autocast(x):
+        y, u, z = lora_linear_reference(x2, dense, bias, terms)
     # No view: users may change y in place.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]), u, z
 
@@ -85,7 +97,8 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) 
 def grouped(x: Tensor, offsets: Tensor, weight: Weight, bias: Tensor | None, adapters: Adapters) -> Forward:
     """The same of stacked experts."""
     experts = _experts(weight, adapters, x.dtype)
-    return lora_grouped_linear_reference(x, offsets, experts, bias, _terms(adapters, *x.shape))
+    with without_autocast(x):
+        return lora_grouped_linear_reference(x, offsets, experts, bias, _terms(adapters, *x.shape))
 
 
 def grouped_backward(
@@ -99,7 +112,8 @@ def grouped_backward(
 ) -> list[Tensor]:
     """The gradients of stacked experts, each contiguous: operations that torch can batch."""
     experts, terms = _experts(weight, adapters, dy.dtype), _terms(adapters, dy.shape[0], adapters.shape[1])
-    return lora_grouped_linear_backward_reference(dy, x, offsets, experts, *kept, terms, needs.flat)
+    with without_autocast(dy):
+        return lora_grouped_linear_backward_reference(dy, x, offsets, experts, *kept, terms, needs.flat)
 
 
 def _dense(weight: Weight, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:
