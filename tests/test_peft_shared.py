@@ -181,7 +181,7 @@ def test_layers_that_read_another_x_are_learnt_to_be_apart(shared_calls: list[in
     assert shared_calls == [3, 3, 2, 2]  # once more all three, in vain
     notes = explained(together)
     assert "it reads x alone: no other fused layer is called next with the same tensor" in notes
-    assert "it reads x together with the 1 that are called after it" in notes
+    assert "it reads x together with the layer that is called after it" in notes
 
 
 @pytest.mark.parametrize("change", ["A", "B", "weight", "x", "scaling", "eval", "frozen", "no_grad"])

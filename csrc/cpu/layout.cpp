@@ -11,8 +11,9 @@ namespace fastpeft::cpu {
 using at::Tensor;
 
 namespace {
+constexpr int64_t kPackGrain = 16;     // blocks of a panel's rows a thread should pack, at least
 constexpr int64_t kColumnGrain = 512;  // columns of a gradient a thread should copy, at least
-}
+}  // namespace
 
 Tensor floats(at::IntArrayRef shape) { return at::empty(shape, at::dtype(at::kFloat)); }
 
@@ -50,12 +51,12 @@ Tensor panels(const Kernels& kernels, const Tensor& stack, bool pairs, const std
 }
 
 Layout::Layout(const Adapters& adapters, bool apart) : adapters_(adapters), first_rank(adapters.A.size()) {
-    const auto own_group = [&](size_t i) { return apart || adapters.dora() || adapters.thresholds[i]; };
+    const auto own_group = [&](size_t i) { return adapters.dora() || adapters.thresholds[i]; };
     int64_t shared = 0;
     for (size_t i = 0; i < adapters.A.size(); ++i)
         if (!own_group(i)) {
             first_rank[i] = shared;
-            shared += rank(i);
+            shared += apart ? padded(rank(i)) : rank(i);
         }
     ranks = padded(shared);
     if (shared) groups.push_back({.first_rank = 0, .ranks = ranks});
@@ -97,6 +98,30 @@ Tensor Layout::stacked(const std::vector<Tensor>& parts, bool transposed) const 
     Tensor stack = at::zeros(shape, at::dtype(widest));
     for (size_t i = 0; i < parts.size(); ++i) stack.narrow(-2, first_rank[i], rank(i)).copy_(turned(parts[i]));
     return stack;
+}
+
+Tensor Layout::panel_of(const Kernels& kernels, const std::vector<Tensor>& parts, bool pairs, bool turned) const {
+    constexpr int64_t kBlock = kLanes * kLanes;
+    const int64_t columns = padded(parts[0].size(1)) / kLanes, rows = ranks / kLanes;  // in blocks
+    const Tensor panel = at::empty({rows * columns * kBlock}, at::dtype(pairs ? at::kBFloat16 : at::kFloat));
+    char* data = static_cast<char*>(panel.mutable_data_ptr());
+    std::vector<Tensor> kept;
+    for (const Tensor& part : parts)
+        kept.push_back(part.stride(0) == 1 || part.stride(1) == 1 ? part : part.contiguous());
+    at::parallel_for(0, columns, kPackGrain, [&](int64_t begin, int64_t end) {
+        for (size_t i = 0; i < kept.size(); ++i) {
+            const Matrix s = matrix(turned ? kept[i].t() : kept[i]);
+            const int64_t first = first_rank[i] / kLanes, own = padded(rank(i)) / kLanes;
+            const auto pack = [&](int64_t block, int64_t count, int64_t at) {
+                kernels.pack(s, pairs, data + (at - block) * kBlock * panel.element_size(), block, block + count);
+            };
+            if (turned)
+                for (int64_t r = 0; r < own; ++r) pack(r * columns + begin, end - begin, (first + r) * columns + begin);
+            else
+                for (int64_t c = begin; c < end; ++c) pack(c * own, own, c * rows + first);
+        }
+    });
+    return panel;
 }
 
 Tensor Layout::dense_then_scale_(const Tensor& q) const {

@@ -23,7 +23,7 @@ void few_tokens_product(const at::Tensor& x, const Weight& weight, const at::Ten
 // DoRA each in its own, in order, since one adapter's scale acts on those before it.
 class Layout {
   public:
-    // Apart: each in its own, since they are adapters of different layers.
+    // Apart: each from a multiple of kLanes on, as of different layers.
     explicit Layout(const Adapters& adapters, bool apart = false);
 
     int64_t rank(size_t i) const { return adapters_.A[i].size(-2); }
@@ -38,6 +38,9 @@ class Layout {
     // All A (or Bᵀ) one below the other [ranks, columns], zeros in between; a view where there is one adapter. Of
     // experts' stacks [E, ranks, columns].
     at::Tensor stacked(const std::vector<at::Tensor>& parts, bool transposed) const;
+
+    // The panel of all A (or Bᵀ) one below the other, of adapters apart; `turned`: of its transposition.
+    at::Tensor panel_of(const Kernels& kernels, const std::vector<at::Tensor>& parts, bool pairs, bool turned) const;
 
     // Between the padded layout q [M, ranks] of the kernels and the dense one u [M, Σ r] of the op; every adapter's
     // columns of q are multiplied with its scaling once u is taken from them.

@@ -45,7 +45,7 @@ Shared lora_shared_linear(const Tensor& x, const Layers& layers) {
     const Tensor q = floats({x2.size(0), layout.ranks});
 
     Sweep down = sweep_over(x2, layout);
-    const Tensor panel_A = panel(kernels, layout.stacked(adapters.A, false).t(), pairs);
+    const Tensor panel_A = layout.panel_of(kernels, adapters.A, pairs, true);
     down.input = x2.const_data_ptr();
     down.ld_input = x2.stride(0);
     down.panel_in = panel_A.const_data_ptr();
@@ -139,7 +139,7 @@ std::vector<Tensor> lora_shared_linear_backward(const std::vector<Tensor>& dy, c
             sweep.ld_gradient = dA.size(1);
         }
         if (needs.x) {
-            panel_A = panel(kernels, layout.stacked(adapters.A, false), pairs);
+            panel_A = layout.panel_of(kernels, adapters.A, pairs, false);
             sweep.panel_out = panel_A.const_data_ptr();
             adapted_product(kernels, sweep, dx2, products, false, plan);
             grads.push_back(dx);

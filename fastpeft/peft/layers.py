@@ -37,6 +37,7 @@ KEPT_BY_LAYERS = (
     "fastpeft_backend",
     "fastpeft_dropout",
     "fastpeft_shares_input",
+    "_fastpeft_note",
     "_fastpeft_norms",
     "_fastpeft_four_bit",
 )

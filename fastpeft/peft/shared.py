@@ -9,7 +9,6 @@ layer computes by itself, as all of them do at first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -48,19 +47,19 @@ class _Calls:
 
 _thread = threading.local()
 _followers: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], ...]] = WeakKeyDictionary()
-_notes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def shared_linear(layer: Any, operands: Operands, x: Tensor) -> Tensor | None:
     """``layer``'s result if it is computed together with others'; None where it has to compute by itself."""
     y, note = _computed(layer, operands, x)
-    _notes[layer] = note
+    layer.__dict__["_fastpeft_note"] = note
     return y
 
 
 def note_on(layer: Any) -> str:
     """What became of sharing in its last call, in words."""
-    return _notes.get(layer, "whether other layers read the same x, no call has shown yet")
+    note: str = layer.__dict__.get("_fastpeft_note", "whether other layers read the same x, no call has shown yet")
+    return note
 
 
 def _computed(layer: Any, operands: Operands, x: Tensor) -> tuple[Tensor | None, str]:
@@ -114,7 +113,8 @@ def _compute_all(calls: _Calls, layer: Any, operands: Operands, x: Tensor) -> tu
     for other, its, y in zip(others, every[1:], results[1:], strict=True):
         assert other is not None
         calls.waiting[other] = _Waiting(y, _key(its), its)
-    return results[0], f"it reads x together with the {len(others)} that are called after it"
+    after = "layer that is" if len(others) == 1 else f"{len(others)} layers that are"
+    return results[0], f"it reads x together with the {after} called after it"
 
 
 def layer_operands(other: Any, layer: Any, x: Tensor) -> Operands | None:
@@ -135,18 +135,13 @@ def _are_own(operands: Operands) -> bool:
 def _key(operands: Operands) -> tuple[Any, ...]:
     """Equal for operands of the same tensors, which nobody wrote to, in the same mode."""
     assert extension.C is not None
-    tensors = list(_tensors(operands))
-    needs = [t.requires_grad for t in tensors]
-    adapters = operands.adapters
-    return extension.C.identity(tensors), needs, adapters.scaling, adapters.dropout_p, torch.is_grad_enabled()
-
-
-def _tensors(operands: Operands) -> Iterator[Tensor]:
     weight, bias, adapters = operands
+    tensors = [*adapters.A, *adapters.B]
     if isinstance(weight, FourBit):
-        yield from (weight.packed, *weight.quant)
+        tensors += weight.packed, *weight.quant
     elif weight is not None:
-        yield weight
+        tensors.append(weight)
     if bias is not None:
-        yield bias
-    yield from (*adapters.A, *adapters.B, *adapters.c)
+        tensors.append(bias)
+    needs = [t.requires_grad for t in tensors]
+    return extension.C.identity(tensors), needs, adapters.scaling, adapters.dropout_p, torch.is_grad_enabled()
