@@ -86,21 +86,26 @@ void check_kept(const Tensors& dy, const Layers& layers, const std::optional<Ten
     if (u) check_matrix("u", *u, tokens, ranks);
 }
 
-std::vector<int64_t> check_experts(const std::optional<Tensor>& x, const Tensor& offsets, const Weight& weight,
-                                   const std::optional<Tensor>& bias, const Adapters& adapters, int64_t tokens) {
+void check_stacks(const Weight& weight, const Adapters& adapters) {
     TORCH_CHECK(!weight.absent() && !adapters.index, "stacked experts have weights and no mixed batches");
     const int64_t E = adapters.A[0].size(0), N = weight.N, K = weight.K;
     if (weight.four_bit())
         check_four_bit(weight, E * N * K);
     else
         check_stack("weight", weight.data, E, N, K);
-    if (x) check_rows("x", *x, tokens, K);
-    if (bias) check_matrix("bias", *bias, E, N);
     for (size_t i = 0; i < adapters.count(); ++i) {
         check_stack("A", adapters.A[i], E, adapters.A[i].size(-2), K);
         check_stack("B", adapters.B[i], E, N, adapters.A[i].size(-2));
     }
     for (const Tensor& c : adapters.c) check_matrix("c", c, E, N);
+}
+
+std::vector<int64_t> check_experts(const std::optional<Tensor>& x, const Tensor& offsets, const Weight& weight,
+                                   const std::optional<Tensor>& bias, const Adapters& adapters, int64_t tokens) {
+    check_stacks(weight, adapters);
+    const int64_t E = adapters.A[0].size(0), N = weight.N, K = weight.K;
+    if (x) check_rows("x", *x, tokens, K);
+    if (bias) check_matrix("bias", *bias, E, N);
     check_rows("offsets", offsets, 1, E + 1);
     const Tensor wide = offsets.to(at::kLong).contiguous();
     const int64_t* bounds = wide.const_data_ptr<int64_t>();

@@ -18,7 +18,8 @@ void check_layers(const std::optional<at::Tensor>& x, const Layers& layers, int6
 void check_kept(const std::vector<at::Tensor>& dy, const Layers& layers, const std::optional<at::Tensor>& u,
                 int64_t tokens);
 
-// The same of stacked experts, for T rows; and their offsets, once they ascend from 0 to T.
+// The same of stacked experts; then for T rows, and their offsets, once they ascend from 0 to T.
+void check_stacks(const Weight& weight, const Adapters& adapters);
 std::vector<int64_t> check_experts(const std::optional<at::Tensor>& x, const at::Tensor& offsets, const Weight& weight,
                                    const std::optional<at::Tensor>& bias, const Adapters& adapters, int64_t tokens);
 

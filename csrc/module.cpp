@@ -125,6 +125,11 @@ Tensor dora_norm(const PyWhere& where, const PyWeight& weight, const Tensor& A, 
     return fastpeft::dora_norm(where_of(where), weight_of(weight, A, B), A, B, scaling, dtype);
 }
 
+Tensor dora_grouped_norm(const PyWeight& weight, const Tensor& A, const Tensor& B, double scaling,
+                         at::ScalarType dtype) {
+    return fastpeft::dora_grouped_norm(weight_of(weight, A, B), A, B, scaling, dtype);
+}
+
 Plan plan_of(const Tensor& x, const PyWeight& weight, const PyAdapters& adapters, bool backward) {
     const fastpeft::Adapters call = adapters_of(adapters);
     const auto choose = backward ? fastpeft::cpu::backward_plan : fastpeft::cpu::forward_plan;
@@ -188,6 +193,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("lora_grouped_linear", &lora_grouped_linear, release());
     m.def("lora_grouped_linear_backward", &lora_grouped_linear_backward, release());
     m.def("dora_norm", &dora_norm, release());
+    m.def("dora_grouped_norm", &dora_grouped_norm, release());
     m.def("fingerprint", &fingerprint, arg("small"), arg("large"), arg("first"), arg("count"));
     m.def("identity", &identity, arg("tensors"));
     m.def("dropout_keep", &fastpeft::cpu::dropout_keep, release(), arg("seed"), arg("rows"), arg("columns"),

@@ -1,5 +1,6 @@
 #include "ops.h"
 
+#include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -103,6 +104,20 @@ Tensor dora_norm(const Where& where, const Weight& weight, const Tensor& A, cons
     const PlainDispatch plain;
     return where.launchers ? gpu::dora_norm(gpu_of(where), weight, A, B, scaling, dtype)
                            : cpu::dora_norm(weight, A, B, scaling, dtype);
+}
+
+Tensor dora_grouped_norm(const Weight& weight, const Tensor& A, const Tensor& B, double scaling, at::ScalarType dtype) {
+    check_stacks(weight, {.A = {A}, .B = {B}});
+    if (is_lazy(weight) || is_lazy(A) || is_lazy(B))
+        return dora_grouped_norm(in_memory(weight), in_memory(A), in_memory(B), scaling, dtype);
+    const PlainDispatch plain;
+    const Tensor norms = at::empty({A.size(0), weight.N}, at::dtype(at::kFloat));
+    for (int64_t e = 0; e < A.size(0); ++e) {
+        Weight expert = weight;
+        if (!weight.four_bit()) expert.data = weight.data[e];
+        norms[e].copy_(cpu::dora_norm(expert, A[e], B[e], scaling, dtype, e * weight.N * weight.K));
+    }
+    return norms;
 }
 
 }  // namespace fastpeft

@@ -42,6 +42,10 @@ std::vector<at::Tensor> lora_grouped_linear_backward(const at::Tensor& dy, const
 at::Tensor dora_norm(const Where& where, const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
                      at::ScalarType dtype);
 
+// The same of stacked experts, [E, N], on a CPU.
+at::Tensor dora_grouped_norm(const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
+                             at::ScalarType dtype);
+
 // y of lora_linear, with its autograd node: what fastpeft/ops.py's node does in Python, which takes as long as a small
 // layer. Keeps x as it came, for dA (or dW), u, for dB, z, for dc, and the seed. Differentiable once.
 at::Tensor lora_linear_with_gradient(const Where& where, const at::Tensor& x, const Weight& weight,

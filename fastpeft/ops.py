@@ -158,11 +158,12 @@ def _factors(adapters: Adapters) -> tuple[Tensor, ...]:
 
 
 def _run_dora_norm(call: NormCall, backend: str | None) -> Tensor:
-    if call.is_stacked:  # one after the other: s B A of all experts would be as large as their stack
-        return torch.stack([_run_dora_norm(each, backend) for each in call.experts()])
-    weight, A, B, _, dtype = call
-    like = weight.data.new_empty((0, A.shape[1]), dtype=dtype)
-    return dispatch.choose("dora_norm", like, weight.data, (A, B), backend).dora_norm(*call)
+    (data, quant, _), A, B, _, dtype = call
+    like = data.new_empty((0, A.shape[-1]), dtype=dtype)
+    if not call.is_stacked:
+        return dispatch.choose("dora_norm", like, data, (A, B), backend).dora_norm(*call)
+    first = data if quant else data[0]
+    return dispatch.choose("dora_norm", like, first, (A[0], B[0]), backend).dora_grouped_norm(call)
 
 
 def _dora_norm_kernel(*flat: Any) -> Tensor:

@@ -14,11 +14,12 @@ using at::Tensor;
 // W is read once, tile by tile; the same tile of s B A is made in registers, added, squared and summed. A W whose rows
 // lie in memory (nn.Linear) is summed along them; one whose columns do (Conv1D) is taken as Wᵀ and summed down its
 // rows. Tiles of a 4-bit W are decoded into scratch.
-Tensor dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double scaling, at::ScalarType dtype) {
+Tensor dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double scaling, at::ScalarType dtype,
+                 int64_t first) {
     const bool packed = weight.four_bit();
     const bool strided = !packed && weight.data.stride(0) != 1 && weight.data.stride(1) != 1;
     const Tensor W = strided ? weight.data.contiguous() : weight.data;
-    const bool along = packed || W.stride(1) == 1;
+    const bool along = packed ? !weight.lies_transposed() : W.stride(1) == 1;
     const Tensor w = along ? W : W.t(), sB = B.to(at::kFloat) * scaling;
     const Tensor left = along ? sB : A.t().to(at::kFloat), right = along ? A : sB.t();
     const FourBit codes = packed ? four_bit(weight) : FourBit{};
@@ -45,7 +46,8 @@ Tensor dora_norm(const Weight& weight, const Tensor& A, const Tensor& B, double 
                 return {static_cast<const char*>(w.const_data_ptr()) + at, tile_dtype, w.stride(0)};
             }
             char* out = static_cast<char*>(decoded.mutable_data_ptr());
-            kernels.decode(codes, row * columns + c, columns, row_count, count, tile_dtype, out, tile_dtype, kColumns);
+            kernels.decode(codes, first + row * columns + c, columns, row_count, count, tile_dtype, out, tile_dtype,
+                           kColumns);
             return {out, tile_dtype, kColumns};
         };
         for (; m < m_end; m += kRows) {

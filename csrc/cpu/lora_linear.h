@@ -25,8 +25,9 @@ std::vector<at::Tensor> lora_grouped_linear_backward(const at::Tensor& dy, const
                                                      const std::vector<int64_t>& offsets, const Weight& weight,
                                                      const Adapters& adapters, const Kept& kept, const Needs& needs);
 
+// A 4-bit W begins at the element `first`, as one of a stack does.
 at::Tensor dora_norm(const Weight& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
-                     at::ScalarType dtype);
+                     at::ScalarType dtype, int64_t first = 0);
 
 // The memory of a large tensor is divided into so many parts, each of lines from all over it.
 constexpr int64_t kFingerprintParts = 32;

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..call import Adapters, Kept, Needs, Weight
+from ..call import Adapters, Kept, Needs, NormCall, Weight
 
 Forward = tuple[Tensor, Tensor, list[Tensor]]
 PARTS = 32  # that a fingerprint divides a large tensor into; kFingerprintParts of the extension
@@ -108,3 +108,7 @@ class Backend(Protocol):
 
     def dora_norm(self, weight: Weight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         """``‖W + s B A‖`` of each row, see ops.py."""
+
+    def dora_grouped_norm(self, call: NormCall) -> Tensor:
+        """The same of stacked experts, one after the other: ``s B A`` of all would be as large as their stack."""
+        return torch.stack([self.dora_norm(*each) for each in call.experts()])

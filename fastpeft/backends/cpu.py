@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..call import Adapters, Kept, Needs, Weight
+from ..call import Adapters, Kept, Needs, NormCall, Weight
 from .base import PARTS, Forward
 from .compiled import DTYPES, STACKED, CompiledBackend, operand_refusal
 
@@ -69,6 +69,9 @@ class CpuBackend(CompiledBackend):
         needs: Needs,
     ) -> list[Tensor]:
         return extension.built().lora_grouped_linear_backward(dy, x, offsets, weight, adapters, kept, needs)
+
+    def dora_grouped_norm(self, call: NormCall) -> Tensor:
+        return extension.built().dora_grouped_norm(*call)
 
     def watches(self, tensor: Tensor) -> bool:
         return extension.C is not None and tensor.device.type == "cpu"
