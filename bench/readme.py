@@ -28,7 +28,7 @@ _KERNELS = (
     "*-per-call.jsonl",
     "*-host-time.jsonl",
     "*-experts.jsonl",
-    "*-experts-dora.jsonl",
+    "*-experts-*.jsonl",
 )
 _PHASES = {"step": "training step", "forward": "forward pass alone", "generate": "one token"}
 _MODEL = ModelCase("bf16")
