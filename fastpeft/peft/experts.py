@@ -23,10 +23,11 @@ from transformers.integrations.moe import (
 
 from ..checks import BASE_DTYPES
 from ..dispatch import BackendRefusal, refusals
-from ..four_bit import FourBit, from_bitsandbytes
+from ..four_bit import FourBit
 from ..functional import compute_dtype, lora_grouped_linear
 from ..verdicts import runner
 from .base_layers import class_name, is_hooked, is_plain
+from .experts_four_bit import calls_more_than_forward, class_of, packed_stack
 from .operands import state_reason
 from .readers import is_constant, read_magnitude
 
@@ -108,7 +109,6 @@ class _Example(nn.Module):
 
 _CHOOSING = _Example.forward.__code__  # the same code in every class that transformers' decorator was put on
 _kinds: dict[type[Any], _Kind | None] = {}
-_PARAMETRIZE = "bitsandbytes.nn.parametrize"  # the module that puts 4 bits into a parameter's place
 _ONE_EXPERT = "there is one expert alone, which PEFT computes as a layer"
 _NO_STACK = "it adapts {}, which is no stack of matrices"
 
@@ -218,7 +218,7 @@ def _wrappers_reason(wrappers: Sequence[Any]) -> str | None:
 
 
 def _module_reason(module: Any, kind: _Kind, run: object) -> str | None:
-    if _is_hooked(module):
+    if calls_more_than_forward(module):
         return "its experts have a hook or a forward of their own"
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over processes"
@@ -266,7 +266,7 @@ def _read_frozen(module: Any, name: str) -> Projection | str:
 def _read_base(module: Any, name: str) -> Projection | str:
     weight = module._parameters.get(name)
     bias = module._parameters.get(f"{name}_bias") if module.has_bias else None
-    packed = _packed(module, name)
+    packed = packed_stack(module, name)
     if isinstance(packed, str):
         return f"its experts' {name} in 4 bits cannot be read: {packed}"
     if (weight is None and packed is None) or (module.has_bias and bias is None):
@@ -282,54 +282,6 @@ def _read_base(module: Any, name: str) -> Projection | str:
         if each.dtype not in BASE_DTYPES or each.dtype != dtype:
             return f"its experts' {name} is {each.dtype}"
     return Projection(name, bits.mT if module.is_transposed else bits, dtype, bias)
-
-
-def _packed(module: Any, name: str) -> tuple[FourBit, torch.dtype] | str | None:
-    """The 4 bits that bitsandbytes has put in a parameter's place, and the dtype that it decodes them to; or what is
-    wrong with them."""
-    making = _parametrizations(module).get(name)
-    if making is None or len(making) != 1 or not _decodes(making[0]):
-        return None
-    state = making[0].quant_state
-    try:
-        packed = from_bitsandbytes(making.original, state)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    *experts, _, _ = packed.shape
-    return (packed, state.dtype) if experts else f"their shape is {packed.shape}, of no stack"
-
-
-def _parametrizations(module: Any) -> dict[str, Any]:
-    found = module._modules.get("parametrizations")
-    return {} if found is None else found._modules
-
-
-def _decodes(making: nn.Module) -> bool:
-    """Whether it is exactly bitsandbytes' parametrization of 4 bits."""
-    kind = type(making)
-    return kind.__module__ == _PARAMETRIZE and kind.__qualname__ == "Bnb4bitParametrization" and not is_hooked(making)
-
-
-def holds_four_bits(module: Any) -> bool:
-    """Whether bitsandbytes has packed a parameter of the experts."""
-    return any(_decodes(each) for making in _parametrizations(module).values() for each in making)
-
-
-def class_of(module: Any) -> type[Any]:
-    """The experts' own, of which a parametrized one is a subclass that torch made."""
-    kind = type(module)
-    return kind.__bases__[0] if holds_four_bits(module) else kind
-
-
-def _is_hooked(module: Any) -> bool:
-    """Whether calling the experts does more than their class's forward. Hooks of bitsandbytes' keep what it decodes as
-    long as a call lasts, and do nothing else."""
-    if type(module).forward is not class_of(module).forward:
-        return True
-    hooks = module._forward_pre_hooks, module._forward_hooks
-    if not all(getattr(hook, "__module__", None) == _PARAMETRIZE for some in hooks for hook in some.values()):
-        return True
-    return bool(module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__)
 
 
 def _with_adapters(wrapper: Any, projection: Projection) -> Projection | str:

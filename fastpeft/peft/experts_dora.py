@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..checks import is_finite, is_readable
 from ..functional import dora_grouped_norm
 from ..reference import wide_dtype
-from .experts import Projection, holds_four_bits, read_factors, read_magnitude, read_stack, wrappers_inside
+from .experts import Projection, read_factors, read_magnitude, read_stack, wrappers_inside
+from .experts_four_bit import holds_four_bits
 
 _CONTAINER = "lora_magnitude_vector"
 

@@ -17,8 +17,9 @@ from transformers.integrations.moe import _grouped_linear
 
 from ..checks import is_readable
 from ..functional import dora_grouped_linear, lora_grouped_linear
-from .experts import Experts, Projection, holds_four_bits, read_experts, wrappers_inside
+from .experts import Experts, Projection, read_experts, wrappers_inside
 from .experts_dora import GuardedParamWrapper, active_magnitudes
+from .experts_four_bit import holds_four_bits
 from .fused import Fused, is_plain_input
 from .readers import dora_norm_of
 from .stock import Stock
