@@ -1,5 +1,5 @@
-"""Experts whose stacks bitsandbytes' ``replace_parameter_4bit`` has packed: a parametrization stands in the place of the
-parameter, and makes a dense stack for whoever reads it."""
+"""Experts whose stacks bitsandbytes' ``replace_parameter_4bit`` has packed: a parametrization stands in the place of
+the parameter, and makes a dense stack for whoever reads it."""
 
 from __future__ import annotations
 
