@@ -156,7 +156,7 @@ def grouped_launches(dtype: torch.dtype, rank: int) -> dict[str, Callable[[], ob
     if dtype != f32:
         products[", float32 weight"] = x, offsets, weight.float(), y, plain
     for rows in ROW_BLOCKS:
-        for name in list(products)[: None if rows == ROW_BLOCKS[-1] else 2]:
+        for name in products if rows == ROW_BLOCKS[-1] else [", dx with dropout"]:  # which holds the most
             config = kernels.lora_grouped_linear_config(rows, *kind, several=len(products[name][-1].q) > 1)
             every[f"lora_grouped_linear{name}, {config.BLOCK_M} rows"] = lambda o=products[name], c=config: (
                 kernels.lora_grouped_linear(*o, *common, c)
