@@ -64,7 +64,7 @@ class Weight(NamedTuple):
     def of(cls, weight: Tensor | FourBit) -> Weight:
         """What users give, as the ops take it."""
         if isinstance(weight, FourBit):
-            packed = weight.packed.flatten()
+            packed = weight.packed if weight.packed.dim() == 1 else weight.packed.flatten()
             return cls(packed.unsqueeze(0) if weight.transposed else packed, weight.quant, weight.blocksize)
         return cls(weight, [], 0)
 

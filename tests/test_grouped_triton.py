@@ -29,7 +29,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 from fastpeft import dispatch, ops
 from fastpeft.backends.cpu import CpuBackend
 from fastpeft.backends.gpu import triton as backend
-from fastpeft.call import Adapters, GroupedBackwardCall, Needs, Weight
+from fastpeft.call import GroupedBackwardCall, Kept, Needs, Weight
+from fastpeft.dispatch import BackendRefusal
 from fastpeft.dropout import dropout_keep
 from fastpeft.four_bit import quantize
 from fastpeft.peft import experts
@@ -94,7 +95,7 @@ def test_the_mask_is_the_references_in_each_product() -> None:
     ones = replace(ones, dy=torch.ones(E, 8))
     assert i.seed is not None
     keep = dropout_keep(i.seed[0], E, K, p)
-    _, u = ops.lora_grouped_linear(*there(identity).call().flat(), "triton")
+    _, u, _ = ops.lora_grouped_linear(*there(identity).call().flat(), "triton")
     assert torch.equal(u.cpu(), keep.float())
     grads = fused(ones)
     assert torch.equal(grads["x"] != 0, keep)
@@ -107,7 +108,7 @@ def test_each_adapter_has_the_mask_of_its_own() -> None:
     i = Case(counts=(37, 0, 70, 1, 90), K=K, N=K, ranks=(K, K), dropout_p=0.5, bias=False).make()
     i = replace(i, x=torch.ones_like(i.x), A=[torch.eye(K).expand(5, K, K)] * 2)
     assert i.seed is not None
-    _, u = ops.lora_grouped_linear(*there(i).call().flat(), "triton")
+    _, u, _ = ops.lora_grouped_linear(*there(i).call().flat(), "triton")
     masks = [dropout_keep(seed, len(i.x), K, 0.5).float() for seed in i.seed]
     assert torch.equal(u.cpu(), torch.cat(masks, 1)) and not torch.equal(*masks)
 
@@ -187,8 +188,8 @@ def test_what_is_not_finite_stays_with_its_row(dtype: torch.dtype) -> None:
 
 def test_only_what_is_asked_for_is_computed() -> None:
     i = there(PEFTS.make())
-    x, offsets, weight, _, adapters = i.call()
-    _, u = ops.lora_grouped_linear(*i.call().flat(), "triton")
+    x, offsets, weight, _, adapters, _ = i.call()
+    _, u, _ = ops.lora_grouped_linear(*i.call().flat(), "triton")
 
     def gradients(needs: list[bool]) -> list[Tensor]:
         wanted = Needs.of(needs, 2)
@@ -198,7 +199,7 @@ def test_only_what_is_asked_for_is_computed() -> None:
             offsets,
             weight,
             adapters,
-            u if any(wanted.B) else None,
+            Kept(u if any(wanted.B) else None, []),
             wanted,
         )
         return ops.lora_grouped_linear_backward(*call.flat(), "triton")
@@ -237,10 +238,12 @@ def test_what_it_takes_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "x is torch.float64" in str(reason(i.x.double(), i.weight.double()))
     packed = Weight.of(quantize(torch.randn(6, 64))).data
     assert reason(i.x, packed) == "it has no kernels for experts in 4 bits"
-    call = i.call()
-    dora = Adapters(i.A, i.B, [torch.ones(5, 63)] * 2, i.scaling, i.dropout_p, i.seed)
-    with pytest.raises(ValueError, match="c must be empty"):
-        dispatch.named("triton").lora_grouped_linear(*call._replace(adapters=dora))
+    factors = [*i.A, *i.B, torch.ones(5, 63)]
+    assert dispatch.named("triton").refuses(i.x, i.weight, factors) == "its kernels for experts compute no DoRA"
+    dora = i.call()
+    dora = dora._replace(adapters=dora.adapters._replace(c=[torch.ones(5, 63)] * 2))
+    with pytest.raises(BackendRefusal, match="compute no DoRA"):
+        ops.call_lora_grouped_linear(dora, "triton")
 
 
 @without_gpu
