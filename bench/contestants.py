@@ -22,7 +22,10 @@ from .cases import DTYPES, SEED, Case
 
 @dataclass(frozen=True)
 class Contestant:
-    """``adapt`` puts adapters into the frozen base; the flags say how the result is called."""
+    """``adapt`` puts adapters into the frozen base; the flags say how the result is called.
+
+    ``shares``: its layers share inputs, and would not while what they keep goes through hooks that count it.
+    """
 
     name: str
     label: str
@@ -30,6 +33,7 @@ class Contestant:
     autocast: bool = False
     compiled: bool = False
     float32: bool = False
+    shares: bool = False
 
     def refuses(self, case: Case) -> str | None:
         """Why this contestant has no place in ``case``; None when it has."""
@@ -162,7 +166,7 @@ PEFT_COMPILED = Contestant("peft-compiled", "PEFT, compiled", with_peft, compile
 FASTPEFT = Contestant("fastpeft", "fastpeft", with_fastpeft)
 FASTPEFT_COMPILED = Contestant("fastpeft-compiled", "compiled fastpeft", with_fastpeft, compiled=True)
 # Beside them in models of LoRA over dense or 4-bit weights, which alone share inputs.
-FASTPEFT_SHARED = Contestant("fastpeft-shared", "shared inputs", with_shared_inputs)
+FASTPEFT_SHARED = Contestant("fastpeft-shared", "shared inputs", with_shared_inputs, shares=True)
 SHARING_METHODS = ("lora", "qlora")
 # Beside them in bfloat16, where the CPU has no product of it: what the same layer takes in float32.
 BASE_FLOAT32 = Contestant("base-float32", "base, float32", frozen, float32=True)

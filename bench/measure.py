@@ -95,7 +95,8 @@ def measure(case: Case, contestants: Sequence[Contestant], rounds: int, run: Run
         if reason is None:
             runners[name] = runner
             runner.phase("forward")
-            kept[name] = kept_bytes(runner.model, runner.forward)
+            if not contestant.shares:
+                kept[name] = kept_bytes(runner.model, runner.forward)
         else:
             refused[name] = reason
     backend = _backend(runners[FASTPEFT.name]) if FASTPEFT.name in runners else None

@@ -34,10 +34,8 @@ void in_one_accumulator(const Kernels& kernels, Sweep& sweep, const Tensor& y, c
             term.s.s = matrix(kept.back());
         }
         for (const Tensor& part : x) {
-            const Tensor wide = pairs ? part : part.to(at::kFloat);
-            const bool in_place = wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0)));
-            kept.push_back(in_place ? wide : wide.contiguous());
-            term.x.push_back({kept.back().const_data_ptr(), wide.size(0) > 1 ? kept.back().stride(0) : wide.size(1)});
+            kept.push_back(operand_rows(part, pairs));
+            term.x.push_back(operand_of(kept.back()));
         }
     }
     base_products(kernels, {{sweep, terms}}, pairs, apart);
@@ -62,6 +60,16 @@ Sweep sweep_over(const Tensor& wide, const Layout& layout) {
             .columns = wide.size(1),
             .ranks = layout.ranks,
             .groups = layout.groups};
+}
+
+Tensor operand_rows(const Tensor& x, bool pairs) {
+    const Tensor wide = pairs ? x : x.to(at::kFloat);
+    return wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0))) ? wide : wide.contiguous();
+}
+
+Operand operand_of(const Tensor& rows, int64_t first) {
+    const int64_t ld = rows.size(0) > 1 ? rows.stride(0) : rows.size(1);
+    return {static_cast<const char*>(rows.const_data_ptr()) + first * ld * rows.element_size(), ld};
 }
 
 void adapted_product(const Kernels& kernels, Sweep& sweep, const Tensor& y, const std::vector<Factors>& products,

@@ -9,6 +9,10 @@ namespace fastpeft::cpu {
 // A sweep over all of `wide`, which does nothing yet.
 Sweep sweep_over(const at::Tensor& wide, const Layout& layout);
 
+// A left operand as base products take it, in pairs or in float32; and its rows from `first` on.
+at::Tensor operand_rows(const at::Tensor& x, bool pairs);
+Operand operand_of(const at::Tensor& rows, int64_t first = 0);
+
 // x[0] W (or Wᵀ; nothing where W is absent); x[i] W is the `second` of the groups whose operand is i.
 struct Factors {
     std::vector<at::Tensor> x;

@@ -71,4 +71,29 @@ Chain::Chain(const Adapters& adapters) : later(adapters.A.size()), own(adapters.
     }
 }
 
+std::vector<Tensor> Chain::inputs(const Tensor& dy, const Bounds& bounds, const Adapters& adapters,
+                                  std::vector<RankGroup>& groups) const {
+    std::vector<Tensor> all{base.defined() ? scaled(dy, bounds, base, 1.0) : dy};
+    for (size_t i = 0; i < adapters.c.size(); ++i)
+        if (adapters.thresholds[i]) {
+            groups[i].operand = all.size();
+            all.push_back(scaled(dy, bounds, later[i].defined() ? own[i] - later[i] : own[i] - 1,
+                                 dropout_scale(adapters.thresholds[i])));
+        }
+    return all;
+}
+
+std::vector<Tensor> scale_groups(std::vector<RankGroup>& groups, const Adapters& adapters, const Tensor& y,
+                                 bool keep_z) {
+    std::vector<Tensor> z;
+    for (size_t i = 0; i < adapters.c.size(); ++i) {
+        groups[i].scale = adapters.c[i].const_data_ptr<float>();
+        if (!keep_z) continue;
+        z.push_back(at::empty(y.sizes(), y.options().dtype(z_dtype(y.size(0), y.scalar_type()))));
+        groups[i].z = z.back().mutable_data_ptr();
+        groups[i].z_dtype = dtype_of(z.back());
+    }
+    return z;
+}
+
 }  // namespace fastpeft::cpu

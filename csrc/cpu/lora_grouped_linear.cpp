@@ -73,20 +73,12 @@ void multiply(const Kernels& kernels, const std::vector<Sweep>& sweeps, const Ex
     const bool of_one_dtype = decodes || x[0].scalar_type() == weight.data.scalar_type();
     const bool pairs = of_one_dtype && multiplies_pairs(kernels, dtype_of(x[0]), depth);
     std::vector<Tensor> inputs;
-    for (const Tensor& part : x) {
-        const Tensor wide = pairs ? part : part.to(at::kFloat);
-        const bool in_place = wide.stride(0) >= wide.size(1) && (!pairs || reaches_rows(wide.stride(0)));
-        inputs.push_back(in_place ? wide : wide.contiguous());
-    }
+    for (const Tensor& part : x) inputs.push_back(operand_rows(part, pairs));
     std::vector<BaseProduct> products;
     for (int64_t e = 0; e < experts.count(); ++e) {
         if (!experts.busy[e]) continue;
         Term term{.s = right_operand(e)};
-        for (const Tensor& rows : inputs) {
-            const int64_t ld = rows.size(0) > 1 ? rows.stride(0) : rows.size(1);
-            const char* data = static_cast<const char*>(rows.const_data_ptr());
-            term.x.push_back({data + experts.first(e) * ld * rows.element_size(), ld});
-        }
+        for (const Tensor& rows : inputs) term.x.push_back(operand_of(rows, experts.first(e)));
         products.push_back({sweeps[e], {term}});
     }
     base_products(kernels, products, pairs);
@@ -115,16 +107,11 @@ Forward lora_grouped_linear(const Tensor& x, const std::vector<int64_t>& offsets
     const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
     Sweep up = sweep_over(y, layout);
     const Tensor panels_B = panels(kernels, layout.stacked(adapters.B, true), pairs, experts.busy);
-    std::vector<Tensor> inputs{x2}, z;
+    std::vector<Tensor> inputs{x2};
     if (!adapters.dora()) up.groups = {layout.unmasked()};
+    const std::vector<Tensor> z = scale_groups(up.groups, adapters, y, keep_z);
     for (size_t i = 0; i < adapters.c.size(); ++i) {
         RankGroup& group = up.groups[i];
-        group.scale = adapters.c[i].const_data_ptr<float>();
-        if (keep_z) {
-            z.push_back(at::empty({x2.size(0), weight.N}, x.options().dtype(z_dtype(x2.size(0), x.scalar_type()))));
-            group.z = z.back().mutable_data_ptr();
-            group.z_dtype = dtype_of(z.back());
-        }
         if (group.threshold) {  // the mask is on x: y has none
             inputs.push_back(scaled(x2, offsets, {}, dropout_scale(group.threshold), group.seed, group.threshold));
             group.operand = inputs.size() - 1;
@@ -179,13 +166,7 @@ std::vector<Tensor> lora_grouped_linear_backward(const Tensor& dy, const std::op
     std::vector<Tensor> inputs;  // of the product with W: the gradients of x Wᵀ and of each D(x) Wᵀ
     std::vector<RankGroup> groups = layout.groups;
     if (needs.x || needs.weight) {
-        inputs.push_back(chain.base.defined() ? scaled(dy2, offsets, chain.base, 1.0) : dy2);
-        for (size_t i = 0; i < adapters.c.size(); ++i)
-            if (adapters.thresholds[i]) {
-                const Tensor scale = chain.later[i].defined() ? chain.own[i] - chain.later[i] : chain.own[i] - 1;
-                inputs.push_back(scaled(dy2, offsets, scale, dropout_scale(adapters.thresholds[i])));
-                groups[i].operand = inputs.size() - 1;
-            }
+        inputs = chain.inputs(dy2, offsets, adapters, groups);
     }
     if (needs.x) {
         dx = at::empty({M, K}, dy.options());

@@ -10,11 +10,8 @@
 #include "dora.h"
 
 namespace fastpeft::cpu {
-namespace {
 
 using at::Tensor;
-
-}  // namespace
 
 Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias, const Adapters& adapters,
                     bool keep_z) {
@@ -28,7 +25,6 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
     const Tensor y2 = y.dim() == 2 ? y : y.view({-1, N});
     const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
     const bool dora = adapters.dora();
-    const at::ScalarType dtype_of_z = z_dtype(x2.size(0), x.scalar_type());
 
     if (plan == Plan::dots) {
         const Tensor u = floats({x2.size(0), adapters.ranks()});
@@ -42,7 +38,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
         few_tokens_product(x2, weight, {}, adapters, u, z);
         const Tensor product = z * adapters.c[0];
         y2.copy_(bias ? product + bias32 : product);
-        return {y, u, keep_z ? std::vector<Tensor>{z.to(dtype_of_z)} : std::vector<Tensor>{}};
+        return {y, u, keep_z ? std::vector<Tensor>{z.to(z_dtype(x2.size(0), x.scalar_type()))} : std::vector<Tensor>{}};
     }
 
     const Kernels& kernels = cpu::kernels();
@@ -62,7 +58,7 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
 
     Sweep up = sweep_over(y2, layout);
     const Tensor panel_B = panel(kernels, layout.stacked(adapters.B, true), pairs);
-    std::vector<Tensor> inputs{x2}, z;
+    std::vector<Tensor> inputs{x2};
     Apart apart;
     std::optional<Dropped> dropped;
     if (takes_dropped_apart(plan, x2, adapters)) {
@@ -74,24 +70,16 @@ Forward lora_linear(const Tensor& x, const Weight& weight, const std::optional<T
         if (dropped->finite())
             apart = {.inputs = &*dropped, .factor = static_cast<float>(dropout_scale(group.threshold))};
     }
-    if (dora)
-        for (size_t i = 0; i < adapters.c.size(); ++i) {
-            RankGroup& group = up.groups[i];
-            group.scale = adapters.c[i].const_data_ptr<float>();
-            if (keep_z) {
-                z.push_back(at::empty({x2.size(0), N}, x.options().dtype(dtype_of_z)));
-                group.z = z.back().mutable_data_ptr();
-                group.z_dtype = dtype_of(z.back());
-            }
-            if (group.threshold) {  // the mask is on x: y has none
-                if (!apart.inputs)
-                    inputs.push_back(scaled(x2, all, {}, dropout_scale(group.threshold), group.seed, group.threshold));
-                group.operand = apart.inputs ? 1 : inputs.size() - 1;
-                group.threshold = 0;
-            }
-        }
-    else
-        up.groups = {layout.unmasked()};
+    if (!dora) up.groups = {layout.unmasked()};
+    const std::vector<Tensor> z = scale_groups(up.groups, adapters, y2, keep_z);
+    for (size_t i = 0; i < adapters.c.size(); ++i) {
+        RankGroup& group = up.groups[i];
+        if (!group.threshold) continue;  // the mask is on x: y has none
+        if (!apart.inputs)
+            inputs.push_back(scaled(x2, all, {}, dropout_scale(group.threshold), group.seed, group.threshold));
+        group.operand = apart.inputs ? 1 : inputs.size() - 1;
+        group.threshold = 0;
+    }
     up.q = q.const_data_ptr<float>();
     up.panel_out = panel_B.const_data_ptr();
     up.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
@@ -154,13 +142,7 @@ std::vector<Tensor> lora_linear_backward(const Tensor& dy, const std::optional<T
         dropped.emplace(kernels, groups[0].seed, groups[0].threshold, M, K, kStripe, nullptr, 0);
         apart = {.outputs = &*dropped, .whole = whole.const_data_ptr<float>()};
     } else if (needs.x || needs.weight) {
-        inputs.push_back(chain.base.defined() ? scaled(dy2, all, chain.base, 1.0) : dy2);
-        for (size_t i = 0; i < adapters.c.size(); ++i)
-            if (adapters.thresholds[i]) {
-                const Tensor scale = chain.later[i].defined() ? chain.own[i] - chain.later[i] : chain.own[i] - 1;
-                inputs.push_back(scaled(dy2, all, scale, dropout_scale(adapters.thresholds[i])));
-                groups[i].operand = inputs.size() - 1;
-            }
+        inputs = chain.inputs(dy2, all, adapters, groups);
     }
     if (needs.x || need_A) {  // x is read once for dA; the low-rank part of dx may be written in the same sweep
         std::vector<int64_t> shape(dy.sizes().begin(), dy.sizes().end());
